@@ -1,0 +1,100 @@
+//! The arithmetic of receipts, the same for lessor, lessee and anyone who checks later.
+//!
+//! ```text
+//! lessor:  usage --next--> receipt n+1 --sent-->  lessee: agrees? --> acknowledgement | objection
+//! ```
+//!
+//! A receipt follows from the one before it: number + 1, its hash, usage that never falls, and a
+//! charge that is the lease's rate over the billed time, at most the cap. The lessee adds what
+//! only it can know: that no more time was billed than has passed on its own boot clock since it
+//! first sent the claim.
+
+use crate::base::id::{Hash, LeaseId};
+use crate::base::money::Amount;
+use crate::base::time::{Span, Wall};
+use crate::words::contract::{EndReason, Grant};
+use crate::words::usage::{ObjectionReason, Receipt, Usage};
+
+/// Where a chain of receipts stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Chain {
+    /// The number of the latest receipt; zero before the first.
+    pub number: u64,
+    /// Its hash; zero before the first.
+    pub last: Hash,
+    /// Its usage.
+    pub usage: Usage,
+    /// Its charge.
+    pub charge: Amount,
+    /// Whether it was the final one.
+    pub closed: bool,
+}
+
+/// What `billed` costs under `grant`.
+#[must_use]
+pub fn charge(grant: &Grant, billed: Span) -> Amount {
+    grant.rate.per_hour_over(billed).min(grant.cap)
+}
+
+/// The longest time that may be billed under `grant`: its term, or until its cap is reached.
+#[must_use]
+pub fn billable(grant: &Grant) -> Span {
+    grant.cap.lasts_at(grant.rate).map_or(grant.term, |span| span.min(grant.term))
+}
+
+impl Chain {
+    /// The receipt that follows, for `usage` so far. Usage never falls and never exceeds what may
+    /// be billed: a meter that was restarted does not take back what was agreed.
+    #[must_use]
+    pub fn next(
+        &self,
+        lease: LeaseId,
+        grant: &Grant,
+        usage: Usage,
+        end: Option<EndReason>,
+        at: Wall,
+    ) -> Receipt {
+        let usage = Usage {
+            billed: usage.billed.max(self.usage.billed).min(grant.term),
+            cpu: usage.cpu.max(self.usage.cpu),
+            memory_mib_ms: usage.memory_mib_ms.max(self.usage.memory_mib_ms),
+            memory_peak: usage.memory_peak.max(self.usage.memory_peak).min(grant.shape.memory),
+        };
+        let charge = charge(grant, usage.billed);
+        Receipt { lease, number: self.number + 1, previous: self.last, usage, charge, end, at }
+    }
+
+    /// Takes `receipt` with hash `id` as the latest, after it was checked or made here.
+    pub fn advance(&mut self, receipt: &Receipt, id: Hash) {
+        self.number = receipt.number;
+        self.last = id;
+        self.usage = receipt.usage;
+        self.charge = receipt.charge;
+        self.closed = receipt.end.is_some();
+    }
+
+    /// Whether `receipt` follows from this chain under `grant`, by what anyone can check.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, grant: &Grant, receipt: &Receipt) -> Result<(), ObjectionReason> {
+        if self.closed || receipt.number != self.number + 1 || receipt.previous != self.last {
+            return Err(ObjectionReason::Chain);
+        }
+        let (was, is) = (self.usage, receipt.usage);
+        if is.billed < was.billed
+            || is.cpu < was.cpu
+            || is.memory_mib_ms < was.memory_mib_ms
+            || is.memory_peak < was.memory_peak
+        {
+            return Err(ObjectionReason::Chain);
+        }
+        if is.billed > grant.term || is.memory_peak > grant.shape.memory {
+            return Err(ObjectionReason::Limit);
+        }
+        if receipt.charge != charge(grant, is.billed) {
+            return Err(ObjectionReason::Charge);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,285 @@
+//! A lease with everything that proves it, and the check that needs no network and no node.
+//!
+//! [`check`] recomputes the whole story from the signed objects alone: the charter founds the
+//! fabric, certificates admit the parties, the mandate allows the order, the grant keeps to it,
+//! the receipts chain and their charges follow from the rate, the lessee countersigned them, and
+//! the termination closes at the last one. What it does not prove: that the work was right.
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
+use crate::base::money::Amount;
+use crate::base::time::Wall;
+use crate::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled, departure};
+use crate::minds::meter::Chain;
+use crate::words::charter::Role;
+use crate::words::contract::{EndReason, Termination};
+use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
+use crate::words::record::Offer;
+use crate::words::sign::{Signed, Verified, VerifyError};
+use crate::words::usage::{Acknowledgement, ObjectionReason, Receipt, Usage};
+
+/// The most receipts that one proof may hold.
+pub const MAX_RECEIPTS: usize = 1 << 20;
+
+/// A lease with its papers, as exported from a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proof {
+    /// The charter that founds the fabric.
+    pub charter: Signed,
+    /// The offer that fixed the price, when the exporter still had it.
+    pub offer: Option<Signed>,
+    /// The order, with mandate and certificates inside.
+    pub order: Signed,
+    /// The grant, with the lessor's certificate inside.
+    pub grant: Signed,
+    /// All receipts in order.
+    pub receipts: Vec<Signed>,
+    /// The acknowledgements that the exporter has, in order; one covers all before it.
+    pub acknowledgements: Vec<Signed>,
+    /// How the lease ended, if it did.
+    pub termination: Option<Signed>,
+}
+
+/// What a proof shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// The fabric.
+    pub fabric: FabricId,
+    /// The currency of every amount.
+    pub currency: String,
+    /// The lease.
+    pub lease: LeaseId,
+    /// Who lent.
+    pub lessor: KeyId,
+    /// Who borrowed and owes.
+    pub lessee: KeyId,
+    /// Who acted for the lessee.
+    pub delegate: KeyId,
+    /// The price per hour.
+    pub rate: Amount,
+    /// The most it could cost.
+    pub worst_case: Amount,
+    /// When it was granted, by the lessor's wall clock.
+    pub decided: Wall,
+    /// How many receipts there are.
+    pub receipts: u64,
+    /// Usage by the last receipt.
+    pub usage: Usage,
+    /// What is owed by the last receipt.
+    pub charge: Amount,
+    /// Up to which receipt the lessee countersigned.
+    pub acknowledged: u64,
+    /// What the lessee agreed to owe.
+    pub acknowledged_charge: Amount,
+    /// Why it ended; `None` while it runs or where no termination was exported.
+    pub end: Option<EndReason>,
+    /// Whether the price could be recomputed from the offer named in the order.
+    pub price_checked: bool,
+}
+
+/// The first thing in a proof that does not hold.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProofError {
+    /// The charter founds no fabric.
+    #[error("charter: {0}")]
+    Charter(#[from] CharterError),
+    /// An object does not verify.
+    #[error("{what}: {why}")]
+    Object {
+        /// Which object.
+        what: String,
+        /// Why not.
+        why: VerifyError,
+    },
+    /// The lessor is not admitted.
+    #[error("lessor: {0}")]
+    Lessor(NotAdmitted),
+    /// The order is not covered by its papers.
+    #[error("order: {0}")]
+    Order(NotEntitled),
+    /// The grant departs from its order.
+    #[error("grant: {0}")]
+    Grant(&'static str),
+    /// The price does not follow from the offer.
+    #[error("offer: {0}")]
+    Offer(&'static str),
+    /// A receipt does not follow from the one before it.
+    #[error("receipt {number}: {}", objection(.reason))]
+    Receipt {
+        /// Which receipt, counting from one.
+        number: u64,
+        /// What is wrong.
+        reason: ObjectionReason,
+    },
+    /// A receipt or acknowledgement is signed by somebody else, or about another lease.
+    #[error("{what} {number}: it is not by or about the parties of this lease")]
+    Parties {
+        /// What sort of object.
+        what: &'static str,
+        /// Which one, counting from one.
+        number: u64,
+    },
+    /// An acknowledgement matches no receipt.
+    #[error("acknowledgement {0}: it matches no receipt of this lease")]
+    Acknowledgement(u64),
+    /// The termination does not close the receipts.
+    #[error("termination: {0}")]
+    Termination(&'static str),
+    /// More receipts than are read.
+    #[error("more than {MAX_RECEIPTS} receipts")]
+    TooMany,
+}
+
+const fn objection(reason: &ObjectionReason) -> &'static str {
+    match reason {
+        ObjectionReason::Chain => "it does not follow from the receipt before it",
+        ObjectionReason::Time => "it bills more time than passed",
+        ObjectionReason::Charge => "its charge is not the rate over the billed time",
+        ObjectionReason::Limit => "it says more than the lease allows",
+    }
+}
+
+/// Names the object that did not verify.
+fn of<T>(what: &str, result: Result<T, VerifyError>) -> Result<T, ProofError> {
+    result.map_err(|why| ProofError::Object { what: what.to_string(), why })
+}
+
+/// Checks a proof against the charter inside it. Whether that charter is the right one is for the
+/// reader to know: compare [`Verdict::fabric`].
+///
+/// # Errors
+/// The first thing that does not hold.
+pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
+    let admission = Admission::found(&proof.charter)?;
+    let fabric = admission.fabric();
+    let OrderPapers { order, mandate, certificate } =
+        of("order", verify_order(&proof.order, &fabric))?;
+    let GrantPapers { grant, certificate: lessor } =
+        of("grant", verify_grant(&proof.grant, &fabric))?;
+    let (asked, given) = (order.body(), grant.body());
+    admission
+        .entitles(&order, mandate.as_ref(), &certificate, given.decided)
+        .map_err(ProofError::Order)?;
+    admission
+        .admits(&lessor, &grant.signer(), Role::Node, given.decided)
+        .map_err(ProofError::Lessor)?;
+    if let Some(how) = departure(&order, &grant) {
+        return Err(ProofError::Grant(how));
+    }
+    let price_checked = match &proof.offer {
+        None => false,
+        Some(offer) => {
+            let offer: Verified<Offer> = of("offer", offer.verify(&fabric))?;
+            if offer.id() != asked.offer || offer.signer() != asked.lessor {
+                return Err(ProofError::Offer("it is not the offer that the order names"));
+            }
+            if offer.body().rates.hourly(&asked.shape) != Some(given.rate) {
+                return Err(ProofError::Offer("the price granted does not follow from it"));
+            }
+            true
+        }
+    };
+    let lease = LeaseId(grant.id());
+    let (chain, hashes) = check_receipts(proof, &fabric, lease, &grant)?;
+    let acknowledged = check_acknowledgements(proof, &fabric, lease, given.delegate, &hashes)?;
+    let end = check_termination(proof, &fabric, lease, &grant, &chain)?;
+    Ok(Verdict {
+        fabric,
+        currency: admission.charter().currency.clone(),
+        lease,
+        lessor: grant.signer(),
+        lessee: given.lessee,
+        delegate: given.delegate,
+        rate: given.rate,
+        worst_case: given.worst_case(),
+        decided: given.decided,
+        receipts: chain.number,
+        usage: chain.usage,
+        charge: chain.charge,
+        acknowledged: acknowledged.0,
+        acknowledged_charge: acknowledged.1,
+        end,
+        price_checked,
+    })
+}
+
+/// What a checked receipt is remembered by: its hash and its charge.
+type Checked = (Hash, Amount);
+
+fn check_receipts(
+    proof: &Proof,
+    fabric: &FabricId,
+    lease: LeaseId,
+    grant: &Verified<crate::words::contract::Grant>,
+) -> Result<(Chain, Vec<Checked>), ProofError> {
+    if proof.receipts.len() > MAX_RECEIPTS {
+        return Err(ProofError::TooMany);
+    }
+    let mut chain = Chain::default();
+    let mut hashes = Vec::new();
+    for (number, signed) in (1..).zip(&proof.receipts) {
+        let receipt: Verified<Receipt> = of(&format!("receipt {number}"), signed.verify(fabric))?;
+        if receipt.signer() != grant.signer() || receipt.body().lease != lease {
+            return Err(ProofError::Parties { what: "receipt", number });
+        }
+        chain
+            .check(grant.body(), receipt.body())
+            .map_err(|reason| ProofError::Receipt { number, reason })?;
+        chain.advance(receipt.body(), receipt.id());
+        hashes.push((receipt.id(), receipt.body().charge));
+    }
+    Ok((chain, hashes))
+}
+
+fn check_acknowledgements(
+    proof: &Proof,
+    fabric: &FabricId,
+    lease: LeaseId,
+    delegate: KeyId,
+    receipts: &[Checked],
+) -> Result<(u64, Amount), ProofError> {
+    if proof.acknowledgements.len() > MAX_RECEIPTS {
+        return Err(ProofError::TooMany);
+    }
+    let mut best = (0, Amount::ZERO);
+    for (nth, signed) in (1..).zip(&proof.acknowledgements) {
+        let what = format!("acknowledgement {nth}");
+        let ack: Verified<Acknowledgement> = of(&what, signed.verify(fabric))?;
+        let body = ack.body();
+        if ack.signer() != delegate || body.lease != lease {
+            return Err(ProofError::Parties { what: "acknowledgement", number: nth });
+        }
+        let index = usize::try_from(body.number).ok().and_then(|n| n.checked_sub(1));
+        if index.and_then(|i| receipts.get(i)) != Some(&(body.receipt, body.charge)) {
+            return Err(ProofError::Acknowledgement(nth));
+        }
+        best = best.max((body.number, body.charge));
+    }
+    Ok(best)
+}
+
+fn check_termination(
+    proof: &Proof,
+    fabric: &FabricId,
+    lease: LeaseId,
+    grant: &Verified<crate::words::contract::Grant>,
+    chain: &Chain,
+) -> Result<Option<EndReason>, ProofError> {
+    let Some(signed) = &proof.termination else { return Ok(None) };
+    let termination: Verified<Termination> = of("termination", signed.verify(fabric))?;
+    let body = termination.body();
+    if termination.signer() != grant.signer() || body.lease != lease {
+        return Err(ProofError::Termination("it is not by the lessor about this lease"));
+    }
+    if (body.receipt, body.charge) != (chain.last, chain.charge) {
+        return Err(ProofError::Termination("it does not close at the last receipt"));
+    }
+    if body.billed != chain.usage.billed {
+        return Err(ProofError::Termination("it bills another time than the last receipt"));
+    }
+    if !chain.closed && body.reason != EndReason::Lapsed {
+        return Err(ProofError::Termination("the last receipt is not a final one"));
+    }
+    Ok(Some(body.reason))
+}

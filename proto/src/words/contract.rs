@@ -1,0 +1,434 @@
+//! The words of a lease: mandate, order, grant, refusal, and the acts under it.
+//!
+//! ```text
+//! lessee key --mandate--> delegate --order--> lessor --grant--> (order + grant = the lease)
+//!                                      |--------refusal-->
+//! delegate --claim, release--> lessor --acceptance | refusal-->          lessor --termination-->
+//! ```
+//!
+//! One message each way. An order names one lessor and one of its offers by hash: that fixes the
+//! price. A grant repeats every term, so that order and grant alone say what was agreed.
+
+use serde::{Deserialize, Serialize};
+
+use super::sign::Signed;
+use super::usage::Outcome;
+use crate::base::id::{ActId, Hash, KeyId, LeaseId, Payload, RequestId};
+use crate::base::money::Amount;
+use crate::base::resource::Resources;
+use crate::base::time::{Span, Wall};
+
+/// The most lessors a mandate may name.
+pub const MAX_LESSORS: usize = 64;
+/// The most arguments, variables, inputs or outputs of a job.
+pub const MAX_JOB_ITEMS: usize = 256;
+/// The longest argument, variable or file name of a job, in bytes.
+pub const MAX_JOB_TEXT: usize = 4096;
+/// The most referrals in a refusal.
+pub const MAX_REFERRALS: usize = 4;
+/// The shortest interval between receipts that may be asked for.
+pub const MIN_RECEIPT_EVERY: Span = Span::millis(200);
+
+/// How firmly capacity is lent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// Until its term.
+    Firm,
+    /// Until its term, unless the operator reclaims it after a notice, against a credit.
+    Slack,
+}
+
+/// What a lessee's key lets a delegate do in its name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mandate {
+    /// Who may order: usually the lessee's node.
+    pub delegate: KeyId,
+    /// The certificate that admits the lessee as a tenant.
+    pub certificate: Signed,
+    /// From when on it holds; until the envelope's `not_after`.
+    pub not_before: Wall,
+    /// The most that one lease may cost per hour.
+    pub max_hourly: Amount,
+    /// The most that one lease may cost in all.
+    pub max_total: Amount,
+    /// The longest term of one lease.
+    pub max_term: Span,
+    /// With whom; empty: with any node of the fabric.
+    pub lessors: Vec<KeyId>,
+}
+
+/// By what right an order is signed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Authority {
+    /// The delegate signs, under this mandate of the lessee.
+    Mandate(Signed),
+    /// The lessee signs itself (offline, say), admitted by this certificate.
+    Lessee(Signed),
+}
+
+/// A request for a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// Who borrows and owes.
+    pub lessee: KeyId,
+    /// Who signs every later act under the lease.
+    pub delegate: KeyId,
+    /// By what right it is signed.
+    pub authority: Authority,
+    /// Who is asked.
+    pub lessor: KeyId,
+    /// Which of its offers, by hash: that fixes the price.
+    pub offer: Hash,
+    /// Chosen by the lessee; at this lessor it makes at most one lease.
+    pub request: RequestId,
+    /// What is asked for.
+    pub shape: Resources,
+    /// How firmly.
+    pub class: Class,
+    /// For how long, from the lessor's decision on.
+    pub term: Span,
+    /// Within what time of the decision it will be claimed; else it lapses, unbilled.
+    pub claim_within: Span,
+    /// The most it may cost per hour.
+    pub ceiling: Amount,
+    /// The most it may cost in all: the lease ends when the charge reaches it.
+    pub cap: Amount,
+    /// How much may be owed without the lessee's countersignature before the lease ends.
+    pub exposure: Amount,
+    /// How often a receipt is wanted; the lessor may stretch it.
+    pub receipt_every: Span,
+    /// When it was placed.
+    pub placed: Wall,
+}
+
+/// Orders the holders of one slot: compare only within one lessor.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Fence {
+    /// The lessor's epoch.
+    pub epoch: u64,
+    /// Rises with every grant of that epoch.
+    pub number: u64,
+}
+
+/// The yes to an order. Its hash is the lease's id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// The order that is granted.
+    pub order: Hash,
+    /// Who borrows, as in the order.
+    pub lessee: KeyId,
+    /// Who acts for it, as in the order.
+    pub delegate: KeyId,
+    /// What is lent.
+    pub shape: Resources,
+    /// How firmly.
+    pub class: Class,
+    /// The price per hour for the whole shape, from the offer; at most the order's ceiling.
+    pub rate: Amount,
+    /// The most that will be charged in all.
+    pub cap: Amount,
+    /// How much may stand unacknowledged.
+    pub exposure: Amount,
+    /// For how long, from `decided` on.
+    pub term: Span,
+    /// Within what time of `decided` it must be claimed.
+    pub claim_within: Span,
+    /// How long a job may take to end after the term before it is killed.
+    pub grace: Span,
+    /// How often receipts come.
+    pub receipt_every: Span,
+    /// A later grant of this lessor has a higher one.
+    pub fence: Fence,
+    /// When the lessor decided, for observers; deadlines run on its boot clock.
+    pub decided: Wall,
+    /// The certificate that admits the lessor.
+    pub certificate: Signed,
+}
+
+/// Why an order or an act is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// There is not enough free; the figures say what of.
+    Capacity,
+    /// The offer's price is above the order's ceiling.
+    Price,
+    /// The offer named is not one that this node still honours.
+    StaleOffer,
+    /// The order names another lessor.
+    WrongLessor,
+    /// The order's validity is over, or reaches too far.
+    Expired,
+    /// Signer, delegate or lessee is not admitted to the fabric, or not in that role.
+    NotAdmitted,
+    /// The mandate does not allow this order.
+    Mandate,
+    /// The same request or act id came with another body.
+    Conflict,
+    /// The term, class, runtime or interval is not one that this node sells.
+    NotOffered,
+    /// The node takes on nothing new: its disk is full.
+    DiskFull,
+    /// The node takes on nothing new: it is starting or stopping.
+    NotReady,
+    /// The lease is not known here.
+    UnknownLease,
+    /// The lease has ended or lapsed.
+    Ended,
+    /// The lease is already in use.
+    InUse,
+    /// The job's description breaks a rule.
+    BadJob,
+    /// Too many requests wait here.
+    Busy,
+}
+
+/// What ran short.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Figure {
+    /// Of what: `cpu_milli`, `memory`, `rate`, ….
+    pub of: String,
+    /// What there is.
+    pub have: u64,
+    /// What was asked for.
+    pub need: u64,
+}
+
+/// The no to an order or an act: it carries the truth, so that a race settles in one round trip.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The order or act that is refused.
+    pub of: Hash,
+    /// Why.
+    pub reason: Reason,
+    /// The figures behind it.
+    pub figures: Vec<Figure>,
+    /// What this node offers now.
+    pub offer: Option<Signed>,
+    /// Nodes that may have what was asked for.
+    pub referrals: Vec<KeyId>,
+}
+
+/// First use of a lease, with what is to run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// A repeat of this act is answered with the same bytes.
+    pub act: ActId,
+    /// What runs.
+    pub job: JobSpec,
+}
+
+/// What runs under a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// The runtime: `wasm`, ….
+    pub runtime: String,
+    /// The program.
+    pub program: Payload,
+    /// Its arguments, without the program's own name.
+    pub args: Vec<String>,
+    /// Its environment.
+    pub env: Vec<(String, String)>,
+    /// What it reads from standard input; nothing when absent.
+    pub stdin: Option<Payload>,
+    /// Files it finds under `/in`.
+    pub inputs: Vec<Input>,
+    /// Files it writes under `/out` that are kept for fetching.
+    pub outputs: Vec<String>,
+}
+
+/// A file that a job finds.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Input {
+    /// Its name under `/in`.
+    pub name: String,
+    /// Its bytes.
+    pub payload: Payload,
+}
+
+/// That an act was accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acceptance {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// Which act.
+    pub act: ActId,
+    /// The act's object.
+    pub of: Hash,
+}
+
+/// The lessee gives the lease back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// A repeat of this act is answered with the same bytes.
+    pub act: ActId,
+}
+
+/// Why a lease ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// Not claimed in time: unbilled.
+    Lapsed,
+    /// Its term is over.
+    Term,
+    /// The lessee gave it back.
+    Released,
+    /// The operator took slack back, after notice, against a credit.
+    Reclaimed,
+    /// The lessor or an organisation took it back.
+    Revoked,
+    /// The charge reached the cap.
+    Budget,
+    /// Too much stood unacknowledged.
+    Exposure,
+    /// The lessor or its host failed: what ran is gone.
+    Lost,
+}
+
+/// How and why a lease ended, and what that means in money.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Termination {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// Why.
+    pub reason: EndReason,
+    /// Who brought it about.
+    pub by: KeyId,
+    /// When, for observers.
+    pub at: Wall,
+    /// How long it was billed.
+    pub billed: Span,
+    /// What is owed for it.
+    pub charge: Amount,
+    /// What the lessor owes back.
+    pub credit: Amount,
+    /// The final receipt; zero when the lease lapsed.
+    pub receipt: Hash,
+    /// How the job ended, when there was one.
+    pub outcome: Option<Outcome>,
+}
+
+fn are_texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> bool {
+    texts.into_iter().all(|text| text.len() <= MAX_JOB_TEXT && !text.contains('\0'))
+}
+
+/// Whether `name` names one file in a directory and nothing else.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && name != "."
+        && name != ".."
+        && !name.contains(['/', '\0'])
+        && !name.chars().any(char::is_control)
+}
+
+impl Mandate {
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        if self.lessors.len() > MAX_LESSORS {
+            return Err("a mandate names at most 64 lessors");
+        }
+        Ok(())
+    }
+}
+
+impl Order {
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        if !self.shape.is_well_formed() {
+            return Err("an order's GPUs are listed sorted, each kind once");
+        }
+        if self.shape.cpu_milli == 0 || self.shape.memory == 0 {
+            return Err("an order asks for some CPU and some memory");
+        }
+        if self.term == Span::ZERO {
+            return Err("an order's term is longer than nothing");
+        }
+        Ok(())
+    }
+}
+
+impl Grant {
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // one signature for every kind
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        if self.shape.is_well_formed() { Ok(()) } else { Err("a grant's GPUs are well formed") }
+    }
+
+    /// The most that this lease can cost: its cap, or its whole term at its rate.
+    #[must_use]
+    pub fn worst_case(&self) -> Amount {
+        self.rate.per_hour_over(self.term).min(self.cap)
+    }
+}
+
+impl Refusal {
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        if self.figures.len() > 32 || self.figures.iter().any(|f| f.of.len() > 80) {
+            return Err("a refusal has at most 32 figures");
+        }
+        if self.referrals.len() > MAX_REFERRALS {
+            return Err("a refusal refers to at most 4 nodes");
+        }
+        Ok(())
+    }
+}
+
+impl Claim {
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        self.job.check()
+    }
+}
+
+impl JobSpec {
+    /// Checks what the types alone cannot say.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let counts = [self.args.len(), self.env.len(), self.inputs.len(), self.outputs.len()];
+        if counts.iter().any(|n| *n > MAX_JOB_ITEMS) {
+            return Err("a job has at most 256 arguments, variables, inputs and outputs each");
+        }
+        let env = self.env.iter().flat_map(|(name, value)| [name, value]);
+        if !are_texts(&self.args) || !are_texts(env) {
+            return Err("a job's arguments and variables are at most 4096 bytes, without NUL");
+        }
+        if self.env.iter().any(|(name, _)| name.is_empty() || name.contains('=')) {
+            return Err("a variable's name is not empty and has no '='");
+        }
+        let files = self.inputs.iter().map(|input| &input.name).chain(&self.outputs);
+        if !files.clone().all(|name| is_file_name(name)) {
+            return Err("inputs and outputs are plain file names, without '/' and not '..'");
+        }
+        if self.runtime.is_empty() || self.runtime.len() > 32 {
+            return Err("a job names its runtime");
+        }
+        let mut names: Vec<_> = self.inputs.iter().map(|input| &input.name).collect();
+        names.sort();
+        if names.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err("each input has a name of its own");
+        }
+        Ok(())
+    }
+
+    /// Every payload the job needs, the program first.
+    pub fn payloads(&self) -> impl Iterator<Item = Payload> + '_ {
+        let inputs = self.inputs.iter().map(|input| input.payload);
+        [self.program].into_iter().chain(self.stdin).chain(inputs)
+    }
+}
+
+macro_rules! nothing_to_check {
+    ($($name:ident)*) => { $( impl $name {
+        #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // one signature for every kind
+        pub(super) fn check(&self) -> Result<(), &'static str> { Ok(()) }
+    } )* };
+}
+nothing_to_check!(Acceptance Release Termination);

@@ -1,0 +1,394 @@
+//! Signatures: the only place that makes or checks one, and the only maker of [`Verified`].
+//!
+//! What is signed is a short domain-separated, length-prefixed text over the hash of the exact
+//! bytes that travel (after DSSE's pre-authentication encoding):
+//!
+//! ```text
+//! lp("leasehold/v1") lp(kind name) lp(fabric id) lp(blake3(envelope))     lp(x) = len as u64 LE, x
+//! ```
+//!
+//! Verification is over what was received, then decoding; an object's identity is the hash of its
+//! envelope and never includes the signature, so a malleable signature changes no identity.
+//! Ed25519 is checked by `verify_strict` only (it refuses small-order points and non-canonical
+//! scalars); `tests/ed25519.rs` pins that with the public edge cases.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ed25519_dalek::{Signer as _, SigningKey, VerifyingKey};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::object::{Body, Envelope, Header, Kind};
+use super::wire::{self, DecodeError, MAX_OBJECT};
+use crate::base::id::{FabricId, Hash, KeyId};
+
+/// The domain that separates these signatures from any other use of the same key.
+const DOMAIN: &[u8] = b"leasehold/v1";
+/// The domain of liveness packets, which are signed as a whole.
+const PACKET_DOMAIN: &[u8] = b"leasehold/packet/v1";
+
+/// An Ed25519 signature.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Signature(pub [u8; 64]);
+
+/// A signed object as it travels: the exact envelope bytes and the signature over them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Signed {
+    /// The encoded envelope.
+    #[serde(with = "wire::octets")]
+    pub envelope: Vec<u8>,
+    /// The signer's signature.
+    pub signature: Signature,
+}
+
+/// An object that a mind has decided on and that the shell signs once it is durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draft {
+    /// The encoded envelope.
+    #[serde(with = "wire::octets")]
+    pub envelope: Vec<u8>,
+}
+
+/// An object whose signature holds. Whether its signer is admitted is judged in the core.
+pub struct Verified<T> {
+    inner: Arc<Inner<T>>,
+}
+
+struct Inner<T> {
+    header: Header,
+    body: T,
+    id: Hash,
+    signed: Signed,
+}
+
+/// Why a signed object is not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// The envelope or body does not decode.
+    #[error("not a signed object: {0}")]
+    Decode(#[from] DecodeError),
+    /// Another kind of object than expected.
+    #[error("expected a signed {expected}, this is a {got}")]
+    Kind {
+        /// The kind that was expected.
+        expected: Kind,
+        /// The kind that was found.
+        got: Kind,
+    },
+    /// The object belongs to another fabric.
+    #[error("it belongs to fabric {got}, not to {expected}")]
+    Fabric {
+        /// This fabric.
+        expected: FabricId,
+        /// The object's.
+        got: FabricId,
+    },
+    /// An extension that must be understood is not.
+    #[error("it carries a critical extension ({0}) that this version does not know")]
+    Extension(u16),
+    /// A version of this kind that is not known here.
+    #[error("version {0} of this kind of object is not known here")]
+    Version(u16),
+    /// The key bytes are no usable Ed25519 key.
+    #[error("the signer's key is not a usable Ed25519 key")]
+    Key,
+    /// The signature does not hold.
+    #[error("the signature does not hold: the bytes were changed or another key signed them")]
+    Signature,
+}
+
+/// Holds a secret key and signs with it. The secret leaves memory when this is dropped.
+pub struct Signer {
+    key: SigningKey,
+}
+
+impl Signer {
+    /// A signer from the 32-byte seed of an Ed25519 key (RFC 8032 §5.1.5).
+    #[must_use]
+    pub fn from_seed(seed: &[u8; 32]) -> Self {
+        Self { key: SigningKey::from_bytes(seed) }
+    }
+
+    /// The public half.
+    #[must_use]
+    pub fn id(&self) -> KeyId {
+        KeyId(self.key.verifying_key().to_bytes())
+    }
+
+    /// Signs `draft`. Deterministic: the same draft gives the same bytes.
+    ///
+    /// # Errors
+    /// When the draft does not decode or names another signer: such a signature would never
+    /// verify.
+    pub fn sign(&self, draft: &Draft) -> Result<Signed, VerifyError> {
+        let header = Envelope::decode(&draft.envelope)?.header;
+        if header.signer != self.id() {
+            return Err(VerifyError::Key);
+        }
+        let text = signed_text(&header, &Hash::of(&draft.envelope));
+        let signature = Signature(self.key.sign(&text).to_bytes());
+        Ok(Signed { envelope: draft.envelope.clone(), signature })
+    }
+
+    /// Signs a liveness packet.
+    #[must_use]
+    pub fn sign_packet(&self, fabric: &FabricId, packet: &[u8]) -> Signature {
+        Signature(self.key.sign(&packet_text(fabric, packet)).to_bytes())
+    }
+}
+
+impl fmt::Debug for Signer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Signer({})", self.id())
+    }
+}
+
+fn length_prefixed(parts: &[&[u8]]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(parts.iter().map(|part| part.len() + 8).sum());
+    for part in parts {
+        text.extend_from_slice(&(part.len() as u64).to_le_bytes());
+        text.extend_from_slice(part);
+    }
+    text
+}
+
+fn signed_text(header: &Header, id: &Hash) -> Vec<u8> {
+    let kind = header.kind.name();
+    length_prefixed(&[DOMAIN, kind.as_bytes(), &header.fabric.0.0, &id.0])
+}
+
+fn packet_text(fabric: &FabricId, packet: &[u8]) -> Vec<u8> {
+    length_prefixed(&[PACKET_DOMAIN, &fabric.0.0, packet])
+}
+
+fn check(signer: &KeyId, text: &[u8], signature: &Signature) -> Result<(), VerifyError> {
+    let key = VerifyingKey::from_bytes(&signer.0).map_err(|_| VerifyError::Key)?;
+    let signature = ed25519_dalek::Signature::from_bytes(&signature.0);
+    key.verify_strict(text, &signature).map_err(|_| VerifyError::Signature)
+}
+
+/// Whether `signature` is `signer`'s over a liveness packet of `fabric`.
+///
+/// # Errors
+/// When the key is unusable or the signature does not hold.
+pub fn verify_packet(
+    fabric: &FabricId,
+    signer: &KeyId,
+    packet: &[u8],
+    signature: &Signature,
+) -> Result<(), VerifyError> {
+    check(signer, &packet_text(fabric, packet), signature)
+}
+
+/// Whether `key` may be given out or admitted: a valid point that is not of small order.
+#[must_use]
+pub fn is_usable(key: &KeyId) -> bool {
+    VerifyingKey::from_bytes(&key.0).is_ok_and(|key| !key.is_weak())
+}
+
+impl Draft {
+    /// Puts `body` into an envelope.
+    ///
+    /// # Errors
+    /// When it does not fit [`MAX_OBJECT`].
+    pub fn new<T: Body>(header: HeaderOf, body: &T) -> Result<Self, wire::EncodeError> {
+        let body = wire::encode::<MAX_OBJECT>(body)?;
+        let envelope = Envelope { header: header.of_kind(T::KIND), extensions: Vec::new(), body };
+        Ok(Self { envelope: wire::encode::<MAX_OBJECT>(&envelope)? })
+    }
+
+    /// The object's identity.
+    #[must_use]
+    pub fn id(&self) -> Hash {
+        Hash::of(&self.envelope)
+    }
+}
+
+/// Everything in a header but the kind, which the body's type decides.
+#[derive(Clone, Copy, Debug)]
+pub struct HeaderOf {
+    /// The fabric it belongs to.
+    pub fabric: FabricId,
+    /// Who will sign it.
+    pub signer: KeyId,
+    /// What it is about.
+    pub subject: Hash,
+    /// The signer's epoch.
+    pub epoch: u64,
+    /// The number within (kind, subject, epoch).
+    pub seq: u64,
+    /// When it ceases to be valid.
+    pub not_after: crate::base::time::Wall,
+}
+
+impl HeaderOf {
+    const fn of_kind(self, kind: Kind) -> Header {
+        let Self { fabric, signer, subject, epoch, seq, not_after } = self;
+        Header { kind, version: 1, fabric, signer, subject, epoch, seq, not_after }
+    }
+}
+
+impl Signed {
+    /// The object's identity: the hash of the envelope, without the signature.
+    #[must_use]
+    pub fn id(&self) -> Hash {
+        Hash::of(&self.envelope)
+    }
+
+    /// Reads the header without checking anything but its form.
+    ///
+    /// # Errors
+    /// When the envelope does not decode.
+    pub fn header(&self) -> Result<Header, DecodeError> {
+        Envelope::decode(&self.envelope).map(|envelope| envelope.header)
+    }
+
+    /// Checks the signature and decodes the body of a known kind.
+    ///
+    /// # Errors
+    /// Says what does not hold; nothing of the object may be believed then.
+    pub fn verify<T: Body>(&self, fabric: &FabricId) -> Result<Verified<T>, VerifyError> {
+        let (header, body) = self.open(Some(fabric))?;
+        if header.kind != T::KIND {
+            return Err(VerifyError::Kind { expected: T::KIND, got: header.kind });
+        }
+        if header.version != 1 {
+            return Err(VerifyError::Version(header.version));
+        }
+        let body: T = wire::decode::<MAX_OBJECT, T>(&body)?;
+        body.validate().map_err(|why| VerifyError::Decode(DecodeError::Invalid(why)))?;
+        Ok(self.verified(header, body))
+    }
+
+    /// Checks the signature of an object whose kind may be unknown here, and gives its raw body.
+    ///
+    /// # Errors
+    /// As for [`Signed::verify`], except that any kind and version is taken.
+    pub fn verify_opaque(&self, fabric: &FabricId) -> Result<Verified<Vec<u8>>, VerifyError> {
+        let (header, body) = self.open(Some(fabric))?;
+        Ok(self.verified(header, body))
+    }
+
+    /// Checks the signature of an object of any fabric: for charters, which found one, and for
+    /// the offline tool, which reads the fabric from the charter beside it.
+    ///
+    /// # Errors
+    /// As for [`Signed::verify`], except that any fabric is taken.
+    pub fn verify_anywhere<T: Body>(&self) -> Result<Verified<T>, VerifyError> {
+        let header = self.header()?;
+        self.verify(&header.fabric)
+    }
+
+    fn open(&self, fabric: Option<&FabricId>) -> Result<(Header, Vec<u8>), VerifyError> {
+        let envelope = Envelope::decode(&self.envelope)?;
+        let header = envelope.header;
+        if let Some(expected) = fabric.filter(|fabric| **fabric != header.fabric) {
+            return Err(VerifyError::Fabric { expected: *expected, got: header.fabric });
+        }
+        if let Some(extension) = envelope.extensions.iter().find(|ext| ext.critical) {
+            return Err(VerifyError::Extension(extension.tag));
+        }
+        check(&header.signer, &signed_text(&header, &self.id()), &self.signature)?;
+        Ok((header, envelope.body))
+    }
+
+    fn verified<T>(&self, header: Header, body: T) -> Verified<T> {
+        Verified { inner: Arc::new(Inner { header, body, id: self.id(), signed: self.clone() }) }
+    }
+}
+
+impl<T> Verified<T> {
+    /// Kind, signer, subject, epoch, seq and validity.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.inner.header
+    }
+
+    /// What was said.
+    #[must_use]
+    pub fn body(&self) -> &T {
+        &self.inner.body
+    }
+
+    /// The object's identity.
+    #[must_use]
+    pub fn id(&self) -> Hash {
+        self.inner.id
+    }
+
+    /// Who said it.
+    #[must_use]
+    pub fn signer(&self) -> KeyId {
+        self.inner.header.signer
+    }
+
+    /// The bytes as they travelled.
+    #[must_use]
+    pub fn signed(&self) -> &Signed {
+        &self.inner.signed
+    }
+
+    /// The same proof over a body seen as another type, decoded from the same bytes.
+    #[must_use]
+    pub fn map<U>(&self, see: impl FnOnce(&T) -> U) -> Verified<U> {
+        let Inner { header, body, id, signed } = &*self.inner;
+        let (header, id, signed) = (*header, *id, signed.clone());
+        Verified { inner: Arc::new(Inner { header, body: see(body), id, signed }) }
+    }
+}
+
+impl<T> Clone for Verified<T> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Verified<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verified")
+            .field("id", &self.inner.id)
+            .field("header", &self.inner.header)
+            .field("body", &self.inner.body)
+            .finish()
+    }
+}
+
+impl fmt::Debug for Signature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Signature({}…)", Hash::of(&self.0).short())
+    }
+}
+
+impl Serialize for Signature {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let half = |range: std::ops::Range<usize>| {
+            let mut bytes = [0u8; 32];
+            bytes.copy_from_slice(&self.0[range]);
+            Hash(bytes)
+        };
+        let (r, s) = (half(0..32), half(32..64));
+        if serializer.is_human_readable() {
+            serializer.collect_str(&format_args!("{r}{s}"))
+        } else {
+            (r, s).serialize(serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Signature {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (r, s): (Hash, Hash) = if deserializer.is_human_readable() {
+            let text = String::deserialize(deserializer)?;
+            let halves = text.get(..64).zip(text.get(64..));
+            let (r, s) =
+                halves.ok_or_else(|| de::Error::custom("a signature is 128 hex digits"))?;
+            (r.parse().map_err(de::Error::custom)?, s.parse().map_err(de::Error::custom)?)
+        } else {
+            Deserialize::deserialize(deserializer)?
+        };
+        let mut bytes = [0; 64];
+        bytes[..32].copy_from_slice(&r.0);
+        bytes[32..].copy_from_slice(&s.0);
+        Ok(Self(bytes))
+    }
+}
