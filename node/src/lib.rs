@@ -1,3 +1,4 @@
 //! node
 
 pub mod net;
+pub mod probe;
