@@ -27,6 +27,7 @@ pub struct Ticket(pub u64);
 pub struct CommandId(pub u64);
 
 /// Everything that can happen to a core.
+#[allow(clippy::large_enum_variant)] // few are alive at once, each is moved once
 #[derive(Debug)]
 pub enum Event {
     /// A link is up; nothing is known yet but the peer's key.
