@@ -326,6 +326,13 @@ impl Work {
     /// little later, with [`WorkEvent::Started`].
     pub async fn start(&self, spec: Spec) -> Result<(), StartError> {
         spec.check()?;
+        // In a task of its own: a caller who gives up halfway must not leave half a job.
+        let work = self.clone();
+        let started = tokio::spawn(async move { work.start_checked(spec).await });
+        started.await.unwrap_or_else(|error| Err(StartError::Warden(error.to_string())))
+    }
+
+    async fn start_checked(&self, spec: Spec) -> Result<(), StartError> {
         let lease = spec.lease.clone();
         let dir = self.inner.dir.join(&lease);
         make(&dir)?;
@@ -339,6 +346,7 @@ impl Work {
     }
 
     async fn start_in(&self, dir: &Path, spec: Spec) -> Result<(), StartError> {
+        let grace_ms = spec.grace_ms;
         let job = JobFile {
             spec,
             prefix: self.inner.exec.prefix.clone(),
@@ -382,7 +390,7 @@ impl Work {
         let lease = status.lease.clone();
         let (show, view) = watch::channel(status);
         hold(&self.inner.jobs).insert(lease, Job { dir: dir.to_owned(), view, _lock: None });
-        tokio::spawn(follow(self.clone(), dir.to_owned(), child, stream, show));
+        tokio::spawn(follow(self.clone(), dir.to_owned(), grace_ms, child, stream, show));
         Ok(())
     }
 
@@ -612,30 +620,18 @@ async fn greet(dir: &Path, child: &mut Child) -> Result<(BufReader<UnixStream>, 
 async fn follow(
     work: Work,
     dir: PathBuf,
+    grace_ms: u64,
     mut child: Child,
-    mut stream: BufReader<UnixStream>,
+    stream: BufReader<UnixStream>,
     show: watch::Sender<Status>,
 ) {
     let lease = show.borrow().lease.clone();
     let events = &work.inner.events;
     let mut started = false;
-    loop {
-        let status = show.borrow().clone();
-        if !started && status.state != State::Starting {
-            started = true;
-            // Fails only when nobody listens any more; the job is still followed to its end.
-            let _ = events.send(WorkEvent::Started { lease: lease.clone() }).await;
-        }
-        match heard(&mut stream).await {
-            Ok(Answer::Status { status }) if !status.state.ended() => {
-                let usage = status.usage;
-                show.send_replace(*status);
-                if started {
-                    let _ = events.try_send(WorkEvent::Usage { lease: lease.clone(), usage });
-                }
-            }
-            // The end, or a warden that talks no more: either way it should be gone soon.
-            _ => break,
+    tokio::select! {
+        () = listen(&dir, &lease, &mut child, stream, &show, events, &mut started) => {}
+        () = overdue(&dir, grace_ms, &show) => {
+            tracing::error!(%lease, "the warden has let the deadline pass and is killed");
         }
     }
     if timeout(2 * DIES, child.wait()).await.is_err() {
@@ -665,6 +661,70 @@ async fn follow(
     }
     show.send_replace(status);
     let _ = events.send(WorkEvent::Ended { lease, outcome, usage }).await;
+}
+
+/// Listens to a warden until it says that the job has ended, or is gone itself.
+async fn listen(
+    dir: &Path,
+    lease: &str,
+    child: &mut Child,
+    mut stream: BufReader<UnixStream>,
+    show: &watch::Sender<Status>,
+    events: &mpsc::Sender<WorkEvent>,
+    started: &mut bool,
+) {
+    loop {
+        if !*started && show.borrow().state == State::Running {
+            *started = true;
+            // Fails only when nobody listens any more; the job is still followed to its end.
+            let _ = events.send(WorkEvent::Started { lease: lease.to_owned() }).await;
+        }
+        match heard(&mut stream).await {
+            Ok(Answer::Status { status }) if status.state.ended() => return,
+            Ok(Answer::Status { status }) => {
+                let usage = status.usage;
+                show.send_replace(*status);
+                if *started {
+                    let _ = events.try_send(WorkEvent::Usage { lease: lease.to_owned(), usage });
+                }
+            }
+            // It drops those who do not read for long, which a node that was frozen did not.
+            _ => loop {
+                if !matches!(child.try_wait(), Ok(None)) {
+                    return;
+                }
+                if let Ok(mut again) = connect(dir).await
+                    && tell(&mut again, &Ask::Watch).await.is_ok()
+                {
+                    stream = BufReader::new(again);
+                    break;
+                }
+                sleep(POLL).await;
+            },
+        }
+    }
+}
+
+/// Returns when a job's deadline and grace are well past: its warden should have ended it, but a
+/// process can be frozen. What counts is the deadline on disk, which no acknowledgement precedes.
+async fn overdue(dir: &Path, grace_ms: u64, show: &watch::Sender<Status>) {
+    loop {
+        sleep(WARDEN_ANSWERS).await;
+        let past = |deadline: u64| {
+            let slack = u64::try_from(WARDEN_ANSWERS.as_millis()).unwrap_or(5000);
+            boot_ms() > deadline.saturating_add(grace_ms).saturating_add(slack)
+        };
+        if past(show.borrow().deadline_boot_ms)
+            && let Ok(status) = read_json::<Status>(&dir.join(file::STATUS))
+            && past(status.deadline_boot_ms)
+        {
+            // One whose runner is dead is clearing up, which may take its time.
+            if !status.runner.is_some_and(|runner| !runner.alive()) {
+                let _ = status.warden.kill();
+                return;
+            }
+        }
+    }
 }
 
 /// Sees to it that nothing of a job is left but its directory, whatever state it was in, and

@@ -53,6 +53,9 @@ fn main() -> ExitCode {
         ("output_is_followed_while_it_runs", |room| Box::pin(follow(room))),
         ("a_killed_warden_takes_the_runner_along", |room| Box::pin(killed_warden(room))),
         ("a_frozen_warden_is_ended_by_stop", |room| Box::pin(frozen_warden(room))),
+        ("a_frozen_warden_is_ended_after_its_deadline", |room| {
+            Box::pin(frozen_past_deadline(room))
+        }),
         ("a_killed_node_leaves_the_deadline_in_force", |room| Box::pin(killed_node(room))),
         ("orphans_are_found_and_reaped", |room| Box::pin(orphans(room))),
         ("an_orphan_that_ended_keeps_its_outcome", |room| Box::pin(ended_orphan(room))),
@@ -85,11 +88,14 @@ const IMPORTS: &str = r#"
   (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
   (import "wasi_snapshot_preview1" "args_sizes_get" (func $args_sizes (param i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "args_get" (func $args (param i32 i32) (result i32)))
-  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $env_sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $env_sizes
+    (param i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "environ_get" (func $env (param i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "clock_time_get" (func $clock (param i32 i64 i32) (result i32)))
   (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_unlink_file" (func $unlink
+    (param i32 i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "path_open" (func $open
     (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
 "#;
@@ -486,6 +492,20 @@ async fn disk_is_bounded(mut room: Room) {
     let status = room.work.status("00000050").expect("known");
     assert!(status.outputs.iter().all(|output| output.size <= 4 << 20), "{status:?}");
 
+    // Files that lose their names while they are open, and their bytes with them.
+    let nameless = program(
+        "f",
+        "(loop $l
+           (if (call $create (i32.const 4) (i32.const 64) (i32.const 1)) (then unreachable))
+           (if (call $unlink (i32.const 4) (i32.const 64) (i32.const 1)) (then unreachable))
+           (call $say (i32.load (i32.const 32)) (i32.const 64) (i32.const 131072))
+           (br $l))",
+    );
+    let (outcome, _) = room.run(room.spec("00000052", &nameless)).await;
+    // Either it is seen, or it runs out of descriptors first: 256 of them.
+    let seen = outcome == Outcome::OutOfDisk { limit: 4 << 20 };
+    assert!(seen || matches!(outcome, Outcome::Trapped { .. }), "{outcome:?}");
+
     // Ever more files, each small: the name is a counter of four letters.
     let many = program(
         "aaaa",
@@ -559,23 +579,30 @@ async fn extend(mut room: Room) {
     let path = room.root.path().join("x".repeat(120)).join("jobs/00000080/status.json");
     let status: Status = serde_json::from_slice(&fs::read(path).expect("read")).expect("a status");
     assert_eq!(status.deadline_boot_ms, first + 60_000);
-    assert!(
-        matches!(room.work.forget("00000080").await, Err(error) if error.to_string().contains("not reaped"))
-    );
+    let error = room.work.forget("00000080").await.expect_err("it runs");
+    assert!(error.to_string().contains("not reaped"), "{error}");
     room.work.stop("00000080", "enough").await;
     room.end("00000080").await;
     assert!(room.work.extend("00000080", first + 120_000).await.is_err());
     assert!(matches!(room.work.extend("ffffffff", 0).await, Err(AskError::Unknown(_))));
 
-    // It really holds: a short deadline is passed alive, and the longer one then ends it.
-    let mut spec = room.spec("00000081", &tick_forever());
-    let short = boot_ms() + 5000;
-    spec.deadline_boot_ms = short;
-    room.work.start(spec).await.expect("started");
-    room.work.extend("00000081", short + 2000).await.expect("extended");
-    let (outcome, _) = room.end("00000081").await;
-    assert_eq!(outcome, Outcome::Deadline);
-    assert!(boot_ms() >= short + 2000, "it ended at its old deadline");
+    // It really holds: a short deadline is passed alive, and the longer one then ends it. On a
+    // slow machine the short one may pass before it can be moved: then with more room.
+    for (n, room_ms) in [3000, 12_000, 60_000].into_iter().enumerate() {
+        let lease = format!("0000008{}", n + 1);
+        let mut spec = room.spec(&lease, &tick_forever());
+        let short = boot_ms() + room_ms;
+        spec.deadline_boot_ms = short;
+        room.work.start(spec).await.expect("started");
+        let extended = room.work.extend(&lease, short + 2000).await;
+        let (outcome, _) = room.end(&lease).await;
+        assert_eq!(outcome, Outcome::Deadline);
+        if extended.is_ok() {
+            assert!(boot_ms() >= short + 2000, "it ended at its old deadline");
+            return;
+        }
+    }
+    panic!("no deadline could be moved in time");
 }
 
 async fn follow(mut room: Room) {
@@ -640,6 +667,18 @@ async fn frozen_warden(mut room: Room) {
     assert!(matches!(outcome, Outcome::Lost { .. }), "{outcome:?}");
 }
 
+async fn frozen_past_deadline(mut room: Room) {
+    let mut spec = room.spec("000000b2", &tick_forever());
+    spec.deadline_boot_ms = boot_ms() + 3000;
+    spec.grace_ms = 1000;
+    room.work.start(spec).await.expect("started");
+    let warden = room.work.status("000000b2").expect("known").warden;
+    let pid = rustix::process::Pid::from_raw(warden.pid).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopped");
+    let (outcome, _) = room.end("000000b2").await;
+    assert!(matches!(outcome, Outcome::Lost { .. }), "{outcome:?}");
+}
+
 /// A node in a process of its own: starts the job that lies ready, says so, and waits.
 async fn be_a_node(dir: &Path) -> ExitCode {
     let spec: Spec =
@@ -680,7 +719,8 @@ async fn killed_node(room: Room) {
     let mut spec = room.spec("000000c0", &tick_forever());
     spec.deadline_boot_ms = boot_ms() + 6000;
     let status = start_and_kill_the_node(dir, &spec);
-    assert!(status.warden.alive(), "the warden died with the node");
+    let alive = status.warden.alive() || boot_ms() >= spec.deadline_boot_ms;
+    assert!(alive, "the warden died with the node");
     until("the deadline", || status_of(dir, "000000c0").state.ended()).await;
     assert!(boot_ms() >= spec.deadline_boot_ms);
     until("the warden's end", || !status.warden.alive()).await;

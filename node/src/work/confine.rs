@@ -274,7 +274,7 @@ fn allowed(arch: TargetArch) -> Option<BpfProgram> {
     let name = u64::try_from(libc::PR_SET_NAME).ok()?;
     rules.insert(libc::SYS_prctl, vec![rule(vec![is(0, name).ok()?])?]);
     // Whether a descriptor is a terminal, and how much there is to read.
-    let asks = [libc::TCGETS as u64, libc::FIONREAD as u64];
+    let asks = [libc::TCGETS, libc::FIONREAD];
     let asks: Option<Vec<SeccompRule>> =
         asks.into_iter().map(|ask| rule(vec![is(1, ask).ok()?])).collect();
     rules.insert(libc::SYS_ioctl, asks?);
@@ -318,8 +318,8 @@ const PLAIN: &[i64] = &[
     // time, chance, facts
     libc::SYS_clock_gettime, libc::SYS_clock_getres, libc::SYS_clock_nanosleep,
     libc::SYS_nanosleep, libc::SYS_gettimeofday, libc::SYS_getrandom, libc::SYS_getpid,
-    libc::SYS_gettid, libc::SYS_getuid, libc::SYS_geteuid, libc::SYS_getgid, libc::SYS_getegid,
-    libc::SYS_uname, libc::SYS_sysinfo, libc::SYS_getrusage,
+    libc::SYS_getppid, libc::SYS_gettid, libc::SYS_getuid, libc::SYS_geteuid, libc::SYS_getgid,
+    libc::SYS_getegid, libc::SYS_uname, libc::SYS_sysinfo, libc::SYS_getrusage,
     // waiting
     libc::SYS_ppoll, libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait,
     libc::SYS_eventfd2, libc::SYS_pipe2,
@@ -350,12 +350,17 @@ mod tests {
     }
 
     /// Runs in threads of their own: what a cage takes, it takes for good.
-    fn caged<T: Send + 'static>(check: impl FnOnce(Vec<String>) -> T + Send + 'static) -> T {
+    fn caged<T: Send + 'static>(
+        check: impl FnOnce(Vec<String>, String) -> T + Send + 'static,
+    ) -> T {
+        // Removed from out here: from inside the cage nobody could.
+        let root = tempfile::tempdir().expect("a directory");
+        let (read, write) = (root.path().join("in"), root.path().join("out"));
         std::thread::spawn(move || {
-            let root = tempfile::tempdir().expect("a directory");
-            let (read, write) = (root.path().join("in"), root.path().join("out"));
             fs::create_dir(&read).expect("made");
             fs::create_dir(&write).expect("made");
+            // Opened while that is still allowed, read when it counts.
+            let mut status = fs::File::open("/proc/thread-self/status").expect("open");
             let words = enter(&Cage {
                 read: &read,
                 write: &write,
@@ -364,10 +369,9 @@ mod tests {
                 address_space: 0,
                 probing: true,
             });
-            let answer = check(words);
-            // What the cage leaves behind cannot be removed from inside it.
-            std::mem::forget(root);
-            answer
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut status, &mut text).expect("read");
+            check(words, text)
         })
         .join()
         .expect("the thread")
@@ -375,13 +379,16 @@ mod tests {
 
     #[test]
     fn the_words_are_true() {
-        caged(|words| {
+        caged(|words, status| {
             let has = |word: &str| words.iter().any(|w| w.starts_with(word));
             assert!(has("no_new_privs"), "{words:?}");
-            if has("nocaps") {
-                // Needs CAP_SYS_RESOURCE, and nothing that the filter forbids.
-                let raise = Rlimit { current: None, maximum: None };
-                assert!(setrlimit(Resource::Memlock, raise).is_err());
+            for (word, line) in [
+                ("nocaps", "CapEff:\t0000000000000000"),
+                ("nocaps", "CapPrm:\t0000000000000000"),
+                ("no_new_privs", "NoNewPrivs:\t1"),
+                ("seccomp", "Seccomp:\t2"),
+            ] {
+                assert!(!has(word) || status.lines().any(|l| l == line), "{word}: {status}");
             }
             if has("landlock") {
                 assert!(fs::read_dir("/etc").is_err());

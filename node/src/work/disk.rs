@@ -31,7 +31,15 @@ pub(super) fn measure(dir: &Path, enough: u64) -> Found {
     let mut entries = 0u64;
     let mut todo = vec![(dir.to_owned(), 0usize)];
     while let Some((dir, depth)) = todo.pop() {
-        let Ok(list) = fs::read_dir(&dir) else { continue };
+        let list = match fs::read_dir(&dir) {
+            Ok(list) => list,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // A path too long to follow, or one that was closed to us, would hide what is in it.
+            Err(_) => {
+                found.too_many = true;
+                return found;
+            }
+        };
         for entry in list.flatten() {
             entries += 1;
             if entries > MAX_ENTRIES || depth > 2 * MAX_DEPTH {
@@ -49,6 +57,19 @@ pub(super) fn measure(dir: &Path, enough: u64) -> Found {
         }
     }
     found
+}
+
+/// Bytes that a process holds in open files which have no name any more: they take disk until it
+/// closes them, and no directory shows them. Counts nothing where the kernel does not let us look.
+pub(super) fn unlinked(pid: i32) -> u64 {
+    let Ok(list) = fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
+    // Following such a link leads to the open file itself, whatever its name was.
+    let open = list.flatten().filter_map(|entry| fs::metadata(entry.path()).ok());
+    let nameless: std::collections::BTreeMap<(u64, u64), u64> = open
+        .filter(|meta| meta.is_file() && meta.nlink() == 0)
+        .map(|meta| ((meta.dev(), meta.ino()), meta.blocks().saturating_mul(512)))
+        .collect();
+    nameless.into_values().fold(0, u64::saturating_add)
 }
 
 /// Moves the declared regular files from one directory to another, in the order they were
@@ -238,17 +259,30 @@ mod tests {
         let top = root.path().join("out");
         fs::create_dir(&top).expect("made");
         // Built from the inside out, so that no path gets long while building.
-        for n in 0..3000 {
+        let name = "d".repeat(120);
+        for n in 0..40 {
             let next = root.path().join("next");
             fs::create_dir(&next).expect("made");
             fs::write(next.join(format!("file{n}")), "x").expect("written");
-            fs::rename(&top, next.join("d")).expect("moved");
+            fs::rename(&top, next.join(&name)).expect("moved");
             fs::rename(&next, &top).expect("moved");
         }
         assert!(measure(&top, u64::MAX).too_many);
         clear(&top).expect("cleared");
         assert!(!top.exists());
         clear(&top).expect("clearing nothing is no error");
+    }
+
+    #[test]
+    fn files_without_a_name_are_counted() {
+        let root = tempfile::tempdir().expect("a directory");
+        let path = root.path().join("a");
+        let mut file = File::create(&path).expect("made");
+        fs::remove_file(&path).expect("removed");
+        io::Write::write_all(&mut file, &[1; 200_000]).expect("written");
+        file.sync_all().expect("synced");
+        let me = i32::try_from(std::process::id()).expect("a pid");
+        assert!(unlinked(me) >= 200_000);
     }
 
     #[test]

@@ -303,7 +303,8 @@ impl Warden {
             if now >= self.next_sample {
                 self.next_sample = now + SAMPLE_MS;
                 self.sample(now);
-                self.post(false)?;
+                // A full disk must not end the watch over a running job.
+                let _ = self.post(false);
             }
             if self.kill_at.is_some_and(|at| now >= at) {
                 self.kill();
@@ -312,9 +313,9 @@ impl Warden {
             self.arm()?;
             match self.events.recv().map_err(io::Error::other)? {
                 Event::Tick => {}
-                Event::Said(said) => self.hear(said)?,
+                Event::Said(said) => self.hear(said),
                 Event::Asked(ask, answer) => {
-                    let _ = answer.try_send(self.answer(ask)?);
+                    let _ = answer.try_send(self.answer(ask));
                 }
                 Event::RunnerGone => return self.reap(),
             }
@@ -383,7 +384,10 @@ impl Warden {
     /// Looks at what the program has written so far.
     fn look(&mut self, now: u64) {
         let began = Instant::now();
-        let found = disk::measure(Path::new(file::OUT), self.spec.disk);
+        let mut found = disk::measure(Path::new(file::OUT), self.spec.disk);
+        if let Some(runner) = &self.status.runner {
+            found.bytes = found.bytes.saturating_add(disk::unlinked(runner.pid));
+        }
         let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         // However many files there are, looking takes a small part of one core.
         self.next_look = now.saturating_add(LOOK_MS.max(took.saturating_mul(20)));
@@ -393,16 +397,14 @@ impl Warden {
         }
     }
 
+    /// Writes the status, then shows it: what was seen is on disk.
     fn post(&mut self, durable: bool) -> io::Result<()> {
+        let written = write_json(Path::new(file::STATUS), &self.status, durable);
         self.board.post(self.status.clone());
-        // A full disk must not end the watch over a running job; the board has the truth.
-        match write_json(Path::new(file::STATUS), &self.status, durable) {
-            Err(error) if durable => Err(error),
-            _ => Ok(()),
-        }
+        written
     }
 
-    fn hear(&mut self, said: Said) -> io::Result<()> {
+    fn hear(&mut self, said: Said) {
         let now = boot_ms();
         match said {
             Said::Confined { isolation } if self.status.state == State::Starting => {
@@ -410,18 +412,12 @@ impl Warden {
                 self.status.isolation.truncate(32);
                 self.status.state = State::Running;
                 self.sample(now);
-                self.post(true)
+                let _ = self.post(true);
             }
-            Said::Confined { .. } => Ok(()),
-            Said::Ended { .. } | Said::Interrupted if self.said.is_some() => Ok(()),
-            Said::Ended { outcome } => {
-                self.go(Some(outcome), now);
-                Ok(())
-            }
-            Said::Interrupted => {
-                self.go(None, now);
-                Ok(())
-            }
+            Said::Confined { .. } => {}
+            Said::Ended { .. } | Said::Interrupted if self.said.is_some() => {}
+            Said::Ended { outcome } => self.go(Some(outcome), now),
+            Said::Interrupted => self.go(None, now),
         }
     }
 
@@ -434,10 +430,10 @@ impl Warden {
         self.kill_at = Some(self.kill_at.map_or(kill_at, |at| at.min(kill_at)));
     }
 
-    fn answer(&mut self, ask: Ask) -> io::Result<Answer> {
+    fn answer(&mut self, ask: Ask) -> Answer {
         let refused = |why: &str| Answer::Refused { why: why.to_owned() };
         let now = boot_ms();
-        Ok(match ask {
+        match ask {
             Ask::Extend { .. } if self.cause.is_some() || self.said.is_some() => {
                 refused("the job is already ending")
             }
@@ -448,8 +444,12 @@ impl Warden {
                 refused("the new deadline has passed")
             }
             Ask::Extend { deadline_boot_ms } => {
+                let old = self.status.deadline_boot_ms;
                 self.status.deadline_boot_ms = deadline_boot_ms;
-                self.post(true)?;
+                if let Err(error) = self.post(true) {
+                    self.status.deadline_boot_ms = old;
+                    return refused(&format!("it cannot be written down: {error}"));
+                }
                 Answer::Done { deadline_boot_ms }
             }
             Ask::Stop { why } => {
@@ -460,7 +460,7 @@ impl Warden {
                 Answer::Done { deadline_boot_ms: self.status.deadline_boot_ms }
             }
             Ask::Status | Ask::Watch => Answer::Status { status: Box::new(self.status.clone()) },
-        })
+        }
     }
 
     /// Ends the runner without a word, because this warden cannot go on.
