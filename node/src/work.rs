@@ -719,7 +719,7 @@ async fn overdue(dir: &Path, grace_ms: u64, show: &watch::Sender<Status>) {
             && past(status.deadline_boot_ms)
         {
             // One whose runner is dead is clearing up, which may take its time.
-            if !status.runner.is_some_and(|runner| !runner.alive()) {
+            if status.runner.is_none_or(|runner| runner.alive()) {
                 let _ = status.warden.kill();
                 return;
             }
