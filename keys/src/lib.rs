@@ -17,11 +17,14 @@
 //! No network code. Time comes in as an argument; only the binary reads a clock. The node uses
 //! [`file`] for its own key and [`armor`], [`judge`] and [`view`] for its commands.
 
+pub mod armor;
 pub mod disk;
 pub mod exit;
 pub mod file;
-
+pub mod issue;
+pub mod judge;
 pub mod passphrase;
 pub mod pem;
 pub mod pkcs8;
 pub mod text;
+pub mod view;
