@@ -221,7 +221,7 @@ pub enum NotSignable {
     #[error("it is no draft of an object: {0}")]
     Decode(#[from] DecodeError),
     /// A kind that only a node signs, in its own name.
-    #[error("a {0} is not signed here: only a charter, certificate, mandate or order is")]
+    #[error("{0}: not signed here, only a charter, certificate, mandate or order is")]
     Kind(Kind),
     /// A version of the kind that cannot be shown in full.
     #[error("version {0} of this kind is not known here, so it cannot be shown before signing")]

@@ -310,7 +310,7 @@ impl Page<'_> {
     fn draft(&mut self, envelope: &[u8]) {
         let kind = Envelope::decode(envelope).map(|envelope| envelope.header.kind.name());
         let what = kind.as_deref().unwrap_or("object");
-        self.raw(&format!("UNSIGNED draft of a {what}"));
+        self.raw(&format!("UNSIGNED draft: {what}"));
         self.depth += 1;
         self.envelope(envelope, "to be signed by");
         self.depth -= 1;

@@ -10,7 +10,7 @@ use leasehold_keys::disk::ReadError;
 use leasehold_keys::exit::Exit;
 use leasehold_keys::judge::{self, NotVerified};
 use leasehold_keys::view::{self, Context};
-use leasehold_keys::{file, issue, text};
+use leasehold_keys::{file, issue};
 use leasehold_proto::words::object::Kind;
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::{FabricId, Wall};
@@ -211,16 +211,18 @@ impl Verify {
             }
             Item::Signed(signed) => {
                 let held = judge::object(signed, fabric, charter, now)?;
-                let admitted = match held.admitted {
-                    Some(_) => "the charter admits it",
-                    None => "whether the signer is admitted was not checked",
+                let admitted = match (held.kind, held.admitted) {
+                    (Kind::Charter, _) => "one of the organisations it names signed it",
+                    (_, Some(_)) => "the charter admits it",
+                    (_, None) => "whether the signer is admitted was not checked",
                 };
-                let expired = if held.not_after < now { " It has expired." } else { "" };
+                let expired = if held.not_after < now { "; it has expired" } else { "" };
                 let text = format!(
-                    "the signature of {} {} holds: signed by {}, in fabric {}; {admitted}.{expired}\n",
+                    "the signature of {} {} holds\n  signed by {}\n  in fabric {}\n  \
+                     {admitted}{expired}\n",
                     held.kind, held.id, held.signer, held.fabric
                 );
-                (text::shown(text.trim_end()) + "\n", json!(held))
+                (text, json!(held))
             }
         };
         value["verified"] = json!(true);
