@@ -1,1 +1,4 @@
 //! node
+
+pub mod net;
+pub mod probe;

@@ -8,8 +8,8 @@
 //!
 //! ```text
 //! base       time, id, money, resource        quantities and names
-//! words      wire, sign, object, message      what can be said, and who said it
-//! minds      admission, member, spread, pricing, book, meter, seek
+//! words      wire, sign, object, message, ...   what can be said, and who said it
+//! minds      admission, member, spread, pricing, book (lessor), seek and holdings (lessee)
 //!                                             one state machine each; they do not know each other
 //! placement  (offers, want) -> ranked choice  a pure function with a reason
 //! core       one Event in, Effects out        hands one mind what it needs of another
@@ -20,14 +20,17 @@
 
 pub mod base {
     //! Quantities and names: the vocabulary that everything else counts in.
+    pub mod dice;
     pub mod id;
     pub mod money;
+    pub mod plant;
     pub mod resource;
     pub mod time;
 }
 
 pub mod words {
     //! What peers can say: encoding, signatures, signed objects and messages.
+    pub mod chain;
     pub mod charter;
     pub mod contract;
     pub mod message;
@@ -35,15 +38,23 @@ pub mod words {
     pub mod record;
     pub mod sign;
     pub mod usage;
+    pub mod want;
     pub mod wire;
 }
 
 pub mod minds {
     //! The state machines. Each decides one thing and none imports another.
     pub mod admission;
-    pub mod meter;
+    pub mod book;
+    pub mod holdings;
+    pub mod member;
+    pub mod pricing;
+    pub mod seek;
+    pub mod spread;
 }
 
+pub mod core;
+pub mod placement;
 pub mod proof;
 
 pub use base::{id::*, money::*, resource::*, time::*};

@@ -11,7 +11,7 @@ use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
 use crate::base::time::Wall;
 use crate::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled, departure};
-use crate::minds::meter::Chain;
+use crate::words::chain::Chain;
 use crate::words::charter::Role;
 use crate::words::contract::{EndReason, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
@@ -164,7 +164,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     admission
         .admits(&lessor, &grant.signer(), Role::Node, given.decided)
         .map_err(ProofError::Lessor)?;
-    if let Some(how) = departure(&order, &grant) {
+    if let Some(how) = departure((order.id(), asked), &grant) {
         return Err(ProofError::Grant(how));
     }
     let price_checked = match &proof.offer {

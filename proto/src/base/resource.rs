@@ -142,7 +142,7 @@ impl Resources {
 /// Thousandths of a core as people write them: `1.5`.
 #[must_use]
 pub fn cpu(milli: u64) -> String {
-    if milli % 1000 == 0 {
+    if milli.is_multiple_of(1000) {
         return (milli / 1000).to_string();
     }
     format!("{}.{:03}", milli / 1000, milli % 1000).trim_end_matches('0').to_string()

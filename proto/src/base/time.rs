@@ -36,6 +36,9 @@ pub struct Wall(pub u64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BootId(pub [u8; 16]);
 
+/// How far apart the wall clocks of two honest hosts may be.
+pub const SKEW: Span = Span::secs(5);
+
 /// One reading of both clocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Now {
@@ -147,7 +150,7 @@ impl fmt::Display for Span {
         let ms = self.0;
         match ms {
             0..1_000 => write!(f, "{ms}ms"),
-            1_000..60_000 if ms % 1000 == 0 => write!(f, "{}s", ms / 1000),
+            1_000..60_000 if ms.is_multiple_of(1000) => write!(f, "{}s", ms / 1000),
             1_000..60_000 => write!(f, "{}.{:03}s", ms / 1000, ms % 1000),
             60_000..3_600_000 => write!(f, "{}m{:02}s", ms / 60_000, ms / 1000 % 60),
             _ => write!(f, "{}h{:02}m", ms / 3_600_000, ms / 60_000 % 60),

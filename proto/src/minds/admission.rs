@@ -4,13 +4,10 @@
 //! clock that it judges validity by is the judge's own, with [`SKEW`] of patience for others'.
 
 use crate::base::id::{FabricId, Hash, KeyId};
-use crate::base::time::{Span, Wall};
+use crate::base::time::{SKEW, Wall};
 use crate::words::charter::{Certificate, Charter, Role};
 use crate::words::contract::{Authority, Grant, Mandate, Order};
 use crate::words::sign::{Signed, Verified, VerifyError, is_usable};
-
-/// How far apart the wall clocks of two honest hosts may be.
-pub const SKEW: Span = Span::secs(5);
 
 /// The fabric this node belongs to.
 #[derive(Clone, Debug)]
@@ -200,10 +197,10 @@ fn within_mandate(order: &Order, mandate: &Verified<Mandate>, at: Wall) -> Resul
 
 /// What a grant says differently than its order allows; `None` when it keeps to it.
 #[must_use]
-pub fn departure(order: &Verified<Order>, grant: &Verified<Grant>) -> Option<&'static str> {
-    let (asked, given) = (order.body(), grant.body());
+pub fn departure((order, asked): (Hash, &Order), grant: &Verified<Grant>) -> Option<&'static str> {
+    let given = grant.body();
     [
-        (given.order != order.id(), "it answers another order"),
+        (given.order != order, "it answers another order"),
         (grant.signer() != asked.lessor, "another lessor signed it"),
         (given.lessee != asked.lessee, "it names another lessee"),
         (given.delegate != asked.delegate, "it names another delegate"),

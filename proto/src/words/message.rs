@@ -59,8 +59,13 @@ pub enum Message {
     Records(Vec<Signed>),
     /// A hash per bucket of all that is known here. Answered with `Differ`.
     Digest(Vec<u64>),
-    /// All names in the buckets that differ.
-    Differ(Vec<RecordName>),
+    /// The buckets that differ, and all names in them.
+    Differ {
+        /// Which buckets.
+        buckets: Vec<u8>,
+        /// What is known in them.
+        names: Vec<RecordName>,
+    },
     /// An order. Answered with `Granted` or `Refused`.
     Order(Signed),
     /// A grant.
@@ -220,7 +225,12 @@ pub enum Said {
     /// See [`Message::Digest`].
     Digest(Vec<u64>),
     /// See [`Message::Differ`].
-    Differ(Vec<RecordName>),
+    Differ {
+        /// Which buckets.
+        buckets: Vec<u8>,
+        /// What is known in them there.
+        names: Vec<RecordName>,
+    },
     /// See [`Message::Order`].
     Order(Box<OrderPapers>),
     /// See [`Message::Granted`].
@@ -265,6 +275,11 @@ pub fn decode(frame: &[u8]) -> Result<Message, DecodeError> {
         Message::Announce(names) | Message::Pull(names) if names.len() > MAX_NAMES => {
             Err(DecodeError::Invalid("a message names at most 2048 records"))
         }
+        Message::Differ { buckets, names }
+            if names.len() > MAX_NAMES || buckets.len() > BUCKETS =>
+        {
+            Err(DecodeError::Invalid("a message names at most 256 buckets and 2048 records"))
+        }
         Message::Records(records) if records.len() > MAX_RECORDS => {
             Err(DecodeError::Invalid("a message carries at most 256 records"))
         }
@@ -293,7 +308,9 @@ pub fn verify(message: &Message, fabric: &FabricId) -> Result<Said, VerifyError>
             records.iter().map(|record| verify_record(record, fabric)).collect::<Result<_, _>>()?,
         ),
         Message::Digest(buckets) => Said::Digest(buckets.clone()),
-        Message::Differ(names) => Said::Differ(names.clone()),
+        Message::Differ { buckets, names } => {
+            Said::Differ { buckets: buckets.clone(), names: names.clone() }
+        }
         Message::Order(signed) => Said::Order(Box::new(verify_order(signed, fabric)?)),
         Message::Granted(signed) => Said::Granted(Box::new(verify_grant(signed, fabric)?)),
         Message::Refused(signed) => {

@@ -21,6 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use super::object::{Body, Envelope, Header, Kind};
 use super::wire::{self, DecodeError, MAX_OBJECT};
 use crate::base::id::{FabricId, Hash, KeyId};
+use crate::base::time::Wall;
 
 /// The domain that separates these signatures from any other use of the same key.
 const DOMAIN: &[u8] = b"leasehold/v1";
@@ -218,13 +219,41 @@ pub struct HeaderOf {
     /// The number within (kind, subject, epoch).
     pub seq: u64,
     /// When it ceases to be valid.
-    pub not_after: crate::base::time::Wall,
+    pub not_after: Wall,
 }
 
 impl HeaderOf {
     const fn of_kind(self, kind: Kind) -> Header {
         let Self { fabric, signer, subject, epoch, seq, not_after } = self;
         Header { kind, version: 1, fabric, signer, subject, epoch, seq, not_after }
+    }
+}
+
+/// Who signs, for which fabric, in which life.
+#[derive(Clone, Debug)]
+pub struct Hand {
+    /// The fabric.
+    pub fabric: FabricId,
+    /// This node.
+    pub me: KeyId,
+    /// Its epoch.
+    pub epoch: u64,
+}
+
+impl Hand {
+    /// A draft of `body` about `subject`.
+    ///
+    /// # Errors
+    /// When the body does not fit an envelope.
+    pub fn draft<T: Body>(
+        &self,
+        subject: Hash,
+        seq: u64,
+        not_after: Wall,
+        body: &T,
+    ) -> Result<Draft, wire::EncodeError> {
+        let Self { fabric, me, epoch } = self.clone();
+        Draft::new(HeaderOf { fabric, signer: me, subject, epoch, seq, not_after }, body)
     }
 }
 

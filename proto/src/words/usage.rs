@@ -51,6 +51,8 @@ pub enum Outcome {
     Stopped,
     /// Its processes vanished.
     Lost,
+    /// It wrote more than the disk leased.
+    OutOfDisk,
 }
 
 impl Outcome {
@@ -66,6 +68,7 @@ impl Outcome {
             Self::Deadline => "deadline",
             Self::Stopped => "stopped",
             Self::Lost => "lost",
+            Self::OutOfDisk => "out_of_disk",
         }
     }
 }
@@ -81,6 +84,7 @@ impl fmt::Display for Outcome {
             Self::Deadline => f.write_str("was ended at the end of its lease"),
             Self::Stopped => f.write_str("was stopped by the lessee"),
             Self::Lost => f.write_str("was lost with its host or node"),
+            Self::OutOfDisk => f.write_str("wrote more than the disk leased"),
         }
     }
 }

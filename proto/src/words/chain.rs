@@ -15,6 +15,9 @@ use crate::base::time::{Span, Wall};
 use crate::words::contract::{EndReason, Grant};
 use crate::words::usage::{ObjectionReason, Receipt, Usage};
 
+/// How long grants, receipts and terminations stay valid as evidence after they were signed.
+pub const EVIDENCE_LIFE: Span = Span::secs(10 * 365 * 24 * 3600);
+
 /// Where a chain of receipts stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Chain {

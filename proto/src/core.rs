@@ -1,0 +1,512 @@
+//! The whole node, without its hands: one event in, effects out.
+//!
+//! The contract with the shell around it:
+//!
+//! - [`Core::handle`] is given the time and one event; it never waits and reads nothing else. It
+//!   appends effects, whose order is meaning: see [`effect`].
+//! - For every question asked by [`Effect::Ask`] the shell hands back exactly one
+//!   [`Event::Answered`] or [`Event::Unanswered`]; for every [`Effect::StartJob`] one
+//!   [`Event::JobEnded`], once nothing of the job is left.
+//! - [`Core::next_wake`] says when [`Event::Woke`] is due; waking early is harmless.
+//!
+//! The core is a `match`, not a mind: it hands one mind what it needs of another. `links` does
+//! membership and the map, `lessor` the leases granted here, `lessee` those held from here.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+
+pub mod effect;
+pub mod event;
+pub mod kept;
+mod lessee;
+mod lessor;
+mod links;
+pub mod view;
+
+pub use effect::{Effect, Notice, StartJob};
+pub use event::{Command, CommandId, Ended, Event, Failure, Leased, Reply, Ticket, Token};
+pub use kept::Kept;
+pub use view::View;
+
+use crate::base::dice::Dice;
+use crate::base::id::{Hash, KeyId, LeaseId};
+use crate::base::plant::Plant;
+use crate::base::resource::Resources;
+use crate::base::time::{Boot, BootId, Now, Span};
+use crate::minds::admission::{Admission, CharterError, NotAdmitted};
+use crate::minds::book::{self, Book, Lent};
+use crate::minds::holdings::{self, Held, Holdings};
+use crate::minds::member::{Membership, Peer, Timing};
+use crate::minds::pricing::{Policy, Pricing};
+use crate::minds::seek::Pursuit;
+use crate::minds::spread::Spread;
+use crate::words::charter::{Certificate, Role};
+use crate::words::contract::{Claim, Mandate};
+use crate::words::message::{Utterance, verify_grant};
+use crate::words::record::Addresses;
+use crate::words::sign::{Draft, Hand, Signed, Verified, VerifyError};
+use crate::words::usage::{Outcome, Usage};
+
+use view::Counters;
+
+/// How often what has no deadline of its own is looked after.
+const TICK: Span = Span::secs(1);
+/// How many long-lived links a node seeks.
+const DEGREE: usize = 8;
+
+/// Who a node is and what it is to do.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Its key.
+    pub me: KeyId,
+    /// Its name.
+    pub name: String,
+    /// The boot this process runs in.
+    pub boot: BootId,
+    /// The charter of its fabric.
+    pub charter: Signed,
+    /// The certificate that admits it.
+    pub certificate: Signed,
+    /// The mandate under which it may order, if any.
+    pub mandate: Option<Signed>,
+    /// Where it is reached; its first probe address is the one that counts.
+    pub addresses: Addresses,
+    /// All that the host has.
+    pub hardware: Resources,
+    /// What of it may be lent.
+    pub capacity: Resources,
+    /// The processor's name.
+    pub processor: String,
+    /// The software's version.
+    pub version: String,
+    /// What the operator says about the host.
+    pub labels: Vec<(String, String)>,
+    /// What is sold and at what price.
+    pub policy: Policy,
+    /// How liveness is watched.
+    pub timing: Timing,
+    /// How long a job may take to end after its term.
+    pub grace: Span,
+    /// Nodes to join by.
+    pub join: Vec<SocketAddr>,
+    /// The seed of all dice.
+    pub seed: u64,
+    /// A planted bug; none outside the simulation.
+    pub plant: Plant,
+}
+
+/// Why a core cannot start. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The charter founds no fabric.
+    #[error("charter: {0}")]
+    Charter(#[from] CharterError),
+    /// The node's certificate does not verify.
+    #[error("node certificate: {0}")]
+    Certificate(VerifyError),
+    /// The node is not admitted.
+    #[error("node certificate: {0}")]
+    NotAdmitted(#[from] NotAdmitted),
+    /// The mandate does not verify.
+    #[error("mandate: {0}")]
+    Mandate(VerifyError),
+    /// There is no probe address.
+    #[error("no address for liveness packets")]
+    NoProbe,
+    /// A kept record contradicts itself.
+    #[error("lease {0} was kept in a form that does not decode")]
+    Kept(LeaseId),
+}
+
+/// What became of jobs while no node watched: how they ended and what they used.
+pub type Orphans = BTreeMap<LeaseId, (Outcome, Usage)>;
+
+/// What a question was about.
+#[derive(Clone, Debug)]
+enum Pending {
+    Hello(KeyId),
+    Announce(KeyId),
+    Pull,
+    Records,
+    Digest(KeyId),
+    Order(Hash),
+    Claim(LeaseId),
+    Release(LeaseId),
+    Receipt(LeaseId),
+    Termination(LeaseId),
+}
+
+/// A peer with a link.
+#[derive(Debug, Default)]
+struct Link {
+    admitted: bool,
+}
+
+/// A question that waits for a link.
+#[derive(Debug)]
+struct Waiting {
+    token: Token,
+    what: Utterance,
+}
+
+/// An act of this node's that waits for the lessor's answer.
+#[derive(Debug)]
+struct Acting {
+    command: Option<CommandId>,
+    tries: u32,
+}
+
+/// What is known about a host's behaviour towards this node.
+#[derive(Clone, Copy, Debug, Default)]
+struct Record {
+    failed: u64,
+    all: u64,
+    avoid_until: Boot,
+}
+
+/// A node's decisions.
+#[derive(Debug)]
+pub struct Core {
+    config: Config,
+    hand: Hand,
+    admission: Admission,
+    certificate: Verified<Certificate>,
+    mandate: Option<Verified<Mandate>>,
+    dice: Dice,
+    membership: Membership,
+    spread: Spread,
+    pricing: Pricing,
+    book: Book,
+    holdings: Holdings,
+    pursuits: BTreeMap<CommandId, Pursuit>,
+    links: BTreeMap<KeyId, Link>,
+    epochs: BTreeMap<KeyId, u64>,
+    waiting: BTreeMap<KeyId, Vec<Waiting>>,
+    pending: BTreeMap<Token, Pending>,
+    claims: BTreeMap<LeaseId, Acting>,
+    releases: BTreeMap<LeaseId, Acting>,
+    awaiting_end: BTreeMap<LeaseId, Vec<CommandId>>,
+    /// Terminations that the delegate has not confirmed, with the time of the next try.
+    untold: BTreeMap<LeaseId, (Boot, u32)>,
+    /// Leases with a receipt on its way, or the time before which none is sent again.
+    receipts_out: BTreeMap<LeaseId, Option<Boot>>,
+    /// Ended leases dropped from memory are remembered by their last view.
+    history: VecDeque<view::LentView>,
+    records: BTreeMap<KeyId, Record>,
+    halted: Option<String>,
+    disk_full: bool,
+    leaving: bool,
+    tokens: u64,
+    host_seq: u64,
+    tick_at: Boot,
+    reconcile_at: Boot,
+    host_record_at: Boot,
+    counters: Counters,
+    /// Keys whose certificate was shown on a link or in a host record, and judged.
+    admitted: BTreeSet<KeyId>,
+}
+
+impl Core {
+    /// Starts a node from what was kept, in a new epoch. The epoch is the first thing emitted.
+    ///
+    /// # Errors
+    /// When charter, certificate, mandate or what was kept do not hold.
+    pub fn new(
+        config: Config,
+        saved: impl IntoIterator<Item = Kept>,
+        orphans: &Orphans,
+        now: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<Self, StartError> {
+        let admission = Admission::found(&config.charter)?;
+        let fabric = admission.fabric();
+        let certificate = config.certificate.verify(&fabric).map_err(StartError::Certificate)?;
+        admission.admits(&certificate, &config.me, Role::Node, now.wall)?;
+        let mandate = config.mandate.as_ref().map(|mandate| mandate.verify(&fabric));
+        let mandate = mandate.transpose().map_err(StartError::Mandate)?;
+        let probe = *config.addresses.probe.first().ok_or(StartError::NoProbe)?;
+        let saved = Saved::sort(saved);
+        let epoch = saved.epoch + u64::from(!config.plant.is("same-epoch"));
+        let epoch = epoch.max(1);
+        let hand = Hand { fabric, me: config.me, epoch };
+        let mut dice = Dice::new(config.seed);
+        let peer = Peer { key: config.me, epoch, rejoin: 0, probe };
+        let membership = Membership::new(peer, &config.timing, dice.number());
+        let book = Book::new(
+            hand.clone(),
+            config.certificate.clone(),
+            config.boot,
+            config.grace,
+            config.capacity.clone(),
+            config.plant,
+        );
+        let mut core = Self {
+            pricing: Pricing::new(config.policy.clone()),
+            hand,
+            admission,
+            certificate,
+            mandate,
+            dice,
+            membership,
+            spread: Spread::default(),
+            book,
+            holdings: Holdings::default(),
+            pursuits: BTreeMap::new(),
+            links: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            releases: BTreeMap::new(),
+            awaiting_end: BTreeMap::new(),
+            untold: BTreeMap::new(),
+            receipts_out: BTreeMap::new(),
+            history: VecDeque::new(),
+            records: BTreeMap::new(),
+            halted: None,
+            disk_full: false,
+            leaving: false,
+            tokens: 0,
+            host_seq: 0,
+            tick_at: now.boot,
+            reconcile_at: now.boot + Span::secs(60),
+            host_record_at: now.boot,
+            counters: Counters::default(),
+            admitted: BTreeSet::from([config.me]),
+            config,
+        };
+        out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
+        core.restore(saved, orphans, now, out)?;
+        core.handle(now, Event::Woke, out);
+        Ok(core)
+    }
+
+    fn restore(
+        &mut self,
+        saved: Saved,
+        orphans: &Orphans,
+        now: Now,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), StartError> {
+        let Saved { lent, held, mut receipts, .. } = saved;
+        for (id, kept) in lent {
+            let acknowledged = kept.acknowledged.0;
+            let mut unacknowledged = receipts.remove(&id).unwrap_or_default();
+            unacknowledged.retain(|(number, _)| *number > acknowledged);
+            let restored = self.book.restore(kept, unacknowledged);
+            restored.ok_or(StartError::Kept(id))?;
+            self.resume_lent(now, &id, orphans.get(&id), out);
+        }
+        for (order, kept) in held {
+            if kept.stage == holdings::Stage::Ordered {
+                // Nobody waits for its grant any more; should one come, it lapses unbilled.
+                out.push(Effect::Keep(Kept::DropHeld(order)));
+                continue;
+            }
+            let grant = kept.grant.as_ref().map(|grant| verify_grant(grant, &self.hand.fabric));
+            let terms = grant
+                .and_then(Result::ok)
+                .map(|papers| (LeaseId(papers.grant.id()), papers.grant.body().clone()));
+            self.holdings.restore(kept, terms);
+        }
+        Ok(())
+    }
+
+    /// Takes one event.
+    pub fn handle(&mut self, now: Now, event: Event, out: &mut Vec<Effect>) {
+        match event {
+            Event::Linked(peer) => self.linked(peer, out),
+            Event::Unlinked(peer) => self.unlinked(&peer, out),
+            Event::Heard { from, said, ticket } => self.heard(now, from, said, ticket, out),
+            Event::Answered { from, token, said } => self.answered(now, from, token, said, out),
+            Event::Unanswered { token, why } => self.unanswered(now, token, &why, out),
+            Event::DialFailed(peer) => self.dial_failed(now, &peer, out),
+            Event::Packet { from, bytes } => self.packet(now, from, &bytes, out),
+            Event::Own(said) => self.own_record(now, said),
+            Event::Asked { command, what } => self.asked(now, command, what, out),
+            Event::Usage(lease, usage) => self.book.report(&lease, usage),
+            Event::JobEnded(lease, outcome, usage) => {
+                self.job_ended(now, &lease, outcome, usage, out);
+            }
+            Event::DiskFull(full) => self.disk_full = full,
+            Event::Woke => {}
+            Event::Leave => self.leave(now, out),
+        }
+        self.wake(now, out);
+    }
+
+    fn wake(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.wake_links(now, out);
+        self.wake_lessor(now, out);
+        self.wake_lessee(now, out);
+    }
+
+    /// When [`Event::Woke`] is due at the latest.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Boot> {
+        [
+            Some(self.tick_at),
+            self.membership.next_wake(),
+            self.spread.next_wake(),
+            self.book.next_wake(),
+            Some(self.pricing.next_wake().max(self.last_publish_floor())),
+            self.next_pursuit(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Publishing is looked at with every event; it never needs a wake-up more often than this.
+    fn last_publish_floor(&self) -> Boot {
+        self.tick_at - TICK + Span::millis(50)
+    }
+
+    fn asked(&mut self, now: Now, command: CommandId, what: Command, out: &mut Vec<Effect>) {
+        let failed = match what {
+            Command::View => {
+                let view = Box::new(self.view(now));
+                out.push(Effect::Answer(command, Ok(Reply::View(view))));
+                return;
+            }
+            Command::Plan(want) => {
+                let ranking = self.rank(now, &want);
+                out.push(Effect::Answer(command, Ok(Reply::Plan(ranking))));
+                return;
+            }
+            _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
+            Command::Lease(want) => self.seek(now, command, want, out),
+            Command::LeaseBy(papers) => self.lease_by(now, command, &papers, out),
+            Command::DraftOrder { want, lessee, certificate } => {
+                self.draft_for(now, command, &want, lessee, certificate, out)
+            }
+            Command::Claim { lease, job } => self.claim(now, command, lease, &job, out),
+            Command::Release(lease) => self.release(now, command, lease, out),
+            Command::AwaitEnd(lease) => self.await_end(command, lease, out),
+        };
+        if let Err(failure) = failed {
+            out.push(Effect::Answer(command, Err(failure)));
+        }
+    }
+
+    /// Asks an admitted peer now, or once there is a link to it.
+    fn ask(&mut self, to: KeyId, about: Pending, what: Utterance, out: &mut Vec<Effect>) {
+        self.tokens += 1;
+        let token = Token(self.tokens);
+        self.pending.insert(token, about);
+        let linked = self.links.get(&to).is_some_and(|link| link.admitted);
+        if linked || to == self.config.me {
+            out.push(Effect::Ask { to, token, what });
+            return;
+        }
+        let first = !self.waiting.contains_key(&to);
+        self.waiting.entry(to).or_default().push(Waiting { token, what });
+        if first && !self.links.contains_key(&to) {
+            let host = self.spread.host(&to);
+            let addresses = host.map(|host| host.body().addresses.link.clone());
+            out.push(Effect::Dial { peer: Some(to), addresses: addresses.unwrap_or_default() });
+        }
+    }
+
+    /// How things stand.
+    #[must_use]
+    pub fn view(&self, now: Now) -> View {
+        let charter = self.admission.charter();
+        View {
+            fabric: self.hand.fabric,
+            fabric_name: charter.name.clone(),
+            currency: charter.currency.clone(),
+            me: self.config.me,
+            epoch: self.hand.epoch,
+            halted: self.halted.clone(),
+            joined: self.config.join.is_empty() || self.admitted_links() > 0,
+            links: self.admitted_links(),
+            records: self.spread.len(),
+            packets_refused: self.membership.refused(),
+            capacity: self.book.capacity().clone(),
+            promised: self.book.promised().clone(),
+            nodes: self.view_nodes(now),
+            lent: self.view_lent(),
+            held: self.view_held(now),
+            pursuits: self.pursuits.len(),
+            counters: self.counters,
+        }
+    }
+
+    /// Who this node is.
+    #[must_use]
+    pub const fn hand(&self) -> &Hand {
+        &self.hand
+    }
+
+    /// The fabric it belongs to.
+    #[must_use]
+    pub const fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    /// Whether `key` has shown a certificate that admits it as a node.
+    #[must_use]
+    pub fn is_admitted(&self, key: &KeyId) -> bool {
+        self.admitted.contains(key)
+    }
+
+    /// The data-plane addresses of `key`, as its host record says.
+    #[must_use]
+    pub fn data_addresses(&self, key: &KeyId) -> Vec<SocketAddr> {
+        let host = self.spread.host(key);
+        host.map(|host| host.body().addresses.data.clone()).unwrap_or_default()
+    }
+}
+
+/// What was kept, sorted by what it is.
+#[derive(Default)]
+struct Saved {
+    epoch: u64,
+    lent: BTreeMap<LeaseId, Lent>,
+    held: BTreeMap<Hash, Held>,
+    receipts: BTreeMap<LeaseId, VecDeque<(u64, Draft)>>,
+}
+
+impl Saved {
+    fn sort(saved: impl IntoIterator<Item = Kept>) -> Self {
+        let mut sorted = Self::default();
+        for kept in saved {
+            match kept {
+                Kept::Epoch(epoch) => sorted.epoch = sorted.epoch.max(epoch),
+                Kept::Lent(id, lent) => {
+                    sorted.lent.insert(id, *lent);
+                }
+                Kept::Held(order, held) => {
+                    sorted.held.insert(order, *held);
+                }
+                Kept::Receipt(lease, number, draft) => {
+                    sorted.receipts.entry(lease).or_default().push_back((number, draft));
+                }
+                Kept::DropHeld(_)
+                | Kept::Acknowledged(..)
+                | Kept::Countersigned(..)
+                | Kept::Objected(..)
+                | Kept::Equivocation(..) => {}
+            }
+        }
+        sorted
+    }
+}
+
+/// The claim in a draft, decoded.
+fn claim_in(draft: &Draft) -> Option<Claim> {
+    use crate::words::{object::Envelope, wire};
+    let envelope = Envelope::decode(&draft.envelope).ok()?;
+    wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).ok()
+}
+
+const _: fn() = || {
+    fn is_send<T: Send>() {}
+    is_send::<Core>();
+};
+
+/// Where a lease stands at its lessor, re-exported for those who read a [`View`].
+pub use book::Stage as LentStage;
+/// Where a lease stands at its lessee, re-exported for those who read a [`View`].
+pub use holdings::Stage as HeldStage;

@@ -1,0 +1,113 @@
+//! What the core wants of the world, in an order that has meaning.
+//!
+//! No effect but [`Effect::Packet`] may leave before every [`Effect::Keep`] emitted before it, in
+//! this batch or an earlier one, is durable. Drafts are signed by the shell after that barrier.
+
+use std::net::SocketAddr;
+
+use crate::base::id::{KeyId, LeaseId};
+use crate::base::resource::Resources;
+use crate::base::time::{Boot, Span};
+use crate::words::contract::{EndReason, JobSpec};
+use crate::words::message::Utterance;
+use crate::words::sign::Draft;
+
+use super::event::{CommandId, Failure, Reply, Ticket, Token};
+use super::kept::Kept;
+
+/// One thing to do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Make this durable.
+    Keep(Kept),
+    /// Ask an admitted peer something; an answer or [`super::Event::Unanswered`] must follow.
+    Ask {
+        /// Whom.
+        to: KeyId,
+        /// By which the answer is known.
+        token: Token,
+        /// What.
+        what: Utterance,
+    },
+    /// Answer a peer's question.
+    Reply {
+        /// Which question.
+        ticket: Ticket,
+        /// What.
+        what: Utterance,
+    },
+    /// Try to link with a peer.
+    Dial {
+        /// Whom; `None` when only an address is known.
+        peer: Option<KeyId>,
+        /// Where.
+        addresses: Vec<SocketAddr>,
+    },
+    /// The peer has shown its certificate: it may say more.
+    Admit(KeyId),
+    /// Close a link.
+    Disconnect(KeyId, &'static str),
+    /// Sign and send a liveness packet; exempt from the barrier.
+    Packet {
+        /// Where to.
+        to: SocketAddr,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Sign a record of this node's own and hand it back as [`super::Event::Own`].
+    Record(Draft),
+    /// Fetch what a job needs and start it.
+    StartJob(Box<StartJob>),
+    /// End a job; [`super::Event::JobEnded`] must follow.
+    StopJob(LeaseId, EndReason),
+    /// Reply to a command.
+    Answer(CommandId, Result<Reply, Failure>),
+    /// Something an operator should know.
+    Notice(Notice),
+}
+
+/// A job to start.
+#[derive(Clone, Debug)]
+pub struct StartJob {
+    /// Under which lease.
+    pub lease: LeaseId,
+    /// Who may attach to it.
+    pub delegate: KeyId,
+    /// Where the delegate serves payloads.
+    pub sources: Vec<SocketAddr>,
+    /// What runs.
+    pub job: JobSpec,
+    /// With what.
+    pub shape: Resources,
+    /// When its last instruction must be over, on the boot clock.
+    pub deadline: Boot,
+    /// How long it may take to end after that before it is killed.
+    pub grace: Span,
+}
+
+/// Something an operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A node with this node's key is running elsewhere, or this data directory is an older copy:
+    /// nothing is granted any more.
+    Twin {
+        /// The epoch that was seen elsewhere.
+        seen: u64,
+        /// This node's.
+        mine: u64,
+    },
+    /// A node signed two different things under one version; both are kept.
+    Equivocation(KeyId),
+    /// A peer was turned away.
+    TurnedAway(KeyId, String),
+    /// A lessee does not agree with a receipt.
+    Objected(LeaseId),
+    /// A lease was granted.
+    Granted(LeaseId),
+    /// A lease ended.
+    Ended(LeaseId, EndReason),
+    /// A node came up or went down.
+    Up(KeyId),
+    /// A node is held down.
+    Down(KeyId),
+}

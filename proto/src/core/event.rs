@@ -1,0 +1,212 @@
+//! What the core is told: one enum, and the commands that people and programs give.
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::id::{Hash, KeyId, LeaseId};
+use crate::base::money::Amount;
+use crate::minds::seek::Heard;
+use crate::placement::{Against, Ranking};
+use crate::words::contract::{EndReason, JobSpec, Reason};
+use crate::words::message::{OrderPapers, RecordSaid, Said};
+use crate::words::sign::{Draft, Signed};
+use crate::words::usage::{Outcome, Usage};
+use crate::words::want::{Choice, Want};
+
+use super::view::View;
+
+/// Names a question that this node asked over a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Token(pub u64);
+
+/// Names a question that was asked of this node and waits for its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// Names a command that waits for its reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CommandId(pub u64);
+
+/// Everything that can happen to a core.
+#[allow(clippy::large_enum_variant)] // few are alive at once, each is moved once
+#[derive(Debug)]
+pub enum Event {
+    /// A link is up; nothing is known yet but the peer's key.
+    Linked(KeyId),
+    /// A link is gone.
+    Unlinked(KeyId),
+    /// A peer asked something.
+    Heard {
+        /// Who.
+        from: KeyId,
+        /// What, every signature checked.
+        said: Said,
+        /// Where the answer goes.
+        ticket: Ticket,
+    },
+    /// A peer answered.
+    Answered {
+        /// Who.
+        from: KeyId,
+        /// Which question.
+        token: Token,
+        /// What, every signature checked.
+        said: Said,
+    },
+    /// A question will not be answered: the peer cannot be reached, took too long, or what it
+    /// said does not verify.
+    Unanswered {
+        /// Which question.
+        token: Token,
+        /// In words.
+        why: String,
+    },
+    /// A peer could not be dialled.
+    DialFailed(KeyId),
+    /// A liveness packet whose signature holds.
+    Packet {
+        /// Who signed it.
+        from: KeyId,
+        /// The packet.
+        bytes: Vec<u8>,
+    },
+    /// A record of this node's own, signed.
+    Own(RecordSaid),
+    /// Somebody at this node asks for something.
+    Asked {
+        /// Where the reply goes.
+        command: CommandId,
+        /// What.
+        what: Command,
+    },
+    /// What a job used so far.
+    Usage(LeaseId, Usage),
+    /// A job's processes are gone.
+    JobEnded(LeaseId, Outcome, Usage),
+    /// Whether the disk has room for what new leases would write.
+    DiskFull(bool),
+    /// Time has passed.
+    Woke,
+    /// The node is about to stop.
+    Leave,
+}
+
+/// What can be asked of a node.
+#[derive(Debug)]
+pub enum Command {
+    /// Rank the hosts for this.
+    Plan(Want),
+    /// Get a lease on this, from the best that says yes.
+    Lease(Want),
+    /// Get a lease by an order that the lessee signed elsewhere.
+    LeaseBy(Box<OrderPapers>),
+    /// Draft an order for a lessee to sign elsewhere.
+    DraftOrder {
+        /// What is wanted.
+        want: Want,
+        /// Who will sign.
+        lessee: KeyId,
+        /// The certificate that admits the lessee.
+        certificate: Signed,
+    },
+    /// Use a lease.
+    Claim {
+        /// Which.
+        lease: LeaseId,
+        /// What runs.
+        job: JobSpec,
+    },
+    /// Give a lease back.
+    Release(LeaseId),
+    /// Tell when a held lease has ended.
+    AwaitEnd(LeaseId),
+    /// Tell how things stand.
+    View,
+}
+
+/// What a command comes to.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// The hosts, ranked.
+    Plan(Ranking),
+    /// A lease was granted.
+    Leased(Box<Leased>),
+    /// An order to sign elsewhere, and whom it names.
+    Drafted(Draft, Choice),
+    /// The claim was accepted: the job is being started.
+    Claimed(KeyId),
+    /// The release was accepted.
+    Released,
+    /// The lease has ended.
+    Ended(Ended),
+    /// How things stand.
+    View(Box<View>),
+}
+
+/// A granted lease.
+#[derive(Clone, Debug)]
+pub struct Leased {
+    /// Its id.
+    pub lease: LeaseId,
+    /// The order behind it.
+    pub order: Hash,
+    /// The grant.
+    pub grant: Signed,
+    /// Who lends, and why that one.
+    pub choice: Choice,
+    /// Who said no before.
+    pub heard: Vec<Heard>,
+}
+
+/// How a held lease ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Why.
+    pub reason: EndReason,
+    /// How its job ended.
+    pub outcome: Option<Outcome>,
+    /// What is owed.
+    pub charge: Amount,
+    /// How many receipts were countersigned.
+    pub receipts: u64,
+}
+
+/// Why a command comes to nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// This node may not order for anybody.
+    #[error("this node has no mandate to order in a lessee's name")]
+    NoMandate,
+    /// No host fits.
+    #[error("no host that is up offers what is asked for")]
+    NothingFits(Vec<Against>),
+    /// Everybody who was asked said no, or nothing.
+    #[error("every host that was asked refused or did not answer")]
+    Refused(Vec<Heard>),
+    /// The lessor refused an act.
+    #[error("the lessor refused: {0:?}")]
+    Act(Reason),
+    /// The lessor cannot be reached.
+    #[error("the lessor cannot be reached: {0}")]
+    Unreachable(String),
+    /// The lease is not one that this node holds.
+    #[error("this node holds no such lease")]
+    UnknownLease,
+    /// The lease is over, or may not be relied on any more.
+    #[error("the lease is over")]
+    Over,
+    /// The lease is in use already.
+    #[error("the lease is in use already")]
+    InUse,
+    /// The job's description breaks a rule.
+    #[error("the job is not acceptable: {0}")]
+    BadJob(String),
+    /// The order is not one that this node can carry.
+    #[error("the order cannot be used: {0}")]
+    BadOrder(String),
+    /// Too many commands wait already.
+    #[error("too many requests wait at this node: try again")]
+    Busy,
+    /// This node is stopping, or must not act.
+    #[error("this node takes on nothing: {0}")]
+    Halted(String),
+}

@@ -1,0 +1,154 @@
+//! What is made durable: records under keys, the newest of each key counts.
+//!
+//! The state of a node is the fold of these. Keys begin with one letter that says what they hold,
+//! so that a prefix scan finds all receipts of a lease in order.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::base::id::{Hash, LeaseId};
+use crate::minds::book::Lent;
+use crate::minds::holdings::Held;
+use crate::words::sign::{Draft, Signed};
+use crate::words::wire::{self, DecodeError, EncodeError};
+
+/// The longest value, in bytes: below what sled would put into a file of its own.
+pub const MAX_VALUE: usize = 60 * 1024;
+
+/// One durable record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// The epoch of the current run.
+    Epoch(u64),
+    /// A lease this node granted.
+    Lent(LeaseId, Box<Lent>),
+    /// An order or lease this node holds.
+    Held(Hash, Box<Held>),
+    /// An order that came to nothing.
+    DropHeld(Hash),
+    /// A receipt this node wrote.
+    Receipt(LeaseId, u64, Draft),
+    /// A countersignature this node received.
+    Acknowledged(LeaseId, u64, Signed),
+    /// A receipt this node received, with its countersignature.
+    Countersigned(LeaseId, u64, Signed, Draft),
+    /// An objection this node received.
+    Objected(LeaseId, Signed),
+    /// Two signed objects that contradict each other.
+    Equivocation(Signed, Signed),
+}
+
+/// Why a kept record cannot be read back.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The key is of no known form.
+    #[error("a kept record has an unknown key of {0} bytes")]
+    Key(usize),
+    /// The value does not decode.
+    #[error("a kept record does not decode: {0}")]
+    Value(#[from] DecodeError),
+}
+
+fn key(letter: u8, parts: &[&[u8]]) -> Vec<u8> {
+    let mut key = vec![letter];
+    parts.iter().for_each(|part| key.extend_from_slice(part));
+    key
+}
+
+/// The prefix of every receipt that this node wrote for `lease`.
+#[must_use]
+pub fn receipts_of(lease: &LeaseId) -> Vec<u8> {
+    key(b'r', &[&lease.0.0])
+}
+
+/// The prefix of every countersignature that this node received for `lease`.
+#[must_use]
+pub fn acknowledgements_of(lease: &LeaseId) -> Vec<u8> {
+    key(b'a', &[&lease.0.0])
+}
+
+/// The prefix of every receipt that this node received for `lease`.
+#[must_use]
+pub fn countersigned_of(lease: &LeaseId) -> Vec<u8> {
+    key(b'c', &[&lease.0.0])
+}
+
+/// The key of a lease this node granted.
+#[must_use]
+pub fn lent_key(lease: &LeaseId) -> Vec<u8> {
+    key(b'L', &[&lease.0.0])
+}
+
+/// The prefix of every order and lease this node holds.
+pub const HELD_PREFIX: &[u8] = b"H";
+
+impl Kept {
+    /// Where it is kept.
+    #[must_use]
+    pub fn key(&self) -> Vec<u8> {
+        match self {
+            Self::Epoch(_) => key(b'e', &[]),
+            Self::Lent(lease, _) => lent_key(lease),
+            Self::Held(order, _) | Self::DropHeld(order) => key(b'H', &[&order.0]),
+            Self::Receipt(lease, n, _) => key(b'r', &[&lease.0.0, &n.to_be_bytes()]),
+            Self::Acknowledged(lease, n, _) => key(b'a', &[&lease.0.0, &n.to_be_bytes()]),
+            Self::Countersigned(lease, n, ..) => key(b'c', &[&lease.0.0, &n.to_be_bytes()]),
+            Self::Objected(lease, signed) => key(b'o', &[&lease.0.0, &signed.id().0]),
+            Self::Equivocation(a, b) => key(b'q', &[&a.id().0, &b.id().0]),
+        }
+    }
+
+    /// What is kept there; `None` takes away what was.
+    ///
+    /// # Errors
+    /// When it is longer than [`MAX_VALUE`].
+    pub fn value(&self) -> Result<Option<Vec<u8>>, EncodeError> {
+        fn put(value: &impl Serialize) -> Result<Option<Vec<u8>>, EncodeError> {
+            wire::encode::<MAX_VALUE>(value).map(Some)
+        }
+        match self {
+            Self::Epoch(epoch) => put(epoch),
+            Self::Lent(_, lent) => put(lent),
+            Self::Held(_, held) => put(held),
+            Self::DropHeld(_) => Ok(None),
+            Self::Receipt(_, _, draft) => put(draft),
+            Self::Acknowledged(_, _, signed) | Self::Objected(_, signed) => put(signed),
+            Self::Countersigned(_, _, receipt, ack) => put(&(receipt, ack)),
+            Self::Equivocation(a, b) => put(&(a, b)),
+        }
+    }
+
+    /// Reads back what was kept.
+    ///
+    /// # Errors
+    /// When key or value are not of a form that [`Kept::key`] and [`Kept::value`] write.
+    pub fn read(key: &[u8], value: &[u8]) -> Result<Self, ReadError> {
+        fn get<T: DeserializeOwned>(value: &[u8]) -> Result<T, ReadError> {
+            Ok(wire::decode::<MAX_VALUE, T>(value)?)
+        }
+        let unknown = || ReadError::Key(key.len());
+        let (letter, rest) = key.split_first().ok_or_else(unknown)?;
+        let hash = || -> Option<Hash> { Some(Hash(*rest.first_chunk()?)) };
+        let lease = || hash().map(LeaseId).ok_or_else(unknown);
+        let number = || -> Result<u64, ReadError> {
+            let bytes = rest.get(32..).and_then(|tail| tail.first_chunk());
+            bytes.map(|bytes| u64::from_be_bytes(*bytes)).ok_or_else(unknown)
+        };
+        Ok(match letter {
+            b'e' => Self::Epoch(get(value)?),
+            b'L' => Self::Lent(lease()?, get(value)?),
+            b'H' => Self::Held(hash().ok_or_else(unknown)?, get(value)?),
+            b'r' => Self::Receipt(lease()?, number()?, get(value)?),
+            b'a' => Self::Acknowledged(lease()?, number()?, get(value)?),
+            b'c' => {
+                let (receipt, ack) = get(value)?;
+                Self::Countersigned(lease()?, number()?, receipt, ack)
+            }
+            b'o' => Self::Objected(lease()?, get(value)?),
+            b'q' => {
+                let (a, b) = get(value)?;
+                Self::Equivocation(a, b)
+            }
+            _ => return Err(unknown()),
+        })
+    }
+}

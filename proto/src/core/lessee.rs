@@ -1,0 +1,759 @@
+//! The lessee's part: seeking a lease, claiming it, countersigning what it costs.
+
+use super::event::{Ended, Failure, Leased, Reply};
+use super::lessor::MAX_JOB;
+use super::{Acting, CommandId, Core, Effect, Kept, Notice, Pending, Record, Ticket, claim_in};
+use crate::base::dice::Dice;
+use crate::base::id::{Hash, KeyId, LeaseId};
+use crate::base::time::{Boot, Now, Span};
+use crate::minds::admission::departure;
+use crate::minds::holdings::{Held, Holding, Judged, Placed, Stage, act_id};
+use crate::minds::seek::{Next, Pursuit};
+use crate::placement::{self, Candidate, Ranking};
+use crate::words::charter::Role;
+use crate::words::contract::{
+    Acceptance, Authority, Claim, JobSpec, Order, Reason, Refusal, Release, Termination,
+};
+use crate::words::message::{GrantPapers, Message, OrderPapers, Utterance, Word};
+use crate::words::object::order_subject;
+use crate::words::sign::{Draft, HeaderOf, Signed, Verified};
+use crate::words::usage::Receipt;
+use crate::words::want::{Choice, Want};
+use crate::words::wire;
+
+use super::view::HeldView;
+
+/// The most searches at once.
+const MAX_PURSUITS: usize = 1_024;
+/// How long an order stays valid: long enough for every retry of it.
+const ORDER_LIFE: Span = Span::secs(30);
+/// How long a host that refused or failed is avoided.
+const AVOID: Span = Span::secs(2);
+/// How often an act is repeated to a lessor that does not answer.
+const MAX_TRIES: u32 = 3;
+/// The most ended leases kept in memory.
+const MAX_ENDED: usize = 1_000;
+
+impl Core {
+    /// Ranks the hosts on the map for `want`.
+    pub(super) fn rank(&mut self, now: Now, want: &Want) -> Ranking {
+        let mut dice = Dice::new(self.dice.number());
+        let candidates: Vec<_> = self
+            .spread
+            .hosts()
+            .map(|record| {
+                let key = record.signer();
+                let offer = self.spread.offer(&key);
+                let known = self.records.get(&key).copied().unwrap_or_default();
+                Candidate {
+                    key,
+                    host: Some(record.body()),
+                    offer: offer.map(|(offer, _)| offer),
+                    up: self.is_up(&key, offer.map(|(_, heard)| heard), now.boot),
+                    avoided: known.avoid_until > now.boot,
+                    record: (known.failed, known.all),
+                }
+            })
+            .collect();
+        placement::rank(want, &candidates, &mut dice)
+    }
+
+    pub(super) fn seek(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        want: Want,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        if self.mandate.is_none() {
+            return Err(Failure::NoMandate);
+        }
+        if self.pursuits.len() >= MAX_PURSUITS {
+            return Err(Failure::Busy);
+        }
+        let ranking = self.rank(now, &want);
+        if ranking.choices.is_empty() {
+            return Err(Failure::NothingFits(ranking.against));
+        }
+        let pursuit = Pursuit::new(now.boot, want, ranking.choices);
+        self.pursuits.insert(command, pursuit);
+        self.pursue(now, command, out);
+        Ok(())
+    }
+
+    /// Does what a search wants next.
+    fn pursue(&mut self, now: Now, command: CommandId, out: &mut Vec<Effect>) {
+        loop {
+            let Some(pursuit) = self.pursuits.get_mut(&command) else { return };
+            match pursuit.next(now.boot) {
+                Next::Wait(_) => return,
+                Next::Ask(choice) => {
+                    let want = pursuit.want.clone();
+                    if let Some(order) = self.send_order(now, &want, &choice, out)
+                        && let Some(pursuit) = self.pursuits.get_mut(&command)
+                    {
+                        pursuit.asked(now.boot, order, choice);
+                    }
+                }
+                Next::Failed if pursuit.rounds > 0 && !pursuit.heard().is_empty() => {
+                    let want = pursuit.want.clone();
+                    let ranking = self.rank(now, &want);
+                    if let Some(pursuit) = self.pursuits.get_mut(&command) {
+                        pursuit.widen(ranking.choices);
+                    }
+                }
+                Next::Failed => {
+                    if let Some(pursuit) = self.pursuits.remove(&command) {
+                        let heard = pursuit.heard().to_vec();
+                        out.push(Effect::Answer(command, Err(Failure::Refused(heard))));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn order_body(
+        &mut self,
+        now: Now,
+        want: &Want,
+        choice: &Choice,
+        authority: Authority,
+        lessee: KeyId,
+    ) -> Order {
+        Order {
+            lessee,
+            delegate: self.config.me,
+            authority,
+            lessor: choice.lessor,
+            offer: choice.offer,
+            request: self.dice.request(),
+            shape: want.shape.clone(),
+            class: want.class,
+            term: want.term,
+            claim_within: want.claim_within,
+            ceiling: want.max_hourly,
+            cap: want.budget,
+            exposure: want.exposure,
+            receipt_every: want.receipt_every,
+            placed: now.wall,
+        }
+    }
+
+    fn send_order(
+        &mut self,
+        now: Now,
+        want: &Want,
+        choice: &Choice,
+        out: &mut Vec<Effect>,
+    ) -> Option<Hash> {
+        let mandate = self.mandate.clone()?;
+        let authority = Authority::Mandate(mandate.signed().clone());
+        let body = self.order_body(now, want, choice, authority, mandate.signer());
+        let subject = order_subject(&body.lessee, &body.request);
+        let draft = self.hand.draft(subject, 0, now.wall + ORDER_LIFE, &body).ok()?;
+        let order = draft.id();
+        let placed = Placed::Here(draft.clone());
+        self.keep_order(now, placed, choice.lessor, &choice.offer, out);
+        let what = Utterance::Signs(Word::Order, draft);
+        self.ask(choice.lessor, Pending::Order(order), what, out);
+        Some(order)
+    }
+
+    fn keep_order(
+        &mut self,
+        now: Now,
+        placed: Placed,
+        lessor: KeyId,
+        offer: &Hash,
+        out: &mut Vec<Effect>,
+    ) {
+        let known = self.spread.offer(&lessor).map(|(offer, _)| offer);
+        let offer = known.filter(|known| known.id() == *offer);
+        let kept = Held {
+            order: placed,
+            lessor,
+            offer: offer.map(|offer| offer.signed().clone()),
+            boot: self.config.boot,
+            sent: now.boot,
+            grant: None,
+            stage: Stage::Ordered,
+            claim: None,
+            claim_sent: None,
+            release: None,
+            chain: crate::words::chain::Chain::default(),
+            acknowledgement: None,
+            objection: None,
+            termination: None,
+        };
+        let order = kept.order.id();
+        out.push(Effect::Keep(Kept::Held(order, Box::new(kept.clone()))));
+        self.holdings.ordered(kept);
+    }
+
+    pub(super) fn lease_by(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        papers: &OrderPapers,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let (order, body) = (&papers.order, papers.order.body());
+        if body.delegate != self.config.me {
+            let text =
+                format!("it names {} as delegate, this is {}", body.delegate, self.config.me);
+            return Err(Failure::BadOrder(text));
+        }
+        if order.header().not_after < now.wall {
+            return Err(Failure::BadOrder("it has expired".into()));
+        }
+        if let Some(holding) = self.holdings.order(&order.id()) {
+            // The same file twice is one lease.
+            let leased = self.leased_from(holding, order.id());
+            let leased = leased.ok_or(Failure::Busy)?;
+            out.push(Effect::Answer(command, Ok(Reply::Leased(Box::new(leased)))));
+            return Ok(());
+        }
+        let name = self.spread.host(&body.lessor).map(|host| host.body().name.clone());
+        let choice = Choice {
+            lessor: body.lessor,
+            name: name.unwrap_or_else(|| body.lessor.short()),
+            offer: body.offer,
+            rate: body.ceiling,
+            worst_case: body.ceiling.per_hour_over(body.term).min(body.cap),
+            score: 0,
+            why: "named by the order".into(),
+        };
+        let want = want_of(body);
+        let mut pursuit = Pursuit::new(now.boot, want, Vec::new());
+        pursuit.rounds = 0;
+        pursuit.asked(now.boot, order.id(), choice);
+        self.pursuits.insert(command, pursuit);
+        let placed = Placed::Elsewhere(order.signed().clone());
+        self.keep_order(now, placed, body.lessor, &body.offer, out);
+        let what = Utterance::Plain(Message::Order(order.signed().clone()));
+        self.ask(body.lessor, Pending::Order(order.id()), what, out);
+        Ok(())
+    }
+
+    pub(super) fn draft_for(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        want: &Want,
+        lessee: KeyId,
+        certificate: Signed,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let ranking = self.rank(now, want);
+        let Some(choice) = ranking.choices.into_iter().next() else {
+            return Err(Failure::NothingFits(ranking.against));
+        };
+        let authority = Authority::Lessee(certificate);
+        let body = self.order_body(now, want, &choice, authority, lessee);
+        let header = HeaderOf {
+            fabric: self.hand.fabric,
+            signer: lessee,
+            subject: order_subject(&lessee, &body.request),
+            // An offline key has no epoch of its own: the time of drafting takes its place.
+            epoch: now.wall.0,
+            seq: 0,
+            not_after: now.wall + self.admission.charter().limits.max_order_life,
+        };
+        let draft = Draft::new(header, &body);
+        let draft = draft.map_err(|error| Failure::BadOrder(error.to_string()))?;
+        out.push(Effect::Answer(command, Ok(Reply::Drafted(draft, choice))));
+        Ok(())
+    }
+
+    fn command_of(&self, order: &Hash) -> Option<CommandId> {
+        let mut all = self.pursuits.iter();
+        all.find(|(_, pursuit)| pursuit.awaits(order)).map(|(command, _)| *command)
+    }
+
+    pub(super) fn granted(
+        &mut self,
+        now: Now,
+        order: &Hash,
+        papers: &GrantPapers,
+        out: &mut Vec<Effect>,
+    ) {
+        let grant = &papers.grant;
+        let lessor = grant.signer();
+        let verdict = self.judge_grant(now, order, papers);
+        if let Err(why) = verdict {
+            self.order_silent(now, order, &why, out);
+            return;
+        }
+        let Some(lease) = self.holdings.granted(order, grant) else { return };
+        let Some(command) = self.command_of(order) else {
+            // A hedge that came second: it lapses unclaimed and unbilled.
+            self.holdings.drop_order(order);
+            out.push(Effect::Keep(Kept::DropHeld(*order)));
+            return;
+        };
+        self.records.entry(lessor).or_default().all += 1;
+        self.keep_held(order, out);
+        let Some(pursuit) = self.pursuits.remove(&command) else { return };
+        let Some(choice) = pursuit.choice(order).cloned() else { return };
+        let choice = Choice { rate: grant.body().rate, ..choice };
+        let leased = Leased {
+            lease,
+            order: *order,
+            grant: grant.signed().clone(),
+            choice,
+            heard: pursuit.heard().to_vec(),
+        };
+        out.push(Effect::Answer(command, Ok(Reply::Leased(Box::new(leased)))));
+    }
+
+    fn judge_grant(&self, now: Now, order: &Hash, papers: &GrantPapers) -> Result<(), String> {
+        let GrantPapers { grant, certificate } = papers;
+        let holding = self.holdings.order(order).ok_or("no such order is out")?;
+        let signed = match &holding.kept.order {
+            Placed::Here(draft) => order_in(&draft.envelope),
+            Placed::Elsewhere(signed) => order_in(&signed.envelope),
+        };
+        let asked = signed.ok_or("the order does not decode")?;
+        if grant.body().order != *order {
+            return Err("it answers another order".into());
+        }
+        if let Some(how) = departure((*order, &asked), grant) {
+            return Err(format!("its grant does not keep to the order: {how}"));
+        }
+        self.admission
+            .admits(certificate, &grant.signer(), Role::Node, now.wall)
+            .map_err(|why| why.to_string())
+    }
+
+    fn leased_from(&self, holding: &Holding, order: Hash) -> Option<Leased> {
+        let (lease, terms) = holding.terms.as_ref()?;
+        let choice = Choice {
+            lessor: holding.kept.lessor,
+            name: holding.kept.lessor.short(),
+            offer: holding.kept.offer.as_ref().map(Signed::id).unwrap_or_default(),
+            rate: terms.rate,
+            worst_case: terms.worst_case(),
+            score: 0,
+            why: "granted before".into(),
+        };
+        let grant = holding.kept.grant.clone()?;
+        Some(Leased { lease: *lease, order, grant, choice, heard: Vec::new() })
+    }
+
+    fn keep_held(&self, order: &Hash, out: &mut Vec<Effect>) {
+        if let Some(holding) = self.holdings.order(order) {
+            out.push(Effect::Keep(Kept::Held(*order, Box::new(holding.kept.clone()))));
+        }
+    }
+
+    fn keep_held_lease(&self, lease: &LeaseId, out: &mut Vec<Effect>) {
+        if let Some(holding) = self.holdings.get(lease) {
+            let order = holding.kept.order.id();
+            out.push(Effect::Keep(Kept::Held(order, Box::new(holding.kept.clone()))));
+        }
+    }
+
+    fn avoid(&mut self, now: Now, lessor: KeyId, failed: bool) {
+        if self.records.len() > 10_000 {
+            self.records.retain(|_, record| record.avoid_until > now.boot);
+        }
+        let record: &mut Record = self.records.entry(lessor).or_default();
+        record.avoid_until = now.boot + AVOID;
+        if failed {
+            record.failed += 1;
+            record.all += 1;
+        }
+    }
+
+    pub(super) fn refused(
+        &mut self,
+        now: Now,
+        order: &Hash,
+        from: KeyId,
+        refusal: &Verified<Refusal>,
+        out: &mut Vec<Effect>,
+    ) {
+        let body = refusal.body();
+        if refusal.signer() != from || body.of != *order {
+            self.order_silent(now, order, "it refused something else", out);
+            return;
+        }
+        let figures = body.figures.iter();
+        let figures: Vec<_> =
+            figures.map(|f| format!("{}: have {}, need {}", f.of, f.have, f.need)).collect();
+        self.avoid(now, from, false);
+        self.holdings.drop_order(order);
+        out.push(Effect::Keep(Kept::DropHeld(*order)));
+        if let Some(command) = self.command_of(order) {
+            if let Some(pursuit) = self.pursuits.get_mut(&command) {
+                pursuit.refused(order, body.reason, figures.join(", "));
+            }
+            self.pursue(now, command, out);
+        }
+    }
+
+    pub(super) fn order_silent(
+        &mut self,
+        now: Now,
+        order: &Hash,
+        why: &str,
+        out: &mut Vec<Effect>,
+    ) {
+        let lessor = self.holdings.order(order).map(|holding| holding.kept.lessor);
+        if let Some(lessor) = lessor {
+            self.avoid(now, lessor, true);
+        }
+        self.holdings.drop_order(order);
+        out.push(Effect::Keep(Kept::DropHeld(*order)));
+        if let Some(command) = self.command_of(order) {
+            if let Some(pursuit) = self.pursuits.get_mut(&command) {
+                pursuit.silent(order, why.to_string());
+            }
+            self.pursue(now, command, out);
+        }
+    }
+
+    pub(super) fn claim(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        lease: LeaseId,
+        job: &JobSpec,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        job.check().map_err(|why| Failure::BadJob(why.into()))?;
+        if wire::encode::<MAX_JOB>(job).is_err() {
+            return Err(Failure::BadJob(format!("its description takes over {MAX_JOB} bytes")));
+        }
+        let hand = self.hand.clone();
+        let boot = self.config.boot;
+        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
+        let relied = holding.relied_until().filter(|_| holding.kept.boot == boot);
+        if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
+            return Err(Failure::Over);
+        }
+        let lessor = holding.kept.lessor;
+        let draft = match &holding.kept.claim {
+            Some(draft) => {
+                let same = claim_in(draft).is_some_and(|known| known.job == *job);
+                if !same {
+                    return Err(Failure::InUse);
+                }
+                draft.clone()
+            }
+            None => {
+                let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
+                let draft = hand.draft(lease.0, 0, now.wall + ORDER_LIFE, &body);
+                let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
+                holding.kept.claim = Some(draft.clone());
+                holding.kept.claim_sent = Some(now.boot);
+                draft
+            }
+        };
+        self.keep_held_lease(&lease, out);
+        self.claims.insert(lease, Acting { command: Some(command), tries: 1 });
+        let what = Utterance::Signs(Word::Claim, draft);
+        self.ask(lessor, Pending::Claim(lease), what, out);
+        Ok(())
+    }
+
+    pub(super) fn claim_accepted(
+        &mut self,
+        lease: &LeaseId,
+        acceptance: &Verified<Acceptance>,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(lease) else { return };
+        let lessor = holding.kept.lessor;
+        let of = holding.kept.claim.as_ref().map(Draft::id);
+        if acceptance.signer() != lessor || Some(acceptance.body().of) != of {
+            self.claim_silent(lease, "it accepted something else", out);
+            return;
+        }
+        if holding.kept.stage == Stage::Granted {
+            holding.kept.stage = Stage::Claimed;
+            self.keep_held_lease(lease, out);
+        }
+        if let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command) {
+            out.push(Effect::Answer(command, Ok(Reply::Claimed(lessor))));
+        }
+    }
+
+    pub(super) fn claim_refused(&mut self, lease: &LeaseId, reason: Reason, out: &mut Vec<Effect>) {
+        if let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command) {
+            out.push(Effect::Answer(command, Err(Failure::Act(reason))));
+        }
+    }
+
+    pub(super) fn claim_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
+        let draft = self.holdings.get(lease).and_then(|holding| holding.kept.claim.clone());
+        let repeat = draft.map(|draft| (Word::Claim, draft, Pending::Claim(*lease)));
+        if !self.repeat_act(lease, repeat, true, out)
+            && let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command)
+        {
+            out.push(Effect::Answer(command, Err(Failure::Unreachable(why.into()))));
+        }
+    }
+
+    /// Sends an act again, the same bytes. False when it was tried often enough.
+    fn repeat_act(
+        &mut self,
+        lease: &LeaseId,
+        act: Option<(Word, Draft, Pending)>,
+        claim: bool,
+        out: &mut Vec<Effect>,
+    ) -> bool {
+        let acting = if claim { &mut self.claims } else { &mut self.releases };
+        let Some(acting) = acting.get_mut(lease).filter(|acting| acting.tries < MAX_TRIES) else {
+            return false;
+        };
+        acting.tries += 1;
+        let lessor = self.holdings.get(lease).map(|holding| holding.kept.lessor);
+        let (Some(lessor), Some((word, draft, about))) = (lessor, act) else { return false };
+        self.ask(lessor, about, Utterance::Signs(word, draft), out);
+        true
+    }
+
+    pub(super) fn release(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        lease: LeaseId,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let hand = self.hand.clone();
+        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
+        if holding.kept.stage == Stage::Ended {
+            out.push(Effect::Answer(command, Ok(Reply::Released)));
+            return Ok(());
+        }
+        let lessor = holding.kept.lessor;
+        let draft = match &holding.kept.release {
+            Some(draft) => draft.clone(),
+            None => {
+                let body = Release { lease, act: act_id(&lease, "release") };
+                let draft = hand.draft(lease.0, 0, now.wall + ORDER_LIFE, &body);
+                let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
+                holding.kept.release = Some(draft.clone());
+                draft
+            }
+        };
+        self.keep_held_lease(&lease, out);
+        self.releases.insert(lease, Acting { command: Some(command), tries: 1 });
+        let what = Utterance::Signs(Word::Release, draft);
+        self.ask(lessor, Pending::Release(lease), what, out);
+        Ok(())
+    }
+
+    pub(super) fn release_accepted(
+        &mut self,
+        lease: &LeaseId,
+        acceptance: &Verified<Acceptance>,
+        out: &mut Vec<Effect>,
+    ) {
+        let lessor = self.holdings.get(lease).map(|holding| holding.kept.lessor);
+        if Some(acceptance.signer()) != lessor {
+            self.release_silent(lease, "somebody else answered", out);
+            return;
+        }
+        if let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command) {
+            out.push(Effect::Answer(command, Ok(Reply::Released)));
+        }
+    }
+
+    pub(super) fn release_refused(
+        &mut self,
+        lease: &LeaseId,
+        reason: Reason,
+        out: &mut Vec<Effect>,
+    ) {
+        if let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command) {
+            let over = matches!(reason, Reason::Ended);
+            let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
+            out.push(Effect::Answer(command, reply));
+        }
+    }
+
+    pub(super) fn release_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
+        let draft = self.holdings.get(lease).and_then(|holding| holding.kept.release.clone());
+        let repeat = draft.map(|draft| (Word::Release, draft, Pending::Release(*lease)));
+        if !self.repeat_act(lease, repeat, false, out)
+            && let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command)
+        {
+            out.push(Effect::Answer(command, Err(Failure::Unreachable(why.into()))));
+        }
+    }
+
+    pub(super) fn hear_receipt(
+        &mut self,
+        now: Now,
+        receipt: &Verified<Receipt>,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let lease = receipt.body().lease;
+        let what = match self.holdings.judge(now, &self.hand, self.config.boot, receipt) {
+            Judged::Agreed(answer, new) => {
+                if new {
+                    let (number, signed) = (receipt.body().number, receipt.signed().clone());
+                    let kept = Kept::Countersigned(lease, number, signed, answer.clone());
+                    out.push(Effect::Keep(kept));
+                    self.keep_held_lease(&lease, out);
+                }
+                Utterance::Signs(Word::Acknowledged, answer)
+            }
+            Judged::Objected(answer) => {
+                self.keep_held_lease(&lease, out);
+                out.push(Effect::Notice(Notice::Objected(lease)));
+                Utterance::Signs(Word::Objected, answer)
+            }
+            Judged::Foreign => Utterance::Plain(Message::Done),
+        };
+        out.push(Effect::Reply { ticket, what });
+    }
+
+    pub(super) fn hear_termination(
+        &mut self,
+        termination: &Verified<Termination>,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let lease = termination.body().lease;
+        if self.holdings.terminated(termination) {
+            self.keep_held_lease(&lease, out);
+            if let Some(ended) = self.holdings.get(&lease).and_then(ended_of) {
+                for command in self.awaiting_end.remove(&lease).unwrap_or_default() {
+                    out.push(Effect::Answer(command, Ok(Reply::Ended(ended.clone()))));
+                }
+            }
+        }
+        out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+    }
+
+    pub(super) fn await_end(
+        &mut self,
+        command: CommandId,
+        lease: LeaseId,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let holding = self.holdings.get(&lease).ok_or(Failure::UnknownLease)?;
+        match ended_of(holding) {
+            Some(ended) => out.push(Effect::Answer(command, Ok(Reply::Ended(ended)))),
+            None => self.awaiting_end.entry(lease).or_default().push(command),
+        }
+        Ok(())
+    }
+
+    pub(super) fn next_pursuit(&self) -> Option<Boot> {
+        let waits = self.pursuits.values().filter_map(|pursuit| pursuit.waits_until());
+        waits.min()
+    }
+
+    pub(super) fn wake_lessee(&mut self, now: Now, out: &mut Vec<Effect>) {
+        let due: Vec<_> = self
+            .pursuits
+            .iter()
+            .filter(|(_, pursuit)| pursuit.waits_until().is_none_or(|at| at <= now.boot))
+            .map(|(command, _)| *command)
+            .collect();
+        for command in due {
+            let overdue = self.pursuits.get(&command).map(|pursuit| pursuit.overdue(now.boot));
+            for order in overdue.unwrap_or_default() {
+                self.order_silent(now, &order, "it did not answer in time", out);
+            }
+            self.pursue(now, command, out);
+        }
+    }
+
+    pub(super) fn tick_lessee(&mut self, now: Now, out: &mut Vec<Effect>) {
+        // Leases that may no longer be relied on and of which nothing was heard are asked about.
+        let silent: Vec<_> = self
+            .holdings
+            .all()
+            .filter(|(_, holding)| {
+                holding.kept.stage != Stage::Ended
+                    && holding.relied_until().is_some_and(|until| {
+                        holding.kept.boot != self.config.boot
+                            || until + Span::secs(10 * 60) < now.boot
+                    })
+            })
+            .map(|(order, holding)| (*order, holding.kept.stage))
+            .collect();
+        for (order, stage) in silent {
+            if stage == Stage::Granted {
+                self.holdings.drop_order(&order);
+                out.push(Effect::Keep(Kept::DropHeld(order)));
+            }
+        }
+        let ended = self.holdings.all().filter(|(_, h)| h.kept.stage == Stage::Ended).count();
+        if ended > MAX_ENDED {
+            let mut old: Vec<_> = self
+                .holdings
+                .all()
+                .filter(|(_, h)| h.kept.stage == Stage::Ended)
+                .map(|(order, h)| (h.kept.sent, *order))
+                .collect();
+            old.sort();
+            for (_, order) in old.into_iter().take(ended - MAX_ENDED) {
+                self.holdings.drop_order(&order);
+            }
+        }
+    }
+
+    pub(super) fn view_held(&self, now: Now) -> Vec<HeldView> {
+        let granted = self.holdings.all().filter_map(|(order, holding)| {
+            let (lease, terms) = holding.terms.as_ref()?;
+            let kept = &holding.kept;
+            let left = holding.relied_until().filter(|_| kept.boot == self.config.boot);
+            let ended = ended_of(holding);
+            Some(HeldView {
+                id: Some(*lease),
+                order: *order,
+                lessor: kept.lessor,
+                stage: kept.stage,
+                shape: terms.shape.clone(),
+                rate: terms.rate,
+                worst_case: terms.worst_case(),
+                decided: terms.decided,
+                term: terms.term,
+                left: left.map_or(Span::ZERO, |until| until.since(now.boot)),
+                usage: kept.chain.usage,
+                charge: kept.chain.charge,
+                receipts: kept.chain.number,
+                objection: kept.objection,
+                end: ended.as_ref().map(|ended| ended.reason),
+                outcome: ended.and_then(|ended| ended.outcome),
+            })
+        });
+        granted.collect()
+    }
+}
+
+/// How a held lease ended, by its termination.
+fn ended_of(holding: &Holding) -> Option<Ended> {
+    let (reason, outcome, charge) = holding.ended.clone()?;
+    Some(Ended { reason, outcome, charge, receipts: holding.kept.chain.number })
+}
+
+fn order_in(envelope: &[u8]) -> Option<Order> {
+    let envelope = crate::words::object::Envelope::decode(envelope).ok()?;
+    wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).ok()
+}
+
+fn want_of(order: &Order) -> Want {
+    Want {
+        shape: order.shape.clone(),
+        class: order.class,
+        term: order.term,
+        claim_within: order.claim_within,
+        max_hourly: order.ceiling,
+        budget: order.cap,
+        exposure: order.exposure,
+        receipt_every: order.receipt_every,
+        runtime: String::new(),
+        lessors: vec![order.lessor],
+        labels: Vec::new(),
+        isolation: Vec::new(),
+    }
+}

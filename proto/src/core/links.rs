@@ -1,0 +1,548 @@
+//! Links, membership and the map: who is there, who is admitted, what everybody offers.
+
+use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
+use crate::base::id::KeyId;
+use crate::base::time::{Boot, Now, Span};
+use crate::minds::member::{Peer, Sign};
+use crate::minds::spread::Taken;
+use crate::words::charter::{Certificate, Role};
+use crate::words::message::{Message, RecordName, RecordSaid, Said, Utterance};
+use crate::words::object::key_subject;
+use crate::words::record::HostRecord;
+use crate::words::sign::Verified;
+
+/// How often everything known is compared with one neighbour.
+const RECONCILE: Span = Span::secs(60);
+/// How often an unchanged host record is signed anew, and how long it is valid.
+const HOST_REFRESH: Span = Span::secs(30 * 60);
+const HOST_LIFE: Span = Span::secs(90 * 60);
+/// How many records are pulled by one question: their answer must fit one message.
+const PULL_AT_ONCE: usize = 100;
+/// The most links kept; those beyond were dialled for one order and are closed when idle.
+const MAX_LINKS: usize = 64;
+
+impl Core {
+    pub(super) fn admitted_links(&self) -> usize {
+        self.links.values().filter(|link| link.admitted).count()
+    }
+
+    pub(super) fn linked(&mut self, peer: KeyId, out: &mut Vec<Effect>) {
+        self.links.insert(peer, Link::default());
+        let hello = self.hello_to(&peer);
+        // Before admission `ask` would wait for it: the greeting itself goes at once.
+        self.tokens += 1;
+        let token = Token(self.tokens);
+        self.pending.insert(token, Pending::Hello(peer));
+        out.push(Effect::Ask { to: peer, token, what: hello });
+    }
+
+    fn hello_to(&self, peer: &KeyId) -> Utterance {
+        Utterance::Plain(Message::Hello {
+            charter: self.admission.charter_id(),
+            certificate: self.certificate.signed().clone(),
+            epoch: self.hand.epoch,
+            seen: self.epochs.get(peer).copied().unwrap_or(0),
+        })
+    }
+
+    pub(super) fn unlinked(&mut self, peer: &KeyId, out: &mut Vec<Effect>) {
+        self.links.remove(peer);
+        self.spread.unlinked(peer);
+        // What waits for this link gets another try by dialling anew.
+        if self.waiting.contains_key(peer) {
+            let addresses = self.link_addresses(peer);
+            out.push(Effect::Dial { peer: Some(*peer), addresses });
+        }
+    }
+
+    fn link_addresses(&self, peer: &KeyId) -> Vec<std::net::SocketAddr> {
+        let host = self.spread.host(peer);
+        host.map(|host| host.body().addresses.link.clone()).unwrap_or_default()
+    }
+
+    pub(super) fn dial_failed(&mut self, now: Now, peer: &KeyId, out: &mut Vec<Effect>) {
+        if self.links.contains_key(peer) {
+            return;
+        }
+        let waiting = self.waiting.remove(peer).unwrap_or_default();
+        for Waiting { token, .. } in waiting {
+            self.unanswered(now, token, "it cannot be dialled", out);
+        }
+    }
+
+    pub(super) fn heard(
+        &mut self,
+        now: Now,
+        from: KeyId,
+        said: Said,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let reply = |what: Message| Effect::Reply { ticket, what: Utterance::Plain(what) };
+        if let Said::Hello { charter, certificate, epoch, seen } = said {
+            if self.greeted(now, from, charter, &certificate, (epoch, seen), out) {
+                let what = self.hello_to(&from);
+                out.push(Effect::Reply { ticket, what });
+            }
+            return;
+        }
+        let admitted =
+            from == self.config.me || self.links.get(&from).is_some_and(|link| link.admitted);
+        if !admitted {
+            out.push(Effect::Disconnect(from, "it spoke before it showed its certificate"));
+            return;
+        }
+        match said {
+            Said::Announce(names) => {
+                out.push(reply(Message::Pull(self.spread.lacking(&names))));
+            }
+            Said::Records(records) => {
+                for record in records {
+                    self.take_record(now, record, Some(from), out);
+                }
+                out.push(reply(Message::Done));
+            }
+            Said::Pull(names) => {
+                let batch = self.spread.batches(&names).into_iter().next().unwrap_or_default();
+                out.push(reply(Message::Records(batch)));
+            }
+            Said::Digest(theirs) => {
+                let (buckets, names) = self.spread.differing(&theirs);
+                out.push(reply(Message::Differ { buckets, names }));
+            }
+            Said::Order(papers) => self.order(now, &papers, ticket, out),
+            Said::Claim(claim) => self.hear_claim(now, &claim, ticket, out),
+            Said::Release(release) => self.hear_release(now, &release, ticket, out),
+            Said::Receipt(receipt) => self.hear_receipt(now, &receipt, ticket, out),
+            Said::Terminated(end) => self.hear_termination(&end, ticket, out),
+            Said::Inquire(lease) => self.inquired(now, from, lease, ticket, out),
+            Said::Hello { .. }
+            | Said::Differ { .. }
+            | Said::Granted(_)
+            | Said::Refused(..)
+            | Said::Accepted(_)
+            | Said::Acknowledged(_)
+            | Said::Objected(_)
+            | Said::Done => {
+                out.push(Effect::Disconnect(from, "it asked what is only ever an answer"));
+            }
+        }
+    }
+
+    /// Judges a greeting. True when the peer is admitted from here on.
+    fn greeted(
+        &mut self,
+        now: Now,
+        from: KeyId,
+        charter: crate::base::id::Hash,
+        certificate: &Verified<Certificate>,
+        (epoch, seen): (u64, u64),
+        out: &mut Vec<Effect>,
+    ) -> bool {
+        let known = self.admission.admits(certificate, &from, Role::Node, now.wall);
+        let why = match known {
+            Err(why) => Some(why.to_string()),
+            Ok(()) if charter != self.admission.charter_id() => {
+                Some("it follows another charter".to_string())
+            }
+            Ok(()) => None,
+        };
+        if let Some(why) = why {
+            out.push(Effect::Notice(Notice::TurnedAway(from, why)));
+            out.push(Effect::Disconnect(from, "it is not admitted to this fabric"));
+            return false;
+        }
+        self.saw_epoch(&from, epoch);
+        if seen > self.hand.epoch {
+            self.twin(seen, out);
+        }
+        self.admitted.insert(from);
+        let Some(link) = self.links.get_mut(&from) else { return true };
+        if !std::mem::replace(&mut link.admitted, true) {
+            out.push(Effect::Admit(from));
+            self.spread.linked(from);
+            // One side starts the comparison; it goes both ways.
+            if self.config.me < from {
+                self.reconcile_with(from, out);
+            }
+            for Waiting { token, what } in self.waiting.remove(&from).unwrap_or_default() {
+                out.push(Effect::Ask { to: from, token, what });
+            }
+            self.greet_member(now, &from, out);
+        }
+        true
+    }
+
+    fn saw_epoch(&mut self, key: &KeyId, epoch: u64) {
+        let seen = self.epochs.entry(*key).or_default();
+        *seen = epoch.max(*seen);
+    }
+
+    /// Another node has this key, or this directory is an older copy: nothing is granted again.
+    fn twin(&mut self, seen: u64, out: &mut Vec<Effect>) {
+        if self.halted.is_none() {
+            let mine = self.hand.epoch;
+            self.halted = Some(format!(
+                "a node with this key was seen in epoch {seen}, this one is in epoch {mine}: \
+                 either two nodes run with one key, or this data directory is an older copy"
+            ));
+            out.push(Effect::Notice(Notice::Twin { seen, mine }));
+            self.pricing.set_policy(crate::minds::pricing::Policy {
+                selling: false,
+                ..self.pricing.policy().clone()
+            });
+        }
+    }
+
+    fn reconcile_with(&mut self, peer: KeyId, out: &mut Vec<Effect>) {
+        let digest = Utterance::Plain(Message::Digest(self.spread.digest()));
+        self.ask(peer, Pending::Digest(peer), digest, out);
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        now: Now,
+        from: KeyId,
+        token: Token,
+        said: Said,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(about) = self.pending.remove(&token) else { return };
+        match (about, said) {
+            (Pending::Hello(_), Said::Hello { charter, certificate, epoch, seen }) => {
+                self.greeted(now, from, charter, &certificate, (epoch, seen), out);
+            }
+            (Pending::Announce(to), Said::Pull(names)) => self.send_records(to, &names, out),
+            (Pending::Pull, Said::Records(records)) => {
+                for record in records {
+                    self.take_record(now, record, Some(from), out);
+                }
+            }
+            (Pending::Digest(to), Said::Differ { buckets, names }) => {
+                for chunk in self.spread.lacking(&names).chunks(PULL_AT_ONCE) {
+                    let pull = Utterance::Plain(Message::Pull(chunk.to_vec()));
+                    self.ask(to, Pending::Pull, pull, out);
+                }
+                let ahead = self.spread.ahead_of(&buckets, &names);
+                self.send_records(to, &ahead, out);
+            }
+            (Pending::Records, Said::Done) => {}
+            (Pending::Order(order), Said::Granted(papers)) => {
+                self.granted(now, &order, &papers, out);
+            }
+            (Pending::Order(order), Said::Refused(refusal, offer)) => {
+                if let Some(offer) = offer {
+                    self.take_record(now, RecordSaid::Offer(offer), Some(from), out);
+                }
+                self.refused(now, &order, from, &refusal, out);
+            }
+            (Pending::Claim(lease), Said::Accepted(acceptance)) => {
+                self.claim_accepted(&lease, &acceptance, out);
+            }
+            (Pending::Claim(lease), Said::Refused(refusal, _)) => {
+                self.claim_refused(&lease, refusal.body().reason, out);
+            }
+            (Pending::Release(lease), Said::Accepted(acceptance)) => {
+                self.release_accepted(&lease, &acceptance, out);
+            }
+            (Pending::Release(lease), Said::Refused(refusal, _)) => {
+                self.release_refused(&lease, refusal.body().reason, out);
+            }
+            (Pending::Receipt(lease), Said::Acknowledged(ack)) => {
+                self.hear_acknowledgement(now, &lease, &ack, out);
+            }
+            (Pending::Receipt(lease), Said::Objected(objection)) => {
+                self.hear_objection(now, &lease, &objection, out);
+            }
+            (Pending::Termination(lease), Said::Done) => {
+                self.untold.remove(&lease);
+            }
+            (about, _) => self.came_to_nothing(now, about, "it gave no proper answer", out),
+        }
+    }
+
+    pub(super) fn unanswered(&mut self, now: Now, token: Token, why: &str, out: &mut Vec<Effect>) {
+        if let Some(about) = self.pending.remove(&token) {
+            self.came_to_nothing(now, about, why, out);
+        }
+    }
+
+    fn came_to_nothing(&mut self, now: Now, about: Pending, why: &str, out: &mut Vec<Effect>) {
+        match about {
+            Pending::Hello(peer) => {
+                out.push(Effect::Disconnect(peer, "it did not show its certificate"));
+            }
+            Pending::Announce(_) | Pending::Pull | Pending::Records | Pending::Digest(_) => {}
+            Pending::Order(order) => self.order_silent(now, &order, why, out),
+            Pending::Claim(lease) => self.claim_silent(&lease, why, out),
+            Pending::Release(lease) => self.release_silent(&lease, why, out),
+            Pending::Receipt(lease) => {
+                let pause = Span::secs(2) + Span::millis(self.dice.below(1_000));
+                self.receipts_out.insert(lease, Some(now.boot + pause));
+            }
+            Pending::Termination(lease) => {
+                if let Some((next, tries)) = self.untold.get_mut(&lease) {
+                    *tries += 1;
+                    *next = now.boot + Span::secs(5).scale(u64::from(*tries).min(12), 1);
+                }
+            }
+        }
+    }
+
+    fn send_records(&mut self, to: KeyId, names: &[RecordName], out: &mut Vec<Effect>) {
+        for batch in self.spread.batches(names) {
+            let records = Utterance::Plain(Message::Records(batch));
+            self.ask(to, Pending::Records, records, out);
+        }
+    }
+
+    pub(super) fn own_record(&mut self, now: Now, said: RecordSaid) {
+        self.spread.take(now.boot, now.wall, said, None);
+    }
+
+    fn take_record(
+        &mut self,
+        now: Now,
+        said: RecordSaid,
+        from: Option<KeyId>,
+        out: &mut Vec<Effect>,
+    ) {
+        let name = said.name();
+        if name.key == self.config.me {
+            self.heard_of_myself(&said, name, out);
+            return;
+        }
+        match &said {
+            RecordSaid::Host(record, certificate) => {
+                let key = record.signer();
+                if self.admission.admits(certificate, &key, Role::Node, now.wall).is_err() {
+                    return;
+                }
+                self.admitted.insert(key);
+            }
+            // Without a host record nobody vouches for the signer.
+            _ if !self.admitted.contains(&name.key) => return,
+            _ => {}
+        }
+        self.saw_epoch(&name.key, name.epoch);
+        match self.spread.take(now.boot, now.wall, said, from.as_ref()) {
+            Taken::New if name.kind == crate::words::object::Kind::HostRecord => {
+                self.learn_member(now, &name.key, out);
+            }
+            Taken::Equivocation(a, b) => {
+                self.counters.equivocations += 1;
+                out.push(Effect::Keep(Kept::Equivocation(a, b)));
+                out.push(Effect::Notice(Notice::Equivocation(name.key)));
+            }
+            _ => {}
+        }
+    }
+
+    /// A record that this very key signed came back over a link.
+    fn heard_of_myself(&mut self, said: &RecordSaid, name: RecordName, out: &mut Vec<Effect>) {
+        let mine = match name.kind {
+            crate::words::object::Kind::Offer => {
+                self.spread.offer(&name.key).map(|(offer, _)| (offer.header().seq, offer.id()))
+            }
+            _ => self.spread.host(&name.key).map(|host| (host.header().seq, host.id())),
+        };
+        let ahead = name.epoch > self.hand.epoch;
+        let same_epoch = name.epoch == self.hand.epoch;
+        let forged = same_epoch
+            && mine.is_some_and(|(seq, id)| {
+                name.seq > seq || (name.seq == seq && said.signed().id() != id)
+            });
+        if ahead || forged {
+            self.twin(name.epoch, out);
+        }
+    }
+
+    fn peer_of(&self, key: &KeyId) -> Option<Peer> {
+        let host = self.spread.host(key)?;
+        let probe = *host.body().addresses.probe.first()?;
+        Some(Peer { key: *key, epoch: host.header().epoch, rejoin: 0, probe })
+    }
+
+    fn learn_member(&mut self, now: Now, key: &KeyId, out: &mut Vec<Effect>) {
+        if let Some(peer) = self.peer_of(key) {
+            let mut signs = Vec::new();
+            self.membership.learn(now.boot, peer, &mut signs);
+            self.act_on(signs, out);
+        }
+    }
+
+    /// A linked member is asked for the members that it knows.
+    fn greet_member(&mut self, now: Now, key: &KeyId, out: &mut Vec<Effect>) {
+        if let Some(peer) = self.peer_of(key) {
+            let mut signs = Vec::new();
+            self.membership.announce_to(now.boot, peer, &mut signs);
+            self.act_on(signs, out);
+        }
+    }
+
+    pub(super) fn packet(&mut self, now: Now, from: KeyId, bytes: &[u8], out: &mut Vec<Effect>) {
+        if !self.admitted.contains(&from) {
+            return;
+        }
+        let mut signs = Vec::new();
+        self.membership.hear(now.boot, &from, bytes, &mut signs);
+        self.act_on(signs, out);
+    }
+
+    fn act_on(&mut self, signs: Vec<Sign>, out: &mut Vec<Effect>) {
+        for sign in signs {
+            match sign {
+                Sign::Packet { to, bytes } => out.push(Effect::Packet { to, bytes }),
+                Sign::Up(key) => out.push(Effect::Notice(Notice::Up(key))),
+                Sign::Down(key) => out.push(Effect::Notice(Notice::Down(key))),
+            }
+        }
+    }
+
+    pub(super) fn wake_links(&mut self, now: Now, out: &mut Vec<Effect>) {
+        let mut signs = Vec::new();
+        self.membership.wake(now.boot, &mut signs);
+        self.act_on(signs, out);
+        for (to, names) in self.spread.announcements(now.boot) {
+            let announce = Utterance::Plain(Message::Announce(names));
+            self.ask(to, Pending::Announce(to), announce, out);
+        }
+        if self.host_record_at <= now.boot {
+            self.host_record_at = now.boot + HOST_REFRESH;
+            self.publish_host(now, out);
+        }
+        let free = self.book.free();
+        if let Ok(Some(draft)) = self.pricing.publish(now, &free, &self.hand) {
+            self.counters.offers += 1;
+            out.push(Effect::Record(draft));
+        }
+        if self.tick_at <= now.boot {
+            self.tick_at = now.boot + TICK;
+            self.tick(now, out);
+        }
+    }
+
+    fn publish_host(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.host_seq += 1;
+        let config = &self.config;
+        let record = HostRecord {
+            name: config.name.clone(),
+            version: config.version.clone(),
+            addresses: config.addresses.clone(),
+            hardware: config.hardware.clone(),
+            processor: config.processor.clone(),
+            labels: config.labels.clone(),
+            cell: 0,
+            certificate: config.certificate.clone(),
+        };
+        let subject = key_subject(&config.me);
+        if let Ok(draft) = self.hand.draft(subject, self.host_seq, now.wall + HOST_LIFE, &record) {
+            out.push(Effect::Record(draft));
+        }
+    }
+
+    fn tick(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.spread.expire(now.wall);
+        self.seek_links(out);
+        if self.reconcile_at <= now.boot {
+            self.reconcile_at = now.boot + RECONCILE + Span::millis(self.dice.below(5_000));
+            let admitted: Vec<_> =
+                self.links.iter().filter(|(_, link)| link.admitted).map(|(key, _)| *key).collect();
+            if let Some(peer) = self.dice.pick(&admitted).copied() {
+                self.reconcile_with(peer, out);
+            }
+        }
+        self.tick_lessor(now, out);
+        self.tick_lessee(now, out);
+    }
+
+    /// Keeps [`DEGREE`] links to random members, and to the nodes to join by until one is up.
+    fn seek_links(&mut self, out: &mut Vec<Effect>) {
+        let lonely = self.admitted_links() == 0;
+        if lonely && !self.leaving {
+            let me = &self.config.addresses.link;
+            let seeds = self.config.join.iter().filter(|seed| !me.contains(seed));
+            for seed in seeds.copied().collect::<Vec<_>>() {
+                out.push(Effect::Dial { peer: None, addresses: vec![seed] });
+            }
+        }
+        let lacking = DEGREE.saturating_sub(self.links.len());
+        if lacking > 0 && !self.leaving {
+            let up = |key: &KeyId| self.membership.is_up(key);
+            let mut others: Vec<KeyId> = self
+                .spread
+                .hosts()
+                .map(|host| host.signer())
+                .filter(|key| *key != self.config.me && !self.links.contains_key(key) && up(key))
+                .collect();
+            self.dice.shuffle(&mut others);
+            for key in others.into_iter().take(lacking) {
+                let addresses = self.link_addresses(&key);
+                out.push(Effect::Dial { peer: Some(key), addresses });
+            }
+        }
+        if self.links.len() > MAX_LINKS {
+            let idle: Vec<_> = self.links.keys().filter(|key| !self.in_use(key)).copied().collect();
+            if let Some(key) = self.dice.pick(&idle).copied() {
+                out.push(Effect::Disconnect(key, "too many links"));
+            }
+        }
+    }
+
+    /// Whether a lease binds this node and `key`.
+    fn in_use(&self, key: &KeyId) -> bool {
+        self.waiting.contains_key(key)
+            || self.book.leases().any(|(_, lease)| lease.terms.delegate == *key)
+            || self.holdings.all().any(|(_, holding)| holding.kept.lessor == *key)
+    }
+
+    pub(super) fn leave(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.leaving = true;
+        let mut signs = Vec::new();
+        self.membership.leave(now.boot, &mut signs);
+        self.act_on(signs, out);
+    }
+
+    pub(super) fn is_up(&self, key: &KeyId, heard: Option<Boot>, now: Boot) -> bool {
+        // A node just heard of has not been probed yet: it counts as up for a moment.
+        *key == self.config.me
+            || self.membership.is_up(key)
+            || heard.is_some_and(|heard| now.since(heard) < Span::secs(2) && !self.leaving)
+                && self.links.contains_key(key)
+    }
+}
+
+impl Core {
+    pub(super) fn view_nodes(&self, now: Now) -> Vec<super::view::NodeView> {
+        self.spread
+            .hosts()
+            .map(|record| {
+                let (key, host) = (record.signer(), record.body());
+                let offer = self.spread.offer(&key);
+                let body = offer.map(|(offer, _)| offer.body());
+                let organisation = host
+                    .certificate
+                    .verify::<Certificate>(&self.hand.fabric)
+                    .map(|certificate| certificate.body().organisation.clone());
+                super::view::NodeView {
+                    id: key,
+                    name: host.name.clone(),
+                    up: self.is_up(&key, offer.map(|(_, heard)| heard), now.boot),
+                    linked: self.links.get(&key).is_some_and(|link| link.admitted),
+                    version: host.version.clone(),
+                    organisation: organisation.unwrap_or_default(),
+                    hardware: host.hardware.clone(),
+                    shapes: body.map(|offer| offer.shapes.clone()).unwrap_or_default(),
+                    rates: body.map(|offer| offer.rates.clone()),
+                    offer: offer.map(|(offer, _)| offer.id()),
+                    offer_age: offer.map(|(_, heard)| now.boot.since(heard)),
+                    max_term: body.map(|offer| offer.max_term).unwrap_or_default(),
+                    runtimes: body.map(|offer| offer.runtimes.clone()).unwrap_or_default(),
+                    isolation: body.map(|offer| offer.isolation.clone()).unwrap_or_default(),
+                    labels: host.labels.clone(),
+                    addresses: host.addresses.clone(),
+                }
+            })
+            .collect()
+    }
+}

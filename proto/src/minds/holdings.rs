@@ -1,0 +1,279 @@
+//! The lessee's side: the leases this node holds as a delegate, from order to termination.
+//!
+//! ```text
+//! Ordered --grant--> Granted --claim accepted--> Claimed --termination--> Ended
+//!    \--refused, silent, or another grant was faster--> dropped (a surplus grant lapses, unbilled)
+//! ```
+//!
+//! What the lessee relies on lies inside what the lessor honours: it counts the term from the
+//! first *sending* of the order on its own boot clock, less a margin for drift, while the lessor
+//! counts from its later decision. Receipts are countersigned only when they follow from what was
+//! agreed and bill no more time than has passed here since the claim was first sent.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::id::{Hash, KeyId, LeaseId, RequestId};
+use crate::base::money::Amount;
+use crate::base::time::{Boot, BootId, Now, Span};
+use crate::words::chain::Chain;
+use crate::words::contract::{EndReason, Grant, Termination};
+use crate::words::object::Envelope;
+use crate::words::sign::{Draft, Hand, Signed, Verified};
+use crate::words::usage::{Acknowledgement, Objection, ObjectionReason, Outcome, Receipt};
+use crate::words::wire::{self, MAX_OBJECT};
+
+/// How far the clocks of two hosts may drift apart in a term: 200 ppm, and a fixed margin.
+const DRIFT_PPM: u64 = 200;
+/// The fixed part of the margin.
+const MARGIN: Span = Span::millis(50);
+/// How much more than the time since the claim was sent a receipt may bill: clock resolution.
+const RESOLUTION: Span = Span::millis(2);
+
+/// Where a held lease stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// The order is out.
+    Ordered,
+    /// It is granted, not yet used.
+    Granted,
+    /// In use.
+    Claimed,
+    /// Over.
+    Ended,
+}
+
+/// A held lease as it is kept on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The order as this node drafted it, or as the lessee signed it elsewhere.
+    pub order: Placed,
+    /// Whom it was sent to.
+    pub lessor: KeyId,
+    /// The offer it names.
+    pub offer: Option<Signed>,
+    /// In which boot the instants below count.
+    pub boot: BootId,
+    /// When the order was first sent.
+    pub sent: Boot,
+    /// The grant.
+    pub grant: Option<Signed>,
+    /// Where it stands.
+    pub stage: Stage,
+    /// The claim, as first sent.
+    pub claim: Option<Draft>,
+    /// When the claim was first sent.
+    pub claim_sent: Option<Boot>,
+    /// The release, as first sent.
+    pub release: Option<Draft>,
+    /// Where the receipts stand.
+    pub chain: Chain,
+    /// The latest countersignature, for a repeat of its receipt.
+    pub acknowledgement: Option<Draft>,
+    /// What was wrong with the last receipt, if it was not countersigned.
+    pub objection: Option<ObjectionReason>,
+    /// How it ended.
+    pub termination: Option<Signed>,
+}
+
+/// An order on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Placed {
+    /// Signed by this node as a delegate.
+    Here(Draft),
+    /// Signed by the lessee, elsewhere.
+    Elsewhere(Signed),
+}
+
+impl Placed {
+    /// The order's identity.
+    #[must_use]
+    pub fn id(&self) -> Hash {
+        match self {
+            Self::Here(draft) => draft.id(),
+            Self::Elsewhere(signed) => signed.id(),
+        }
+    }
+}
+
+/// A held lease in memory.
+#[derive(Clone, Debug)]
+pub struct Holding {
+    /// What is on disk.
+    pub kept: Held,
+    /// The lease's id and the grant, decoded, once granted.
+    pub terms: Option<(LeaseId, Grant)>,
+    /// How its job ended, by the termination.
+    pub ended: Option<(EndReason, Option<Outcome>, Amount)>,
+}
+
+/// All leases this node holds.
+#[derive(Debug, Default)]
+pub struct Holdings {
+    orders: BTreeMap<Hash, Holding>,
+    leases: BTreeMap<LeaseId, Hash>,
+}
+
+/// The answer to a receipt.
+#[derive(Debug)]
+pub enum Judged {
+    /// It is countersigned; the flag says whether that is new.
+    Agreed(Draft, bool),
+    /// It is not.
+    Objected(Draft),
+    /// It is about no lease held here, or not by its lessor.
+    Foreign,
+}
+
+impl Holdings {
+    /// Takes back a lease that was kept.
+    pub fn restore(&mut self, kept: Held, terms: Option<(LeaseId, Grant)>) {
+        let order = kept.order.id();
+        if let Some((lease, _)) = &terms {
+            self.leases.insert(*lease, order);
+        }
+        let ended = kept.termination.as_ref().and_then(|signed| {
+            let envelope = Envelope::decode(&signed.envelope).ok()?;
+            let end: Termination = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
+            Some((end.reason, end.outcome, end.charge))
+        });
+        self.orders.insert(order, Holding { kept, terms, ended });
+    }
+
+    /// An order is about to be sent.
+    pub fn ordered(&mut self, kept: Held) {
+        self.orders.insert(kept.order.id(), Holding { kept, terms: None, ended: None });
+    }
+
+    /// A grant answers an order. `None` when no such order is out.
+    pub fn granted(&mut self, order: &Hash, grant: &Verified<Grant>) -> Option<LeaseId> {
+        let holding = self.orders.get_mut(order)?;
+        let lease = LeaseId(grant.id());
+        if holding.kept.stage == Stage::Ordered {
+            holding.kept.stage = Stage::Granted;
+            holding.kept.grant = Some(grant.signed().clone());
+            holding.terms = Some((lease, grant.body().clone()));
+            self.leases.insert(lease, *order);
+        }
+        Some(lease)
+    }
+
+    /// An order came to nothing.
+    pub fn drop_order(&mut self, order: &Hash) {
+        if let Some(holding) = self.orders.remove(order)
+            && let Some((lease, _)) = holding.terms
+        {
+            self.leases.remove(&lease);
+        }
+    }
+
+    /// One held lease.
+    #[must_use]
+    pub fn get(&self, lease: &LeaseId) -> Option<&Holding> {
+        self.orders.get(self.leases.get(lease)?)
+    }
+
+    /// One held lease, to be changed.
+    pub fn get_mut(&mut self, lease: &LeaseId) -> Option<&mut Holding> {
+        self.orders.get_mut(self.leases.get(lease)?)
+    }
+
+    /// One order.
+    #[must_use]
+    pub fn order(&self, order: &Hash) -> Option<&Holding> {
+        self.orders.get(order)
+    }
+
+    /// Every order and lease in memory.
+    pub fn all(&self) -> impl Iterator<Item = (&Hash, &Holding)> {
+        self.orders.iter()
+    }
+
+    /// Judges a receipt and drafts the answer.
+    pub fn judge(
+        &mut self,
+        now: Now,
+        hand: &Hand,
+        boot: BootId,
+        receipt: &Verified<Receipt>,
+    ) -> Judged {
+        let body = receipt.body();
+        let Some(holding) = self.get_mut(&body.lease) else { return Judged::Foreign };
+        let Some((lease, terms)) = holding.terms.clone() else { return Judged::Foreign };
+        let kept = &mut holding.kept;
+        if receipt.signer() != kept.lessor {
+            return Judged::Foreign;
+        }
+        if body.number == kept.chain.number
+            && receipt.id() == kept.chain.last
+            && let Some(answer) = &kept.acknowledgement
+        {
+            return Judged::Agreed(answer.clone(), false);
+        }
+        let checked = kept.chain.check(&terms, body).and_then(|()| {
+            // After a reboot of this host the claim's instant says nothing any more.
+            let passed = kept.claim_sent.filter(|_| kept.boot == boot);
+            let passed = passed.map(|sent| now.boot.since(sent) + RESOLUTION);
+            match passed {
+                Some(passed) if body.usage.billed > passed => Err(ObjectionReason::Time),
+                _ => Ok(()),
+            }
+        });
+        let not_after = now.wall + crate::words::chain::EVIDENCE_LIFE;
+        match checked {
+            Ok(()) => {
+                let (number, charge) = (body.number, body.charge);
+                let ack = Acknowledgement { lease, number, receipt: receipt.id(), charge };
+                let Ok(draft) = hand.draft(lease.0, body.number, not_after, &ack) else {
+                    return Judged::Foreign;
+                };
+                kept.chain.advance(body, receipt.id());
+                kept.acknowledgement = Some(draft.clone());
+                kept.objection = None;
+                Judged::Agreed(draft, true)
+            }
+            Err(reason) => {
+                kept.objection = Some(reason);
+                let charge = kept.chain.charge;
+                let objection = Objection { lease, receipt: receipt.id(), reason, charge };
+                match hand.draft(lease.0, body.number, not_after, &objection) {
+                    Ok(draft) => Judged::Objected(draft),
+                    Err(_) => Judged::Foreign,
+                }
+            }
+        }
+    }
+
+    /// Takes a termination. True when it is new and by the lessor of a lease held here.
+    pub fn terminated(&mut self, termination: &Verified<Termination>) -> bool {
+        let body = termination.body();
+        let Some(holding) = self.get_mut(&body.lease) else { return false };
+        let by_lessor = termination.signer() == holding.kept.lessor;
+        if !by_lessor || holding.kept.termination.is_some() {
+            return false;
+        }
+        holding.kept.termination = Some(termination.signed().clone());
+        holding.kept.stage = Stage::Ended;
+        holding.ended = Some((body.reason, body.outcome.clone(), body.charge));
+        true
+    }
+}
+
+impl Holding {
+    /// Until when the lessee may rely on the lease: from the first sending of the order, less
+    /// drift and margin. `None` before the grant.
+    #[must_use]
+    pub fn relied_until(&self) -> Option<Boot> {
+        let (_, terms) = self.terms.as_ref()?;
+        let drift = terms.term.scale(DRIFT_PPM, 1_000_000);
+        Some(self.kept.sent + terms.term.saturating_sub(drift + MARGIN))
+    }
+}
+
+/// The act id of a claim or release, derived from what it is about so that a repeat is the same.
+#[must_use]
+pub fn act_id(lease: &LeaseId, verb: &str) -> RequestId {
+    RequestId::derive(&[&lease.0.0, verb.as_bytes()])
+}

@@ -1,0 +1,193 @@
+//! What this node sells and at what price: its offers, and which of them it still honours.
+//!
+//! ```text
+//! free capacity changes --coalesced, token bucket--> new offer --honoured for HONOUR--> stale
+//! ```
+//!
+//! Prices are flat per resource-hour in this version; what an order pays is fixed by the offer it
+//! names. An older offer only promises its price, never capacity, so honouring it for a while
+//! costs nothing and lets an order be signed on an offline machine. Age is judged by this node's
+//! boot clock alone.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::id::Hash;
+use crate::base::money::Amount;
+use crate::base::resource::{Rates, Resources};
+use crate::base::time::{Boot, Now, Span};
+use crate::words::contract::{Class, Order};
+use crate::words::object::key_subject;
+use crate::words::record::Offer;
+use crate::words::sign::{Draft, Hand};
+use crate::words::wire::EncodeError;
+
+/// How long an offer's price is honoured after it was made.
+pub const HONOUR: Span = Span::secs(15 * 60);
+/// How often an unchanged offer is made anew.
+const REFRESH: Span = Span::secs(5 * 60);
+/// How often a change may be told, in the long run.
+const PACE: Span = Span::millis(500);
+/// How many changes may be told in a row.
+const BURST: u64 = 3;
+/// The most offers remembered.
+const MAX_ISSUED: usize = 4_096;
+
+/// What the operator sells. A node sells nothing until told what and at what price.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Whether anything is sold at all.
+    pub selling: bool,
+    /// Prices per resource-hour.
+    pub rates: Rates,
+    /// The longest term.
+    pub max_term: Span,
+    /// The runtimes that jobs can have here.
+    pub runtimes: Vec<String>,
+    /// What confines a job here.
+    pub isolation: Vec<String>,
+}
+
+/// This node's offers.
+#[derive(Debug)]
+pub struct Pricing {
+    policy: Policy,
+    issued: VecDeque<Issued>,
+    current: Option<Offer>,
+    seq: u64,
+    /// When the token bucket was last full, as in a virtual-scheduling rate limiter.
+    paid_until: Boot,
+    wanted: bool,
+}
+
+#[derive(Debug)]
+struct Issued {
+    at: Boot,
+    id: Hash,
+    draft: Draft,
+    rates: Rates,
+}
+
+impl Pricing {
+    /// Sells as `policy` says.
+    #[must_use]
+    pub const fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            issued: VecDeque::new(),
+            current: None,
+            seq: 0,
+            paid_until: Boot(0),
+            wanted: true,
+        }
+    }
+
+    /// Something about the free capacity changed.
+    pub const fn changed(&mut self) {
+        self.wanted = true;
+    }
+
+    /// When [`Pricing::publish`] is next due.
+    #[must_use]
+    pub fn next_wake(&self) -> Boot {
+        let refresh = self.issued.back().map_or(Boot(0), |issued| issued.at + REFRESH);
+        if self.wanted { self.paid_until - PACE_ROOM } else { refresh }
+    }
+
+    /// A new offer over `free`, if there is something new to say and it may be said now.
+    ///
+    /// # Errors
+    /// When the offer does not fit an envelope.
+    pub fn publish(
+        &mut self,
+        now: Now,
+        free: &Resources,
+        hand: &Hand,
+    ) -> Result<Option<Draft>, EncodeError> {
+        if self.next_wake() > now.boot {
+            return Ok(None);
+        }
+        let offer = self.offer(free);
+        let stale = self.issued.back().is_none_or(|issued| issued.at + REFRESH <= now.boot);
+        self.wanted = false;
+        if self.current.as_ref() == Some(&offer) && !stale {
+            return Ok(None);
+        }
+        self.paid_until = self.paid_until.max(now.boot) + PACE;
+        self.seq += 1;
+        let not_after = now.wall + HONOUR;
+        let draft = hand.draft(key_subject(&hand.me), self.seq, not_after, &offer)?;
+        let (id, rates) = (draft.id(), offer.rates.clone());
+        self.issued.push_back(Issued { at: now.boot, id, draft: draft.clone(), rates });
+        if self.issued.len() > MAX_ISSUED {
+            self.issued.pop_front();
+        }
+        while self.issued.front().is_some_and(|issued| issued.at + HONOUR < now.boot) {
+            self.issued.pop_front();
+        }
+        self.current = Some(offer);
+        Ok(Some(draft))
+    }
+
+    fn offer(&self, free: &Resources) -> Offer {
+        let sells = self.policy.selling && free.cpu_milli > 0 && free.memory > 0;
+        Offer {
+            shapes: if sells { vec![free.clone()] } else { Vec::new() },
+            rates: self.policy.rates.clone(),
+            classes: vec![Class::Firm],
+            max_term: self.policy.max_term,
+            runtimes: self.policy.runtimes.clone(),
+            isolation: self.policy.isolation.clone(),
+        }
+    }
+
+    /// The offer called `id` with the hourly price of `shape` under it, if it is still honoured.
+    #[must_use]
+    pub fn quote(
+        &self,
+        now: Boot,
+        id: &Hash,
+        shape: &Resources,
+    ) -> Option<(&Draft, Option<Amount>)> {
+        let issued = self.issued.iter().rev().find(|issued| issued.id == *id)?;
+        (issued.at + HONOUR >= now).then(|| (&issued.draft, issued.rates.hourly(shape)))
+    }
+
+    /// Whether class, term and interval of `order` are sold here.
+    #[must_use]
+    pub fn sells(&self, order: &Order) -> bool {
+        self.policy.selling
+            && order.class == Class::Firm
+            && order.term <= self.policy.max_term
+            && order.claim_within <= order.term
+            && order.receipt_every >= crate::words::contract::MIN_RECEIPT_EVERY
+    }
+
+    /// The newest offer's draft.
+    #[must_use]
+    pub fn latest(&self) -> Option<&Draft> {
+        self.issued.back().map(|issued| &issued.draft)
+    }
+
+    /// Whether jobs of `runtime` can run here.
+    #[must_use]
+    pub fn runs(&self, runtime: &str) -> bool {
+        self.policy.runtimes.iter().any(|known| known == runtime)
+    }
+
+    /// What the operator sells.
+    #[must_use]
+    pub const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Changes what the operator sells.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+        self.wanted = true;
+    }
+}
+
+/// How far the bucket may run ahead: [`BURST`] changes less the one that is asked for.
+const PACE_ROOM: Span = Span::millis(PACE.as_millis() * (BURST - 1));

@@ -1,0 +1,57 @@
+//! What a lessee asks its own node for, and a host that may have it.
+
+use serde::{Deserialize, Serialize};
+
+use super::contract::Class;
+use crate::base::id::{Hash, KeyId};
+use crate::base::money::Amount;
+use crate::base::resource::Resources;
+use crate::base::time::Span;
+
+/// What a lessee wants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Want {
+    /// How much.
+    pub shape: Resources,
+    /// How firmly.
+    pub class: Class,
+    /// For how long.
+    pub term: Span,
+    /// Within what time it will be claimed.
+    pub claim_within: Span,
+    /// The most it may cost per hour.
+    pub max_hourly: Amount,
+    /// The most it may cost in all.
+    pub budget: Amount,
+    /// The most that may stand unacknowledged.
+    pub exposure: Amount,
+    /// How often a receipt is wanted.
+    pub receipt_every: Span,
+    /// The runtime it needs.
+    pub runtime: String,
+    /// Only these hosts, by key; empty: any.
+    pub lessors: Vec<KeyId>,
+    /// Only hosts with these labels.
+    pub labels: Vec<(String, String)>,
+    /// Only hosts that confine jobs in all of these ways.
+    pub isolation: Vec<String>,
+}
+
+/// A host worth asking.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    /// Its key.
+    pub lessor: KeyId,
+    /// Its name.
+    pub name: String,
+    /// The offer to order from.
+    pub offer: Hash,
+    /// What the shape costs there per hour.
+    pub rate: Amount,
+    /// The most the lease can cost there.
+    pub worst_case: Amount,
+    /// Lower is better: thousandths of the cheapest price, with what speaks for and against.
+    pub score: u64,
+    /// Why it stands where it stands.
+    pub why: String,
+}
