@@ -3,7 +3,8 @@
 //! A signature that holds says who said something; a charter says whether that one counts. Where
 //! no charter is given, the second question stays open and the answer says so.
 
-use leasehold_proto::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled, SKEW};
+use leasehold_proto::base::time::SKEW;
+use leasehold_proto::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled};
 use leasehold_proto::proof::{self, Proof, ProofError, Verdict};
 use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::message::{

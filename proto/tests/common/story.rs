@@ -7,8 +7,8 @@
 //! delegate orders, claims, acknowledges, releases
 //! ```
 
-use leasehold_proto::minds::meter::Chain;
 use leasehold_proto::proof::Proof;
+use leasehold_proto::words::chain::Chain;
 use leasehold_proto::words::charter::{Certificate, Charter, Limits, Organisation, Role};
 use leasehold_proto::words::contract::{
     Acceptance, Authority, Claim, Class, EndReason, Fence, Figure, Grant, Input, JobSpec, Mandate,
