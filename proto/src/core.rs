@@ -134,6 +134,7 @@ enum Pending {
     Release(LeaseId),
     Receipt(LeaseId),
     Termination(LeaseId),
+    Inquire(LeaseId),
 }
 
 /// A peer with a link.
@@ -152,7 +153,7 @@ struct Waiting {
 /// An act of this node's that waits for the lessor's answer.
 #[derive(Debug)]
 struct Acting {
-    command: Option<CommandId>,
+    commands: Vec<CommandId>,
     tries: u32,
 }
 
@@ -186,6 +187,8 @@ pub struct Core {
     claims: BTreeMap<LeaseId, Acting>,
     releases: BTreeMap<LeaseId, Acting>,
     awaiting_end: BTreeMap<LeaseId, Vec<CommandId>>,
+    /// Held leases whose end is overdue: when to ask next, and how often that failed.
+    inquiries: BTreeMap<LeaseId, (Boot, u32)>,
     /// Terminations that the delegate has not confirmed, with the time of the next try.
     untold: BTreeMap<LeaseId, (Boot, u32)>,
     /// Leases with a receipt on its way, or the time before which none is sent again.
@@ -199,6 +202,8 @@ pub struct Core {
     tokens: u64,
     host_seq: u64,
     tick_at: Boot,
+    /// Both clocks at the last tick.
+    clocks: Now,
     reconcile_at: Boot,
     host_record_at: Boot,
     counters: Counters,
@@ -259,6 +264,7 @@ impl Core {
             claims: BTreeMap::new(),
             releases: BTreeMap::new(),
             awaiting_end: BTreeMap::new(),
+            inquiries: BTreeMap::new(),
             untold: BTreeMap::new(),
             receipts_out: BTreeMap::new(),
             history: VecDeque::new(),
@@ -269,6 +275,7 @@ impl Core {
             tokens: 0,
             host_seq: 0,
             tick_at: now.boot,
+            clocks: now,
             reconcile_at: now.boot + Span::secs(60),
             host_record_at: now.boot,
             counters: Counters::default(),
@@ -290,15 +297,14 @@ impl Core {
     ) -> Result<(), StartError> {
         let Saved { lent, held, mut receipts, .. } = saved;
         for (id, kept) in lent {
-            let acknowledged = kept.acknowledged.0;
-            let mut unacknowledged = receipts.remove(&id).unwrap_or_default();
-            unacknowledged.retain(|(number, _)| *number > acknowledged);
-            let restored = self.book.restore(kept, unacknowledged);
+            let receipts = receipts.remove(&id).unwrap_or_default();
+            let restored = self.book.restore(kept, receipts);
             restored.ok_or(StartError::Kept(id))?;
             self.resume_lent(now, &id, orphans.get(&id), out);
         }
         for (order, kept) in held {
-            if kept.stage == holdings::Stage::Ordered {
+            let here = matches!(kept.order, holdings::Placed::Here(_));
+            if kept.stage == holdings::Stage::Ordered && here {
                 // Nobody waits for its grant any more; should one come, it lapses unbilled.
                 out.push(Effect::Keep(Kept::DropHeld(order)));
                 continue;
@@ -505,6 +511,12 @@ const _: fn() = || {
     fn is_send<T: Send>() {}
     is_send::<Core>();
 };
+
+// A request is remembered for as long as the offer that its order names is honoured.
+const _: () = assert!(
+    crate::minds::pricing::HONOUR.as_millis() <= book::REMEMBER.as_millis(),
+    "a forgotten request could be granted a second time"
+);
 
 /// Where a lease stands at its lessor, re-exported for those who read a [`View`].
 pub use book::Stage as LentStage;

@@ -5,7 +5,7 @@ use super::lessor::MAX_JOB;
 use super::{Acting, CommandId, Core, Effect, Kept, Notice, Pending, Record, Ticket, claim_in};
 use crate::base::dice::Dice;
 use crate::base::id::{Hash, KeyId, LeaseId};
-use crate::base::time::{Boot, Now, Span};
+use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::admission::departure;
 use crate::minds::holdings::{Held, Holding, Judged, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
@@ -31,6 +31,12 @@ const ORDER_LIFE: Span = Span::secs(30);
 const AVOID: Span = Span::secs(2);
 /// How often an act is repeated to a lessor that does not answer.
 const MAX_TRIES: u32 = 3;
+/// How long after a lease may no longer be relied on its lessor is asked how it ended.
+const SILENT: Span = Span::secs(10);
+/// How long after that an unused lease, or an order nobody can be granted, is remembered.
+const FORGET: Span = Span::secs(10 * 60);
+/// How many inquiries in a row may fail before those who wait for the end are told.
+const MAX_INQUIRIES: u32 = 5;
 /// The most ended leases kept in memory.
 const MAX_ENDED: usize = 1_000;
 
@@ -207,12 +213,16 @@ impl Core {
         if order.header().not_after < now.wall {
             return Err(Failure::BadOrder("it has expired".into()));
         }
-        if let Some(holding) = self.holdings.order(&order.id()) {
+        let known = self.holdings.order(&order.id()).is_some();
+        if let Some(holding) = self.holdings.order(&order.id()).filter(|h| h.terms.is_some()) {
             // The same file twice is one lease.
             let leased = self.leased_from(holding, order.id());
             let leased = leased.ok_or(Failure::Busy)?;
             out.push(Effect::Answer(command, Ok(Reply::Leased(Box::new(leased)))));
             return Ok(());
+        }
+        if self.command_of(&order.id()).is_some() || self.pursuits.len() >= MAX_PURSUITS {
+            return Err(Failure::Busy);
         }
         let name = self.spread.host(&body.lessor).map(|host| host.body().name.clone());
         let choice = Choice {
@@ -229,8 +239,11 @@ impl Core {
         pursuit.rounds = 0;
         pursuit.asked(now.boot, order.id(), choice);
         self.pursuits.insert(command, pursuit);
-        let placed = Placed::Elsewhere(order.signed().clone());
-        self.keep_order(now, placed, body.lessor, &body.offer, out);
+        // One that was sent before without an answer counts from its first sending.
+        if !known {
+            let placed = Placed::Elsewhere(order.signed().clone());
+            self.keep_order(now, placed, body.lessor, &body.offer, out);
+        }
         let what = Utterance::Plain(Message::Order(order.signed().clone()));
         self.ask(body.lessor, Pending::Order(order.id()), what, out);
         Ok(())
@@ -285,13 +298,12 @@ impl Core {
             self.order_silent(now, order, &why, out);
             return;
         }
-        let Some(lease) = self.holdings.granted(order, grant) else { return };
         let Some(command) = self.command_of(order) else {
             // A hedge that came second: it lapses unclaimed and unbilled.
-            self.holdings.drop_order(order);
-            out.push(Effect::Keep(Kept::DropHeld(*order)));
+            self.give_up_order(order, out);
             return;
         };
+        let Some(lease) = self.holdings.granted(order, grant) else { return };
         self.records.entry(lessor).or_default().all += 1;
         self.keep_held(order, out);
         let Some(pursuit) = self.pursuits.remove(&command) else { return };
@@ -393,6 +405,17 @@ impl Core {
         }
     }
 
+    /// Nobody waits for this order's grant any more. One that was signed elsewhere can be sent
+    /// again by anybody who has the file, so the instant of its first sending is not forgotten.
+    fn give_up_order(&mut self, order: &Hash, out: &mut Vec<Effect>) {
+        let Some(holding) = self.holdings.order(order) else { return };
+        if matches!(holding.kept.order, Placed::Elsewhere(_)) {
+            return;
+        }
+        self.holdings.drop_order(order);
+        out.push(Effect::Keep(Kept::DropHeld(*order)));
+    }
+
     pub(super) fn order_silent(
         &mut self,
         now: Now,
@@ -404,8 +427,7 @@ impl Core {
         if let Some(lessor) = lessor {
             self.avoid(now, lessor, true);
         }
-        self.holdings.drop_order(order);
-        out.push(Effect::Keep(Kept::DropHeld(*order)));
+        self.give_up_order(order, out);
         if let Some(command) = self.command_of(order) {
             if let Some(pursuit) = self.pursuits.get_mut(&command) {
                 pursuit.silent(order, why.to_string());
@@ -451,8 +473,12 @@ impl Core {
                 draft
             }
         };
+        if let Some(acting) = self.claims.get_mut(&lease) {
+            acting.commands.push(command);
+            return Ok(());
+        }
         self.keep_held_lease(&lease, out);
-        self.claims.insert(lease, Acting { command: Some(command), tries: 1 });
+        self.claims.insert(lease, Acting { commands: vec![command], tries: 1 });
         let what = Utterance::Signs(Word::Claim, draft);
         self.ask(lessor, Pending::Claim(lease), what, out);
         Ok(())
@@ -475,24 +501,18 @@ impl Core {
             holding.kept.stage = Stage::Claimed;
             self.keep_held_lease(lease, out);
         }
-        if let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command) {
-            out.push(Effect::Answer(command, Ok(Reply::Claimed(lessor))));
-        }
+        answer(self.claims.remove(lease), &Ok(Reply::Claimed(lessor)), out);
     }
 
     pub(super) fn claim_refused(&mut self, lease: &LeaseId, reason: Reason, out: &mut Vec<Effect>) {
-        if let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command) {
-            out.push(Effect::Answer(command, Err(Failure::Act(reason))));
-        }
+        answer(self.claims.remove(lease), &Err(Failure::Act(reason)), out);
     }
 
     pub(super) fn claim_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
         let draft = self.holdings.get(lease).and_then(|holding| holding.kept.claim.clone());
         let repeat = draft.map(|draft| (Word::Claim, draft, Pending::Claim(*lease)));
-        if !self.repeat_act(lease, repeat, true, out)
-            && let Some(command) = self.claims.remove(lease).and_then(|acting| acting.command)
-        {
-            out.push(Effect::Answer(command, Err(Failure::Unreachable(why.into()))));
+        if !self.repeat_act(lease, repeat, true, out) {
+            answer(self.claims.remove(lease), &Err(Failure::Unreachable(why.into())), out);
         }
     }
 
@@ -539,8 +559,12 @@ impl Core {
                 draft
             }
         };
+        if let Some(acting) = self.releases.get_mut(&lease) {
+            acting.commands.push(command);
+            return Ok(());
+        }
         self.keep_held_lease(&lease, out);
-        self.releases.insert(lease, Acting { command: Some(command), tries: 1 });
+        self.releases.insert(lease, Acting { commands: vec![command], tries: 1 });
         let what = Utterance::Signs(Word::Release, draft);
         self.ask(lessor, Pending::Release(lease), what, out);
         Ok(())
@@ -557,9 +581,7 @@ impl Core {
             self.release_silent(lease, "somebody else answered", out);
             return;
         }
-        if let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command) {
-            out.push(Effect::Answer(command, Ok(Reply::Released)));
-        }
+        answer(self.releases.remove(lease), &Ok(Reply::Released), out);
     }
 
     pub(super) fn release_refused(
@@ -568,20 +590,16 @@ impl Core {
         reason: Reason,
         out: &mut Vec<Effect>,
     ) {
-        if let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command) {
-            let over = matches!(reason, Reason::Ended);
-            let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
-            out.push(Effect::Answer(command, reply));
-        }
+        let over = matches!(reason, Reason::Ended);
+        let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
+        answer(self.releases.remove(lease), &reply, out);
     }
 
     pub(super) fn release_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
         let draft = self.holdings.get(lease).and_then(|holding| holding.kept.release.clone());
         let repeat = draft.map(|draft| (Word::Release, draft, Pending::Release(*lease)));
-        if !self.repeat_act(lease, repeat, false, out)
-            && let Some(command) = self.releases.remove(lease).and_then(|acting| acting.command)
-        {
-            out.push(Effect::Answer(command, Err(Failure::Unreachable(why.into()))));
+        if !self.repeat_act(lease, repeat, false, out) {
+            answer(self.releases.remove(lease), &Err(Failure::Unreachable(why.into())), out);
         }
     }
 
@@ -619,16 +637,25 @@ impl Core {
         ticket: Ticket,
         out: &mut Vec<Effect>,
     ) {
+        self.take_termination(termination, out);
+        out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+    }
+
+    fn take_termination(&mut self, termination: &Verified<Termination>, out: &mut Vec<Effect>) {
         let lease = termination.body().lease;
         if self.holdings.terminated(termination) {
             self.keep_held_lease(&lease, out);
-            if let Some(ended) = self.holdings.get(&lease).and_then(ended_of) {
-                for command in self.awaiting_end.remove(&lease).unwrap_or_default() {
-                    out.push(Effect::Answer(command, Ok(Reply::Ended(ended.clone()))));
-                }
-            }
+            self.tell_ended(&lease, out);
         }
-        out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+    }
+
+    /// A held lease has ended: those who wait for that hear it.
+    fn tell_ended(&mut self, lease: &LeaseId, out: &mut Vec<Effect>) {
+        self.inquiries.remove(lease);
+        let Some(ended) = self.holdings.get(lease).and_then(ended_of) else { return };
+        for command in self.awaiting_end.remove(lease).unwrap_or_default() {
+            out.push(Effect::Answer(command, Ok(Reply::Ended(ended.clone()))));
+        }
     }
 
     pub(super) fn await_end(
@@ -643,6 +670,47 @@ impl Core {
             None => self.awaiting_end.entry(lease).or_default().push(command),
         }
         Ok(())
+    }
+
+    /// The lessor said how an inquired lease ended, or that it runs on.
+    pub(super) fn inquiry_answered(
+        &mut self,
+        lease: &LeaseId,
+        termination: Option<&Verified<Termination>>,
+        out: &mut Vec<Effect>,
+    ) {
+        if let Some((_, tries)) = self.inquiries.get_mut(lease) {
+            *tries = 0;
+        }
+        if let Some(termination) = termination.filter(|end| end.body().lease == *lease) {
+            self.take_termination(termination, out);
+        }
+    }
+
+    /// The lessor does not know the lease: its directory was lost, or the end was long ago.
+    pub(super) fn inquiry_refused(
+        &mut self,
+        lease: &LeaseId,
+        refusal: &Verified<Refusal>,
+        out: &mut Vec<Effect>,
+    ) {
+        let lessor = self.holdings.get(lease).map(|holding| holding.kept.lessor);
+        let about = refusal.body().of == lease.0 && lessor == Some(refusal.signer());
+        if about && refusal.body().reason == Reason::UnknownLease && self.holdings.lost(lease) {
+            self.keep_held_lease(lease, out);
+            self.tell_ended(lease, out);
+        }
+    }
+
+    /// The lessor did not answer an inquiry. Those who wait for the end are told after a few.
+    pub(super) fn inquiry_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
+        let Some((_, tries)) = self.inquiries.get_mut(lease) else { return };
+        *tries = tries.saturating_add(1);
+        if *tries >= MAX_INQUIRIES {
+            for command in self.awaiting_end.remove(lease).unwrap_or_default() {
+                out.push(Effect::Answer(command, Err(Failure::Unreachable(why.into()))));
+            }
+        }
     }
 
     pub(super) fn next_pursuit(&self) -> Option<Boot> {
@@ -667,23 +735,52 @@ impl Core {
     }
 
     pub(super) fn tick_lessee(&mut self, now: Now, out: &mut Vec<Effect>) {
-        // Leases that may no longer be relied on and of which nothing was heard are asked about.
-        let silent: Vec<_> = self
-            .holdings
-            .all()
-            .filter(|(_, holding)| {
-                holding.kept.stage != Stage::Ended
-                    && holding.relied_until().is_some_and(|until| {
-                        holding.kept.boot != self.config.boot
-                            || until + Span::secs(10 * 60) < now.boot
-                    })
-            })
-            .map(|(order, holding)| (*order, holding.kept.stage))
-            .collect();
-        for (order, stage) in silent {
-            if stage == Stage::Granted {
+        let (boot, limits) = (self.config.boot, &self.admission.charter().limits);
+        let (mut over, mut silent) = (Vec::new(), Vec::new());
+        for (order, holding) in self.holdings.all() {
+            let kept = &holding.kept;
+            let same_boot = kept.boot == boot;
+            match (&holding.terms, kept.stage) {
+                (_, Stage::Ended) => {}
+                (None, _) => {
+                    // An order signed elsewhere, until nobody can be granted it any more.
+                    let spent = kept.sent + limits.max_order_life + SKEW + SKEW;
+                    if !same_boot || spent < now.boot {
+                        over.push(*order);
+                    }
+                }
+                (Some((lease, _)), _) => {
+                    let relied = holding.relied_until().unwrap_or_default();
+                    if same_boot && relied + SILENT > now.boot {
+                        continue;
+                    }
+                    let used = kept.claim.is_some() || kept.release.is_some();
+                    if used || self.awaiting_end.contains_key(lease) {
+                        silent.push((*lease, kept.lessor));
+                    } else if !same_boot || relied + FORGET < now.boot {
+                        over.push(*order);
+                    }
+                }
+            }
+        }
+        for order in over {
+            let expired = self.holdings.order(&order).is_some_and(|holding| {
+                let Placed::Elsewhere(signed) = &holding.kept.order else { return true };
+                let header = signed.header();
+                header.map_or(true, |header| header.not_after + FORGET < now.wall)
+            });
+            if expired {
                 self.holdings.drop_order(&order);
                 out.push(Effect::Keep(Kept::DropHeld(order)));
+            }
+        }
+        for (lease, lessor) in silent {
+            let (next, tries) = self.inquiries.get(&lease).copied().unwrap_or_default();
+            if next <= now.boot {
+                let pause = Span::secs(5).scale(u64::from(tries + 1).min(12), 1);
+                self.inquiries.insert(lease, (now.boot + pause, tries));
+                let what = Utterance::Plain(Message::Inquire(lease));
+                self.ask(lessor, Pending::Inquire(lease), what, out);
             }
         }
         let ended = self.holdings.all().filter(|(_, h)| h.kept.stage == Stage::Ended).count();
@@ -727,6 +824,13 @@ impl Core {
             })
         });
         granted.collect()
+    }
+}
+
+/// Replies to every command that waited for an act.
+fn answer(acting: Option<Acting>, reply: &Result<Reply, Failure>, out: &mut Vec<Effect>) {
+    for command in acting.map(|acting| acting.commands).unwrap_or_default() {
+        out.push(Effect::Answer(command, reply.clone()));
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) const MAX_JOB: usize = 16 * 1024;
 const REFUSAL_LIFE: Span = Span::secs(24 * 3600);
 /// How often a termination is told before the lessee has to ask for it.
 const MAX_TELLS: u32 = 20;
+/// How long after its term an ended lease is told again by a node that was restarted.
+const TELL_AGAIN: Span = Span::secs(600);
 /// The most ended leases remembered for `lease list`.
 const MAX_HISTORY: usize = 1_000;
 
@@ -317,15 +319,21 @@ impl Core {
             .get(&lease)
             .filter(|known| from == known.terms.delegate || from == known.terms.lessee);
         match known.map(|known| (&known.kept.termination, known.unacknowledged.front())) {
-            Some((_, Some((_, receipt)))) => reply(Word::Receipt, receipt.clone(), ticket, out),
-            Some((Some(end), None)) => reply(Word::Terminated, end.clone(), ticket, out),
+            Some((Some(end), _)) => reply(Word::Terminated, end.clone(), ticket, out),
+            Some((None, Some((_, receipt)))) => reply(Word::Receipt, receipt.clone(), ticket, out),
             Some((None, None)) => {
                 out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
             }
             None => {
-                self.refuse(now, (lease.0, None), Reason::UnknownLease, Vec::new(), ticket, out)
+                self.refuse(now, (lease.0, None), Reason::UnknownLease, Vec::new(), ticket, out);
+                return;
             }
         }
+        // Who asks is there: what waits for a countersignature need not wait any longer.
+        if let Some(Some(not_before)) = self.receipts_out.get_mut(&lease) {
+            *not_before = now.boot;
+        }
+        self.send_receipt(now, &lease, out);
     }
 
     pub(super) fn job_ended(
@@ -356,8 +364,9 @@ impl Core {
         let same_boot = known.kept.boot == self.config.boot;
         let (running, stage) = (known.running, known.kept.stage);
         if stage == Stage::Ended {
-            let told = known.unacknowledged.is_empty();
-            if !told {
+            // Whether its delegate was told is not kept: a lease of late is told again.
+            let late = known.terms.decided + known.terms.term + TELL_AGAIN;
+            if !known.unacknowledged.is_empty() || late > now.wall {
                 self.untold.insert(*lease, (now.boot, 0));
             }
             return;
@@ -381,6 +390,8 @@ impl Core {
         let draining = self.book.get(lease).is_some_and(|k| k.kept.stage == Stage::Draining);
         if draining {
             self.close(now, lease, out);
+        } else if running {
+            self.keep_lent(lease, out);
         }
     }
 
@@ -448,7 +459,7 @@ impl Core {
             self.send_receipt(now, &lease, out);
         }
         let untold = &self.untold;
-        let gone = self.book.prune(now.wall, |lease| !untold.contains_key(lease));
+        let gone = self.book.prune(now, |lease| !untold.contains_key(lease));
         for (id, lease) in gone {
             self.receipts_out.remove(&id);
             self.history.push_back(view_of(&id, &lease));

@@ -2,7 +2,7 @@
 
 use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
 use crate::base::id::KeyId;
-use crate::base::time::{Boot, Now, Span};
+use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::member::{Peer, Sign};
 use crate::minds::spread::Taken;
 use crate::words::charter::{Certificate, Role};
@@ -64,9 +64,13 @@ impl Core {
         if self.links.contains_key(peer) {
             return;
         }
-        let waiting = self.waiting.remove(peer).unwrap_or_default();
-        for Waiting { token, .. } in waiting {
-            self.unanswered(now, token, "it cannot be dialled", out);
+        self.give_up_on(now, peer, "it cannot be dialled", out);
+    }
+
+    /// What waits for a link to `peer` will not be asked.
+    fn give_up_on(&mut self, now: Now, peer: &KeyId, why: &str, out: &mut Vec<Effect>) {
+        for Waiting { token, .. } in self.waiting.remove(peer).unwrap_or_default() {
+            self.unanswered(now, token, why, out);
         }
     }
 
@@ -148,6 +152,7 @@ impl Core {
             Ok(()) => None,
         };
         if let Some(why) = why {
+            self.give_up_on(now, &from, "it is not admitted to this fabric", out);
             out.push(Effect::Notice(Notice::TurnedAway(from, why)));
             out.push(Effect::Disconnect(from, "it is not admitted to this fabric"));
             return false;
@@ -257,6 +262,15 @@ impl Core {
             (Pending::Termination(lease), Said::Done) => {
                 self.untold.remove(&lease);
             }
+            (Pending::Inquire(lease), Said::Terminated(end)) => {
+                self.inquiry_answered(&lease, Some(&end), out);
+            }
+            (Pending::Inquire(lease), Said::Receipt(_) | Said::Done) => {
+                self.inquiry_answered(&lease, None, out);
+            }
+            (Pending::Inquire(lease), Said::Refused(refusal, _)) => {
+                self.inquiry_refused(&lease, &refusal, out);
+            }
             (about, _) => self.came_to_nothing(now, about, "it gave no proper answer", out),
         }
     }
@@ -270,12 +284,17 @@ impl Core {
     fn came_to_nothing(&mut self, now: Now, about: Pending, why: &str, out: &mut Vec<Effect>) {
         match about {
             Pending::Hello(peer) => {
-                out.push(Effect::Disconnect(peer, "it did not show its certificate"));
+                // A link that died before this is no longer there to be closed.
+                if self.links.get(&peer).is_some_and(|link| !link.admitted) {
+                    self.give_up_on(now, &peer, "it did not show its certificate", out);
+                    out.push(Effect::Disconnect(peer, "it did not show its certificate"));
+                }
             }
             Pending::Announce(_) | Pending::Pull | Pending::Records | Pending::Digest(_) => {}
             Pending::Order(order) => self.order_silent(now, &order, why, out),
             Pending::Claim(lease) => self.claim_silent(&lease, why, out),
             Pending::Release(lease) => self.release_silent(&lease, why, out),
+            Pending::Inquire(lease) => self.inquiry_silent(&lease, why, out),
             Pending::Receipt(lease) => {
                 let pause = Span::secs(2) + Span::millis(self.dice.below(1_000));
                 self.receipts_out.insert(lease, Some(now.boot + pause));
@@ -443,6 +462,7 @@ impl Core {
 
     fn tick(&mut self, now: Now, out: &mut Vec<Effect>) {
         self.spread.expire(now.wall);
+        self.watch_clock(now);
         self.seek_links(out);
         if self.reconcile_at <= now.boot {
             self.reconcile_at = now.boot + RECONCILE + Span::millis(self.dice.below(5_000));
@@ -454,6 +474,19 @@ impl Core {
         }
         self.tick_lessor(now, out);
         self.tick_lessee(now, out);
+    }
+
+    /// When the wall clock was set, what was signed by the old reading lives too long or too short,
+    /// and what was refused by it may be good: all is said and compared anew.
+    fn watch_clock(&mut self, now: Now) {
+        let expected = self.clocks.wall + now.boot.since(self.clocks.boot);
+        let step = now.wall.since(expected).max(expected.since(now.wall));
+        self.clocks = now;
+        if step > SKEW {
+            self.pricing.restate();
+            self.host_record_at = now.boot;
+            self.reconcile_at = now.boot;
+        }
     }
 
     /// Keeps [`DEGREE`] links to random members, and to the nodes to join by until one is up.
@@ -515,22 +548,18 @@ impl Core {
 impl Core {
     pub(super) fn view_nodes(&self, now: Now) -> Vec<super::view::NodeView> {
         self.spread
-            .hosts()
-            .map(|record| {
+            .certified()
+            .map(|(record, certificate)| {
                 let (key, host) = (record.signer(), record.body());
                 let offer = self.spread.offer(&key);
                 let body = offer.map(|(offer, _)| offer.body());
-                let organisation = host
-                    .certificate
-                    .verify::<Certificate>(&self.hand.fabric)
-                    .map(|certificate| certificate.body().organisation.clone());
                 super::view::NodeView {
                     id: key,
                     name: host.name.clone(),
                     up: self.is_up(&key, offer.map(|(_, heard)| heard), now.boot),
                     linked: self.links.get(&key).is_some_and(|link| link.admitted),
                     version: host.version.clone(),
-                    organisation: organisation.unwrap_or_default(),
+                    organisation: certificate.body().organisation.clone(),
                     hardware: host.hardware.clone(),
                     shapes: body.map(|offer| offer.shapes.clone()).unwrap_or_default(),
                     rates: body.map(|offer| offer.rates.clone()),

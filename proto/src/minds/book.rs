@@ -35,6 +35,11 @@ use crate::words::wire::{self, MAX_OBJECT};
 const MAX_ACTS: usize = 32;
 /// The most leases that may be promised at once.
 const MAX_LEASES: usize = 100_000;
+/// The most requests remembered beyond their leases.
+const MAX_SPENT: usize = 1_000_000;
+/// How long a request is remembered beyond its lease. The wall clock may be set back, but an order
+/// names an offer, which is honoured no longer than this on the boot clock.
+pub const REMEMBER: Span = Span::secs(15 * 60);
 
 /// Where a lease stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -128,6 +133,8 @@ pub struct Book {
     promised: Resources,
     leases: BTreeMap<LeaseId, Lease>,
     requests: BTreeMap<(KeyId, RequestId), LeaseId>,
+    /// Requests whose lease was forgotten, with the instant from which they may be as well.
+    spent: VecDeque<(Boot, (KeyId, RequestId))>,
     due: BTreeSet<(Boot, LeaseId)>,
     fence: u64,
     plant: Plant,
@@ -195,18 +202,20 @@ impl Book {
             promised: Resources::default(),
             leases: BTreeMap::new(),
             requests: BTreeMap::new(),
+            spent: VecDeque::new(),
             due: BTreeSet::new(),
             fence: 0,
             plant,
         }
     }
 
-    /// Takes back a lease that was kept, with the receipts that are not countersigned yet.
+    /// Takes back a lease that was kept, with its receipts in any order; those that are
+    /// countersigned, or were not yet part of the chain when the node died, are left out.
     /// `None` when what was kept does not decode: the caller must not go on without it.
     pub fn restore(
         &mut self,
         kept: Lent,
-        unacknowledged: VecDeque<(u64, Draft)>,
+        mut unacknowledged: VecDeque<(u64, Draft)>,
     ) -> Option<LeaseId> {
         let id = LeaseId(kept.grant.id());
         let order_envelope = Envelope::decode(&kept.order.envelope).ok()?;
@@ -214,6 +223,10 @@ impl Book {
         let envelope = Envelope::decode(&kept.grant.envelope).ok()?;
         let terms: Grant = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
         let request = (order.lessee, order.request);
+        // A receipt beyond the kept chain was cut off from it by a crash: it never left.
+        let number = kept.chain.number;
+        unacknowledged.retain(|(n, _)| *n > kept.acknowledged.0 && *n <= number);
+        unacknowledged.make_contiguous().sort_by_key(|(n, _)| *n);
         if kept.stage != Stage::Ended {
             self.promised = self.promised.plus(&terms.shape);
         }
@@ -272,7 +285,11 @@ impl Book {
     pub fn place(&mut self, now: Now, order: &Verified<Order>, quote: &Quote<'_>) -> Placed {
         let body = order.body();
         let request = (body.lessee, body.request);
-        if let Some(lease) = self.requests.get(&request).and_then(|id| self.leases.get(id)) {
+        if let Some(id) = self.requests.get(&request) {
+            // Its validity was over when it was forgotten, whatever the wall clock says now.
+            let Some(lease) = self.leases.get(id) else {
+                return Placed::Refused(Reason::Expired, Vec::new());
+            };
             let same = lease.terms.order == order.id();
             if same || self.plant.is("forget-conflicts") {
                 return Placed::Repeat(lease.kept.grant.clone());
@@ -289,7 +306,7 @@ impl Book {
             let figure = Figure { of: "rate".into(), have: rate.0, need: body.ceiling.0 };
             return Placed::Refused(Reason::Price, vec![figure]);
         }
-        if self.leases.len() >= MAX_LEASES {
+        if self.leases.len() >= MAX_LEASES || self.spent.len() >= MAX_SPENT {
             return Placed::Refused(Reason::Busy, Vec::new());
         }
         let free = self.free();
@@ -554,9 +571,12 @@ impl Book {
                 Stage::Granted => turns.push(Turn::Lapsed(id)),
                 Stage::Active => {
                     let turn = lease.turn(now);
-                    // Not to be found due again within this very instant.
-                    lease.receipt_due = lease.receipt_due.max(now + Span::millis(1));
-                    self.reschedule(id);
+                    if !matches!(turn, Some(Some(_))) {
+                        // Not to be found due again within this very instant. One that ends is
+                        // scheduled no more: the caller drains it.
+                        lease.receipt_due = lease.receipt_due.max(now + Span::millis(1));
+                        self.reschedule(id);
+                    }
                     turns.extend(turn.map(|reason| match reason {
                         Some(reason) => Turn::Drain(id, reason),
                         None => Turn::Receipt(id),
@@ -576,15 +596,11 @@ impl Book {
 
     /// Forgets leases that are over, agreed, that `may_go`, and whose order can no longer be
     /// repeated; gives them for the history.
-    pub fn prune(
-        &mut self,
-        wall: Wall,
-        may_go: impl Fn(&LeaseId) -> bool,
-    ) -> Vec<(LeaseId, Lease)> {
+    pub fn prune(&mut self, now: Now, may_go: impl Fn(&LeaseId) -> bool) -> Vec<(LeaseId, Lease)> {
         let over = |(id, lease): (&LeaseId, &Lease)| {
             let over = lease.kept.stage == Stage::Ended
                 && lease.unacknowledged.is_empty()
-                && lease.order_not_after + SKEW < wall
+                && lease.order_not_after + SKEW < now.wall
                 && may_go(id);
             over.then_some(*id)
         };
@@ -592,9 +608,12 @@ impl Book {
         let mut pruned = Vec::with_capacity(gone.len());
         for id in gone {
             if let Some(lease) = self.leases.remove(&id) {
-                self.requests.remove(&lease.request);
+                self.spent.push_back((now.boot + REMEMBER, lease.request));
                 pruned.push((id, lease));
             }
+        }
+        while let Some((_, request)) = self.spent.pop_front_if(|(at, _)| *at < now.boot) {
+            self.requests.remove(&request);
         }
         pruned
     }

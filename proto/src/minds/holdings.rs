@@ -28,7 +28,8 @@ use crate::words::wire::{self, MAX_OBJECT};
 const DRIFT_PPM: u64 = 200;
 /// The fixed part of the margin.
 const MARGIN: Span = Span::millis(50);
-/// How much more than the time since the claim was sent a receipt may bill: clock resolution.
+/// How much more than the time since the claim was sent a receipt may bill, beside drift: clock
+/// resolution.
 const RESOLUTION: Span = Span::millis(2);
 
 /// Where a held lease stands.
@@ -139,6 +140,9 @@ impl Holdings {
             let end: Termination = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
             Some((end.reason, end.outcome, end.charge))
         });
+        let lost =
+            (kept.stage == Stage::Ended).then_some((EndReason::Lost, None, kept.chain.charge));
+        let ended = ended.or(lost);
         self.orders.insert(order, Holding { kept, terms, ended });
     }
 
@@ -206,16 +210,17 @@ impl Holdings {
         if receipt.signer() != kept.lessor {
             return Judged::Foreign;
         }
-        if body.number == kept.chain.number
-            && receipt.id() == kept.chain.last
-            && let Some(answer) = &kept.acknowledgement
-        {
+        let latest = body.number == kept.chain.number && receipt.id() == kept.chain.last;
+        // An older one came late: the latest countersignature covers all before it.
+        let older = body.number > 0 && body.number < kept.chain.number;
+        if let Some(answer) = kept.acknowledgement.as_ref().filter(|_| latest || older) {
             return Judged::Agreed(answer.clone(), false);
         }
         let checked = kept.chain.check(&terms, body).and_then(|()| {
             // After a reboot of this host the claim's instant says nothing any more.
             let passed = kept.claim_sent.filter(|_| kept.boot == boot);
-            let passed = passed.map(|sent| now.boot.since(sent) + RESOLUTION);
+            let passed = passed.map(|sent| now.boot.since(sent));
+            let passed = passed.map(|span| span + span.scale(DRIFT_PPM, 1_000_000) + RESOLUTION);
             match passed {
                 Some(passed) if body.usage.billed > passed => Err(ObjectionReason::Time),
                 _ => Ok(()),
@@ -232,6 +237,10 @@ impl Holdings {
                 kept.chain.advance(body, receipt.id());
                 kept.acknowledgement = Some(draft.clone());
                 kept.objection = None;
+                if kept.stage == Stage::Granted {
+                    // Only the claim's acceptance was lost.
+                    kept.stage = Stage::Claimed;
+                }
                 Judged::Agreed(draft, true)
             }
             Err(reason) => {
@@ -257,6 +266,18 @@ impl Holdings {
         holding.kept.termination = Some(termination.signed().clone());
         holding.kept.stage = Stage::Ended;
         holding.ended = Some((body.reason, body.outcome.clone(), body.charge));
+        true
+    }
+
+    /// The lessor knows the lease no more: what was agreed so far is what is owed. False when it
+    /// has ended already.
+    pub fn lost(&mut self, lease: &LeaseId) -> bool {
+        let Some(holding) = self.get_mut(lease) else { return false };
+        if holding.kept.stage == Stage::Ended {
+            return false;
+        }
+        holding.kept.stage = Stage::Ended;
+        holding.ended = Some((EndReason::Lost, None, holding.kept.chain.charge));
         true
     }
 }

@@ -88,6 +88,12 @@ impl Pricing {
         self.wanted = true;
     }
 
+    /// The current offer is to be made anew, whether or not it changed.
+    pub fn restate(&mut self) {
+        self.current = None;
+        self.wanted = true;
+    }
+
     /// When [`Pricing::publish`] is next due.
     #[must_use]
     pub fn next_wake(&self) -> Boot {

@@ -41,6 +41,7 @@ pub struct Pursuit {
     out: Vec<Asked>,
     heard: Vec<Heard>,
     started: Boot,
+    late: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -79,28 +80,26 @@ impl Pursuit {
     #[must_use]
     pub fn new(now: Boot, want: Want, ranked: Vec<Choice>) -> Self {
         let ranked = ranked.into();
-        Self { want, rounds: 2, ranked, out: Vec::new(), heard: Vec::new(), started: now }
+        let (out, heard) = (Vec::new(), Vec::new());
+        Self { want, rounds: 2, ranked, out, heard, started: now, late: false }
     }
 
     /// What to do now.
     pub fn next(&mut self, now: Boot) -> Next {
-        let late = self.started + GIVE_UP <= now;
-        if self.out.is_empty() && (self.ranked.is_empty() || late) {
+        self.late |= self.started + GIVE_UP <= now;
+        if self.out.is_empty() && (self.ranked.is_empty() || self.late) {
             return Next::Failed;
         }
-        let newest = self.out.iter().map(|asked| asked.at).max();
-        let may_ask = newest.is_none_or(|at| at + HEDGE <= now) && self.out.len() < AT_ONCE;
-        if may_ask
-            && !late
-            && let Some(choice) = self.ranked.pop_front()
-        {
-            return Next::Ask(choice);
+        let may_ask = self.newest().is_none_or(|at| at + HEDGE <= now) && self.may_hedge();
+        match self.ranked.pop_front_if(|_| may_ask) {
+            Some(choice) => Next::Ask(choice),
+            None => Next::Wait(self.waits_until().unwrap_or(now)),
         }
-        let hedges = self.out.len() < AT_ONCE && !self.ranked.is_empty() && !late;
-        let hedge = newest.filter(|_| hedges).map(|at| at + HEDGE);
-        let patience = self.out.iter().map(|asked| asked.at + PATIENCE).min();
-        let wait = hedge.into_iter().chain(patience).min();
-        Next::Wait(wait.unwrap_or(self.started + GIVE_UP))
+    }
+
+    /// Whether another one may be asked beside those that are out.
+    fn may_hedge(&self) -> bool {
+        self.out.len() < AT_ONCE && !self.ranked.is_empty() && !self.late
     }
 
     /// `choice` was asked by `order`.
@@ -156,14 +155,13 @@ impl Pursuit {
     /// Until when it only waits; `None` when there is something to do now.
     #[must_use]
     pub fn waits_until(&self) -> Option<Boot> {
-        match self.clone().next(self.newest()) {
-            Next::Wait(at) => Some(at),
-            _ => None,
-        }
+        let hedge = self.newest().filter(|_| self.may_hedge()).map(|at| at + HEDGE);
+        let patience = self.out.iter().map(|asked| asked.at + PATIENCE).min();
+        hedge.into_iter().chain(patience).min()
     }
 
-    fn newest(&self) -> Boot {
-        self.out.iter().map(|asked| asked.at).max().unwrap_or(self.started)
+    fn newest(&self) -> Option<Boot> {
+        self.out.iter().map(|asked| asked.at).max()
     }
 
     /// What was heard so far.

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::id::{Hash, KeyId};
 use crate::base::time::{Boot, Span, Wall};
+use crate::words::charter::Certificate;
 use crate::words::message::{BUCKETS, MAX_NAMES, MAX_RECORDS, RecordName, RecordSaid};
 use crate::words::object::Kind;
 use crate::words::record::{HostRecord, Offer};
@@ -246,6 +247,16 @@ impl Spread {
     pub fn hosts(&self) -> impl Iterator<Item = &Verified<HostRecord>> {
         self.records.values().filter_map(|held| match &held.said {
             RecordSaid::Host(record, _) => Some(record),
+            _ => None,
+        })
+    }
+
+    /// Every host whose slow record is known, with the certificate that admits it.
+    pub fn certified(
+        &self,
+    ) -> impl Iterator<Item = (&Verified<HostRecord>, &Verified<Certificate>)> {
+        self.records.values().filter_map(|held| match &held.said {
+            RecordSaid::Host(record, certificate) => Some((record, certificate)),
             _ => None,
         })
     }
