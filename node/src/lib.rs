@@ -1,5 +1,6 @@
-//! node
+//! The running node.
 
 pub mod net;
 pub mod probe;
+pub mod store;
 pub mod work;
