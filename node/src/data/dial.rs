@@ -185,9 +185,9 @@ impl Shared {
         let mut recv = RecvHalf::new(recv, Some(link.clone()));
         let exchange = async {
             // A write fails where the peer stops the stream; its response says why.
-            match send.stream.write_all(frame).await {
-                Err(quinn::WriteError::ConnectionLost(e)) => return Err(lost(peer, &e, false)),
-                Ok(()) | Err(_) => {}
+            let written = send.stream.write_all(frame).await;
+            if let Err(quinn::WriteError::ConnectionLost(e)) = written {
+                return Err(lost(peer, &e, false));
             }
             let frame = read_frame(&mut recv.stream, MAX_RESPONSE).await.map_err(|e| {
                 let error = match e {

@@ -477,6 +477,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
     fn ranges_that_no_holder_should_serve() {
         const G: u64 = GROUP_BYTES;
         let size = 3 * G + 5;

@@ -1,6 +1,8 @@
 //! Real endpoints on loopback, in one process: honest ones on both sides, and hand-made peers
 //! that lie, stall and send rubbish.
 
+#![allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
+
 use std::{
     fs::OpenOptions,
     io::Cursor,
