@@ -1,6 +1,34 @@
-//! The running node.
+//! The running node: one loop around the pure core, and the edges that are its hands.
+//!
+//! ```text
+//!              cli  api  metrics                    what people and programs meet
+//!                 \  |  /
+//!                 handle                            commands in, replies out
+//!                    |
+//!   verify --->     run     ---> jobs               the loop: inputs -> core -> effects
+//!      ^           / | \          |  \
+//!     net      probe | store    work  data+payload  the edges; none imports another
+//! ```
+//!
+//! Start at [`node::Node`], which assembles everything, then read [`run`].
 
+pub mod attach;
+pub mod clock;
+pub mod config;
+pub mod data;
+pub mod handle;
+pub mod home;
+pub mod host;
+mod jobs;
 pub mod net;
+pub mod node;
+pub mod payload;
 pub mod probe;
+pub mod quantity;
+pub mod records;
+pub mod run;
 pub mod store;
+mod verify;
 pub mod work;
+
+pub use node::Node;

@@ -309,6 +309,12 @@ impl PayloadStore {
         lock(&self.inner.held).payloads.get(&root).copied()
     }
 
+    /// Where the bytes of a payload lie, for handing them to a program; none when it is not held.
+    /// The file is the payload itself: whoever changes it changes the payload.
+    pub fn path(&self, root: Root) -> Option<PathBuf> {
+        self.has(root).map(|_| self.inner.data_path(root))
+    }
+
     /// All payloads with their sizes in bytes, by name.
     pub fn list(&self) -> Vec<(Root, u64)> {
         lock(&self.inner.held).payloads.iter().map(|(root, size)| (*root, *size)).collect()

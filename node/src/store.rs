@@ -317,6 +317,17 @@ pub enum StoreError {
     Unknown(io::ErrorKind),
 }
 
+/// Why what is kept cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ReadFault {
+    /// The store is closed.
+    #[error("the store is closed")]
+    Closed,
+    /// The database failed.
+    #[error("the database cannot be read: {0}")]
+    Fault(String),
+}
+
 /// How much can still be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
@@ -537,6 +548,33 @@ impl Store {
         let sent = self.0.queue.send(Message::Barrier(answer)).await;
         sent.map_err(|_| CommitError::Closed)?;
         Pending(pending).await
+    }
+
+    /// Everything durable whose key starts with `prefix`, sorted by key. Reads the database on a
+    /// thread of its own; the writer is asked only for what the database may not have yet.
+    ///
+    /// # Errors
+    /// [`ReadFault`].
+    pub async fn scan(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, ReadFault> {
+        let (answer, look) = oneshot::channel();
+        let message = Message::Look(prefix.to_vec(), answer);
+        self.0.queue.send(message).await.map_err(|_| ReadFault::Closed)?;
+        let commit::Look { view, newer } = look.await.map_err(|_| ReadFault::Closed)?;
+        let prefix = prefix.to_vec();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut entries = view.under(&prefix)?;
+            for (key, value) in newer {
+                match value {
+                    Some(value) => entries.insert(key, value),
+                    None => entries.remove(&key),
+                };
+            }
+            Ok(entries.into_iter().collect())
+        });
+        match read.await {
+            Ok(entries) => entries.map_err(|fault: Fault| ReadFault::Fault(fault.to_string())),
+            Err(_) => Err(ReadFault::Closed),
+        }
     }
 
     /// [`Store::submit`] outside async code, where it panics.

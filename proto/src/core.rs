@@ -457,6 +457,12 @@ impl Core {
         self.admitted.contains(key)
     }
 
+    /// Every key that has shown such a certificate.
+    #[must_use]
+    pub const fn admitted(&self) -> &BTreeSet<KeyId> {
+        &self.admitted
+    }
+
     /// The data-plane addresses of `key`, as its host record says.
     #[must_use]
     pub fn data_addresses(&self, key: &KeyId) -> Vec<SocketAddr> {

@@ -35,7 +35,7 @@ use super::checkpoint::{Changes, Checkpoint};
 use super::disk::{Disk, Fault};
 use super::journal::{GROUP_BATCHES, Group, Journal};
 use super::lock::Lock;
-use super::tree::Tree;
+use super::tree::{Tree, View};
 use super::write::{self, Write};
 
 /// How long the checkpointer waits before it tries a full disk again.
@@ -48,6 +48,8 @@ pub(super) enum Message {
     Commit(Vec<Write>, u64, oneshot::Sender<u64>),
     /// Answer when everything before is durable.
     Barrier(oneshot::Sender<u64>),
+    /// Answer with what is kept under a prefix.
+    Look(Vec<u8>, oneshot::Sender<Look>),
     /// The checkpointer is done with one, or its timer asks for one.
     Checkpointer { due: bool },
     /// Checkpoint, end, then answer.
@@ -120,6 +122,17 @@ pub(super) struct Checkpoints {
     given_up: bool,
     /// What was committed since the last checkpoint was asked for.
     changes: Changes,
+    /// What the checkpoint under way is about: until it is done the database may lack it.
+    under_way: Arc<Changes>,
+    /// The database, for looking.
+    view: View,
+}
+
+/// What is kept under a prefix: a view of the database, and what it may not have yet.
+#[derive(Debug)]
+pub(super) struct Look {
+    pub(super) view: View,
+    pub(super) newer: Changes,
 }
 
 impl Writer {
@@ -181,6 +194,10 @@ impl Writer {
                         batches.push(batch);
                     }
                     Message::Barrier(done) => answers.push((self.group.last(), done)),
+                    Message::Look(prefix, answer) => {
+                        // What this very group holds is not durable yet and is not shown.
+                        let _ = answer.send(self.checkpoints.look(&prefix));
+                    }
                     Message::Checkpointer { due } => self.checkpoints.wanted |= due,
                     Message::Close(answer) => {
                         close = Some(answer);
@@ -261,11 +278,23 @@ impl Checkpoints {
         if self.busy || self.given_up || seq <= self.asked {
             return Ok(());
         }
-        let job = Job { seq, changes: std::mem::take(&mut self.changes) };
+        self.under_way = Arc::new(std::mem::take(&mut self.changes));
+        let job = Job { seq, changes: Arc::clone(&self.under_way) };
         self.jobs.send(job).map_err(|_| Halt::Checkpointer)?;
         self.asked = seq;
         self.busy = true;
         Ok(())
+    }
+
+    /// What is kept under `prefix`, without reading the database: that is the asker's work.
+    fn look(&self, prefix: &[u8]) -> Look {
+        let mut newer = Changes::new();
+        for changes in [&*self.under_way, &self.changes] {
+            let from = changes.range(prefix.to_vec()..);
+            let under = from.take_while(|(key, _)| key.starts_with(prefix));
+            newer.extend(under.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        Look { view: self.view.clone(), newer }
     }
 
     /// Hears of a finished checkpoint, if there is one.
@@ -294,6 +323,7 @@ impl Checkpoints {
         self.busy = false;
         match done {
             Done::Covered(seq) => {
+                self.under_way = Arc::default();
                 self.covered = seq;
                 true
             }
@@ -308,7 +338,7 @@ impl Checkpoints {
 /// A checkpoint to be made: everything up to batch `seq`.
 struct Job {
     seq: u64,
-    changes: Changes,
+    changes: Arc<Changes>,
 }
 
 /// What became of it.
@@ -371,13 +401,27 @@ impl Checkpointer {
     pub(super) fn start(self, covered: u64) -> std::io::Result<Checkpoints> {
         let (jobs, todo) = sync_channel(1);
         let (finished, done) = sync_channel(1);
+        let view = self.tree.view();
         let thread = std::thread::Builder::new()
             .name("store-checkpoint".to_owned())
             .spawn(move || self.run(&todo, &finished))?;
         let changes = Changes::new();
+        let under_way = Arc::default();
         let (busy, wanted, given_up) = (false, false, false);
         let asked = covered;
-        Ok(Checkpoints { jobs, done, thread, covered, asked, busy, wanted, given_up, changes })
+        Ok(Checkpoints {
+            jobs,
+            done,
+            thread,
+            covered,
+            asked,
+            busy,
+            wanted,
+            given_up,
+            changes,
+            under_way,
+            view,
+        })
     }
 
     fn run(mut self, todo: &Receiver<Job>, finished: &SyncSender<Done>) {

@@ -1255,3 +1255,29 @@ fn the_reserve_lets_a_checkpoint_be_finished() {
     eventually("the reserve is back", || taken().is_ok_and(|taken| taken >= 1024 * 1024));
     store.close_blocking();
 }
+
+/// What is kept under a prefix is seen wherever it lies: in the database, in a checkpoint under
+/// way, or in the journal alone; what was removed is not.
+#[tokio::test]
+async fn a_scan_sees_everything_durable() {
+    let room = tempfile::tempdir().expect("room");
+    let config = || Config::new([7; 32]);
+    let (store, _) = Store::open(room.path(), config()).expect("opens");
+    let put = |key: &str, value: &str| Write::put(key.as_bytes(), value.as_bytes());
+    store
+        .commit(vec![put("a1", "old"), put("a2", "gone"), put("b1", "other")])
+        .await
+        .expect("kept");
+    store.close().await;
+    let (store, _) = Store::open(room.path(), config()).expect("opens again");
+    let batch = vec![put("a1", "new"), Write::remove(b"a2".to_vec()), put("a3", "more")];
+    store.commit(batch).await.expect("kept");
+    let seen = store.scan(b"a").await.expect("reads");
+    let expected = [("a1", "new"), ("a3", "more")];
+    let expected: Vec<_> =
+        expected.iter().map(|(k, v)| (k.as_bytes().to_vec(), v.as_bytes().to_vec())).collect();
+    assert_eq!(seen, expected);
+    assert!(store.scan(b"c").await.expect("reads").is_empty());
+    store.close().await;
+    assert_eq!(store.scan(b"a").await, Err(ReadFault::Closed));
+}

@@ -193,12 +193,36 @@ impl Tree {
         self.file.sync_data().map_err(Fault::sync(&path))
     }
 
+    /// A view for other threads.
+    pub(super) fn view(&self) -> View {
+        View { path: self.path.clone(), db: self.db.clone() }
+    }
+
     /// All entries, in order.
     pub(super) fn entries(&self) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>), Fault>> {
         self.db.range([ENTRY]..).map(|entry| {
             let (key, value) = entry.map_err(|error| failed(&self.path, error))?;
             Ok((key.get(1..).unwrap_or_default().to_vec(), value.to_vec()))
         })
+    }
+}
+
+/// A database to look into while another thread writes it.
+#[derive(Clone, Debug)]
+pub(super) struct View {
+    path: PathBuf,
+    db: sled::Db,
+}
+
+impl View {
+    /// All entries whose key starts with `prefix`, in order.
+    pub(super) fn under(&self, prefix: &[u8]) -> Result<Entries, Fault> {
+        let spelled = spelled(prefix);
+        let entry = |entry: sled::Result<(sled::IVec, sled::IVec)>| {
+            let (key, value) = entry.map_err(|error| failed(&self.path, error))?;
+            Ok((key.get(1..).unwrap_or_default().to_vec(), value.to_vec()))
+        };
+        self.db.scan_prefix(spelled).map(entry).collect()
     }
 }
 

@@ -1,0 +1,192 @@
+//! Following a job: its output and its end, from lessor to lessee over the data plane.
+//!
+//! ```text
+//! lessee --Open(ATTACH, lease | stdout offset | stderr offset)--> lessor
+//!        <--frame*--                                    frame = kind u8 | length u32 LE | bytes
+//!            1 stdout   2 stderr   3 end: a JSON object, the last frame
+//! ```
+//!
+//! The lease is the credential: only the delegate's key, which the connection proves, may attach.
+//! A frame has at most [`MAX_FRAME`] bytes, checked before a byte is allocated.
+
+use std::net::SocketAddr;
+
+use leasehold_proto::words::usage::Outcome;
+use leasehold_proto::{Hash, KeyId, LeaseId, Payload};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::data::{Data, LinkError, RecvHalf};
+
+/// The channel kind on the data plane.
+pub const ATTACH: u8 = 1;
+/// The longest frame, in bytes.
+pub const MAX_FRAME: usize = 64 * 1024;
+
+/// One piece of a job's story.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Bytes that it wrote to standard output.
+    Stdout(Vec<u8>),
+    /// Bytes that it wrote to standard error.
+    Stderr(Vec<u8>),
+    /// It has ended; nothing follows.
+    End(End),
+}
+
+/// How a job ended, as the lessor tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// How.
+    pub outcome: Outcome,
+    /// The declared outputs that were kept, for fetching from the lessor.
+    pub outputs: Vec<OutputFile>,
+    /// Bytes of output that did not fit into the bounded logs.
+    pub dropped: u64,
+}
+
+/// A declared output that was kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputFile {
+    /// Its name under `/out`.
+    pub name: String,
+    /// Its bytes.
+    pub payload: Payload,
+}
+
+/// Why a job cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The node is stopping.
+    #[error("the node is stopping")]
+    Stopped,
+    /// The lease is not held by this node.
+    #[error("this node holds no lease {0}")]
+    NotHeld(LeaseId),
+    /// The lessor cannot be reached, or refuses.
+    #[error("the lessor cannot be attached to: {0}")]
+    Link(#[from] LinkError),
+    /// The stream broke.
+    #[error("the stream from the lessor broke: {0}")]
+    Broken(#[from] std::io::Error),
+    /// A frame breaks the rules.
+    #[error("the lessor sent {0}")]
+    Frame(&'static str),
+}
+
+/// A stream of frames.
+#[derive(Debug)]
+pub struct Attached {
+    frames: RecvHalf,
+}
+
+/// Asks `lessor` for the output of the job under `lease`.
+///
+/// # Errors
+/// When the lessor cannot be reached or refuses.
+pub async fn open(
+    data: &Data,
+    lessor: KeyId,
+    addresses: Vec<SocketAddr>,
+    lease: LeaseId,
+    stdout: u64,
+    stderr: u64,
+) -> Result<Attached, AttachError> {
+    let body = Request { lease, stdout, stderr }.encode();
+    let (mut send, frames) = data.open(lessor.0, addresses, ATTACH, body).await?;
+    send.finish();
+    Ok(Attached { frames })
+}
+
+impl Attached {
+    /// The next frame; none after [`Frame::End`].
+    ///
+    /// # Errors
+    /// When the stream breaks or a frame breaks the rules.
+    pub async fn next(&mut self) -> Result<Option<Frame>, AttachError> {
+        read(&mut self.frames).await
+    }
+}
+
+/// What a lessee asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Which lease's job.
+    pub lease: LeaseId,
+    /// From which byte of standard output on.
+    pub stdout: u64,
+    /// From which byte of standard error on.
+    pub stderr: u64,
+}
+
+impl Request {
+    /// The request's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.lease.0.0.to_vec();
+        bytes.extend_from_slice(&self.stdout.to_le_bytes());
+        bytes.extend_from_slice(&self.stderr.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a request; `None` when the bytes are not exactly one.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (lease, rest) = bytes.split_first_chunk::<32>()?;
+        let (stdout, rest) = rest.split_first_chunk::<8>()?;
+        let stderr: &[u8; 8] = rest.try_into().ok()?;
+        let (stdout, stderr) = (u64::from_le_bytes(*stdout), u64::from_le_bytes(*stderr));
+        Some(Self { lease: LeaseId(Hash(*lease)), stdout, stderr })
+    }
+}
+
+/// Writes one frame; longer output is split.
+///
+/// # Errors
+/// Those of the stream.
+pub async fn write(stream: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> std::io::Result<()> {
+    let end;
+    let (kind, bytes) = match frame {
+        Frame::Stdout(bytes) => (1, bytes),
+        Frame::Stderr(bytes) => (2, bytes),
+        Frame::End(said) => {
+            end = serde_json::to_vec(said)?;
+            (3, &end)
+        }
+    };
+    for piece in bytes.chunks(MAX_FRAME) {
+        let length = u32::try_from(piece.len()).unwrap_or(u32::MAX);
+        stream.write_u8(kind).await?;
+        stream.write_u32_le(length).await?;
+        stream.write_all(piece).await?;
+    }
+    Ok(())
+}
+
+/// Reads one frame; none at the clean end of the stream.
+///
+/// # Errors
+/// When the stream breaks or a frame breaks the rules.
+pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>, AttachError> {
+    let kind = match stream.read_u8().await {
+        Ok(kind) => kind,
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let length = usize::try_from(stream.read_u32_le().await?).unwrap_or(usize::MAX);
+    if length > MAX_FRAME {
+        return Err(AttachError::Frame("a frame longer than is allowed"));
+    }
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).await?;
+    match kind {
+        1 => Ok(Some(Frame::Stdout(bytes))),
+        2 => Ok(Some(Frame::Stderr(bytes))),
+        3 => {
+            let end = serde_json::from_slice(&bytes);
+            let end = end.map_err(|_| AttachError::Frame("an end that does not read"))?;
+            Ok(Some(Frame::End(end)))
+        }
+        _ => Err(AttachError::Frame("a frame of an unknown kind")),
+    }
+}

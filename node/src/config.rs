@@ -1,0 +1,409 @@
+//! What an operator decides: one TOML file, every field with a default and a reason.
+//!
+//! Flags and environment variables of `leasehold up` override it, unknown fields are refused by
+//! name. A node sells nothing until `offer.sell` says so.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use leasehold_proto::minds::pricing::Policy;
+use leasehold_proto::words::record::Addresses;
+use leasehold_proto::{Amount, GpuRate, Gpus, Rates, Resources, Span};
+use serde::{Deserialize, Serialize};
+
+use crate::quantity;
+
+/// The file's name in the data directory.
+pub const FILE: &str = "leasehold.toml";
+/// The longest file that is read, in bytes.
+const MAX_FILE: u64 = 256 * 1024;
+
+/// Everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Who the node is.
+    pub node: Node,
+    /// Where it listens.
+    pub listen: Listen,
+    /// Where others reach it, if not where it listens.
+    pub advertise: Advertise,
+    /// Whom it joins.
+    pub fabric: Fabric,
+    /// What it sells.
+    pub offer: Offer,
+    /// How it logs.
+    pub log: Log,
+}
+
+/// `[node]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Node {
+    /// What the host is called; empty: its host name. At most 64 bytes.
+    pub name: String,
+    /// What lessees may select by (`zone = "a"`). At most 32 labels of 64 bytes.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// `[listen]`: UDP but for `api`. Port 0 takes a free one, which suits tests; a node that others
+/// join by needs fixed ones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Listen {
+    /// Links between nodes (libp2p over QUIC).
+    pub link: SocketAddr,
+    /// Liveness packets.
+    pub probe: SocketAddr,
+    /// Payloads and job streams (QUIC).
+    pub data: SocketAddr,
+    /// The HTTP API (TCP). Loopback only: it has a token but no encryption.
+    pub api: SocketAddr,
+}
+
+/// `[advertise]`: empty lists mean the addresses that are listened on, which an unspecified
+/// address (`0.0.0.0`) cannot tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Advertise {
+    /// Addresses for links, best first.
+    pub link: Vec<SocketAddr>,
+    /// Addresses for liveness packets, best first.
+    pub probe: Vec<SocketAddr>,
+    /// Addresses for payloads, best first.
+    pub data: Vec<SocketAddr>,
+}
+
+/// `[fabric]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fabric {
+    /// Link addresses of nodes to join by. A few are enough; the rest is gossip. Empty in the
+    /// first node of a fabric.
+    pub join: Vec<SocketAddr>,
+}
+
+/// `[offer]`: amounts as text (`"256M"`, `"0.05"`), prices in the charter's currency per hour.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Offer {
+    /// Whether anything is sold. Nothing is until you say so.
+    pub sell: bool,
+    /// CPU cores to sell (`"3.5"`); empty: all but one, at least half a core.
+    pub cpu: String,
+    /// Memory to sell; empty: three quarters of the host's.
+    pub memory: String,
+    /// Disk to sell; empty: half of what is free in the data directory at the start.
+    pub disk: String,
+    /// GPUs to sell by kind; they are advertised only for runtimes that can attach them, of which
+    /// this version has none.
+    pub gpus: BTreeMap<String, u32>,
+    /// Price of one core.
+    pub cpu_hour: String,
+    /// Price of one GiB of memory.
+    pub memory_gib_hour: String,
+    /// Price of one GiB of disk.
+    pub disk_gib_hour: String,
+    /// Prices of one GPU, by kind.
+    pub gpu_hour: BTreeMap<String, String>,
+    /// The longest term of one lease.
+    pub max_term: String,
+    /// How long a job may take to end after its lease before it is killed.
+    pub grace: String,
+    /// Free disk space below which nothing new is promised.
+    pub min_disk_free: String,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `human` or `json`; JSON is one object a line.
+    pub format: LogFormat,
+    /// What is logged, as `tracing` filters say it: `info`, `info,leasehold_node::net=debug`.
+    pub filter: String,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs.
+    Json,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        let any = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        Self {
+            link: SocketAddr::new(any, 7701),
+            probe: SocketAddr::new(any, 7702),
+            data: SocketAddr::new(any, 7703),
+            api: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7700),
+        }
+    }
+}
+
+impl Default for Offer {
+    fn default() -> Self {
+        let text = str::to_string;
+        Self {
+            sell: false,
+            cpu: String::new(),
+            memory: String::new(),
+            disk: String::new(),
+            gpus: BTreeMap::new(),
+            cpu_hour: text("0.02"),
+            memory_gib_hour: text("0.004"),
+            disk_gib_hour: text("0.0001"),
+            gpu_hour: BTreeMap::new(),
+            max_term: text("24h"),
+            grace: text("5s"),
+            min_disk_free: text("256M"),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Human, filter: "info".into() }
+    }
+}
+
+/// Why a configuration is not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// It is no valid TOML, or has a field that does not exist.
+    #[error("{path}: {why}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Line, column and reason.
+        why: String,
+    },
+    /// A value is not usable.
+    #[error("{field}: {why}")]
+    Value {
+        /// Which field, with its section.
+        field: &'static str,
+        /// Why not.
+        why: String,
+    },
+}
+
+/// What the host has, as measured at the start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Measured {
+    /// Cores, memory, disk and GPUs.
+    pub hardware: Resources,
+    /// Bytes free on the data directory's file system.
+    pub disk_free: u64,
+}
+
+impl Config {
+    /// Reads a file; defaults where there is none and `must_exist` is false.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not valid.
+    pub fn load(path: &Path, must_exist: bool) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.into(), source };
+        let text = match std::fs::metadata(path) {
+            Ok(metadata) if metadata.len() > MAX_FILE => {
+                let why = format!("longer than {MAX_FILE} bytes");
+                return Err(ConfigError::Parse { path: path.into(), why });
+            }
+            Ok(_) => std::fs::read_to_string(path).map_err(read)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !must_exist => {
+                return Ok(Self::default());
+            }
+            Err(error) => return Err(read(error)),
+        };
+        toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            why: error.to_string().trim_end().to_string(),
+        })
+    }
+
+    /// What is sold of `measured`.
+    ///
+    /// # Errors
+    /// When an amount does not read, or asks to sell more than there is.
+    pub fn capacity(&self, measured: &Measured) -> Result<Resources, ConfigError> {
+        let offer = &self.offer;
+        let has = &measured.hardware;
+        let cpu_milli = match offer.cpu.as_str() {
+            "" => has.cpu_milli.saturating_sub(1000).max(has.cpu_milli / 2).max(500),
+            text => quantity::cpu(text).map_err(|why| value("offer.cpu", why))?,
+        };
+        let memory = match offer.memory.as_str() {
+            "" => has.memory / 4 * 3,
+            text => quantity::bytes(text).map_err(|why| value("offer.memory", why))?,
+        };
+        let disk = match offer.disk.as_str() {
+            "" => measured.disk_free / 2,
+            text => quantity::bytes(text).map_err(|why| value("offer.disk", why))?,
+        };
+        for (field, want, have) in [
+            ("offer.cpu", cpu_milli, has.cpu_milli),
+            ("offer.memory", memory, has.memory),
+            ("offer.disk", disk, measured.disk_free),
+        ] {
+            if want > have {
+                return Err(value(field, format!("asks to sell {want}, this host has {have}")));
+            }
+        }
+        for (kind, count) in &offer.gpus {
+            let have = has.gpu_count(kind);
+            if *count > have {
+                let why = format!("asks to sell {count} {kind}, this host has {have}");
+                return Err(value("offer.gpus", why));
+            }
+        }
+        // No runtime of this version can attach a device, so none is offered.
+        let gpus: Vec<Gpus> = Vec::new();
+        Ok(Resources { cpu_milli, memory, disk, gpus })
+    }
+
+    /// The policy behind the offers.
+    ///
+    /// # Errors
+    /// When a price or a time does not read.
+    pub fn policy(&self, isolation: Vec<String>) -> Result<Policy, ConfigError> {
+        let offer = &self.offer;
+        let price = |field: &'static str, text: &str| -> Result<Amount, ConfigError> {
+            quantity::price(text).map_err(|why| value(field, why))
+        };
+        let mut gpu_hour = Vec::new();
+        for (kind, text) in &offer.gpu_hour {
+            gpu_hour.push(GpuRate { kind: kind.clone(), hour: price("offer.gpu_hour", text)? });
+        }
+        Ok(Policy {
+            selling: offer.sell,
+            rates: Rates {
+                cpu_hour: price("offer.cpu_hour", &offer.cpu_hour)?,
+                memory_gib_hour: price("offer.memory_gib_hour", &offer.memory_gib_hour)?,
+                disk_gib_hour: price("offer.disk_gib_hour", &offer.disk_gib_hour)?,
+                gpu_hour,
+            },
+            max_term: self.span("offer.max_term", &offer.max_term)?,
+            runtimes: vec!["wasm".to_string()],
+            isolation,
+        })
+    }
+
+    /// How long a job may take to end.
+    ///
+    /// # Errors
+    /// When it does not read.
+    pub fn grace(&self) -> Result<Span, ConfigError> {
+        self.span("offer.grace", &self.offer.grace)
+    }
+
+    /// Free disk space below which nothing new is promised, in bytes.
+    ///
+    /// # Errors
+    /// When it does not read.
+    pub fn min_disk_free(&self) -> Result<u64, ConfigError> {
+        quantity::bytes(&self.offer.min_disk_free).map_err(|why| value("offer.min_disk_free", why))
+    }
+
+    #[allow(clippy::unused_self)] // reads as a field of this configuration
+    fn span(&self, field: &'static str, text: &str) -> Result<Span, ConfigError> {
+        quantity::span(text).map_err(|why| value(field, why))
+    }
+
+    /// The labels, sorted, within the bounds of a host record.
+    ///
+    /// # Errors
+    /// When there are too many, or one is too long.
+    pub fn labels(&self) -> Result<Vec<(String, String)>, ConfigError> {
+        let labels = &self.node.labels;
+        let fits = labels.len() <= 32
+            && labels.iter().all(|(name, value)| name.len() <= 64 && value.len() <= 64);
+        if !fits {
+            let why = "at most 32 labels of at most 64 bytes".to_string();
+            return Err(value("node.labels", why));
+        }
+        Ok(labels.iter().map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+
+    /// Where others reach the node, given where it really listens.
+    ///
+    /// # Errors
+    /// When an unspecified address is listened on and nothing is said about how to reach it.
+    pub fn addresses(
+        &self,
+        link: &[SocketAddr],
+        probe: SocketAddr,
+        data: SocketAddr,
+    ) -> Result<Addresses, ConfigError> {
+        let chosen = |field: &'static str, said: &[SocketAddr], bound: Vec<SocketAddr>| {
+            if !said.is_empty() {
+                return Ok(said.to_vec());
+            }
+            if bound.iter().any(|address| address.ip().is_unspecified()) {
+                let why = "listening on every address: say by which one others reach this node";
+                return Err(value(field, why.to_string()));
+            }
+            Ok(bound)
+        };
+        let say = &self.advertise;
+        Ok(Addresses {
+            link: chosen("advertise.link", &say.link, link.to_vec())?,
+            probe: chosen("advertise.probe", &say.probe, vec![probe])?,
+            data: chosen("advertise.data", &say.data, vec![data])?,
+        })
+    }
+}
+
+const fn value(field: &'static str, why: String) -> ConfigError {
+    ConfigError::Value { field, why }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        toml::from_str(text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_typo_is_refused_by_name() {
+        let error = parse("[offer]\nsel = true\n").expect_err("no such field");
+        assert!(error.contains("sel") && error.contains("sell"), "{error}");
+        let error = parse("[ofer]\n").expect_err("no such section");
+        assert!(error.contains("ofer"), "{error}");
+    }
+
+    #[test]
+    fn defaults_write_and_read_back() {
+        let text = toml::to_string(&Config::default()).expect("writes");
+        assert_eq!(parse(&text), Ok(Config::default()));
+    }
+
+    #[test]
+    fn selling_more_than_there_is_is_refused() {
+        let measured =
+            Measured { hardware: Resources::new(2000, 1 << 30, 1 << 40), disk_free: 1 << 30 };
+        let config = |text| parse(text).expect("parses").capacity(&measured);
+        assert!(config("[offer]\ncpu = '3'").expect_err("2 cores").to_string().contains("cpu"));
+        assert!(config("[offer]\nmemory = '2G'").is_err());
+        assert!(config("[offer]\ndisk = '2G'").is_err());
+        let capacity = config("[offer]\ncpu = '1.5'\nmemory = '512M'").expect("fits");
+        assert_eq!((capacity.cpu_milli, capacity.memory), (1500, 512 << 20));
+        assert_eq!(config("").expect("defaults").cpu_milli, 1000);
+    }
+}

@@ -1,0 +1,187 @@
+//! What the inside of a running node looks like from the API: a bounded way to ask the loop, and
+//! the data plane beside it. Nobody outside holds the core or a lock on it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use leasehold_proto::core::{Command, Failure, Reply, View};
+use leasehold_proto::proof::Proof;
+use leasehold_proto::words::sign::{Signed, Signer};
+use leasehold_proto::{KeyId, LeaseId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::attach::{self, AttachError, Attached};
+use crate::data::{Data, FetchError, FetchStats};
+use crate::payload::{PayloadStore, Root};
+use crate::records::{self, ProofError};
+use crate::run::Counts;
+use crate::store::Store;
+
+/// A command with the way its reply goes back.
+pub(crate) type Asked = (Command, oneshot::Sender<Result<Reply, Failure>>);
+
+/// A running node, seen from its API. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    commands: mpsc::Sender<Asked>,
+    facts: Facts,
+    signer: Arc<Signer>,
+    store: Store,
+    payloads: PayloadStore,
+    data: Data,
+    counts: Arc<Counts>,
+}
+
+/// What does not change while a node runs.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Its key.
+    pub me: KeyId,
+    /// Its name.
+    pub name: String,
+    /// The software's version.
+    pub version: &'static str,
+    /// Where links are taken.
+    pub link: Vec<SocketAddr>,
+    /// Where liveness packets are taken.
+    pub probe: SocketAddr,
+    /// Where payloads and job streams are served.
+    pub data: SocketAddr,
+    /// The fabric's first charter.
+    pub charter: Signed,
+    /// The mandate under which this node orders, if any.
+    pub mandate: Option<Signed>,
+}
+
+/// Why the loop gave no reply.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The command came to nothing.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// The node is stopping.
+    #[error("the node is stopping")]
+    Stopped,
+}
+
+impl Handle {
+    pub(crate) fn new(
+        commands: mpsc::Sender<Asked>,
+        facts: Facts,
+        signer: Arc<Signer>,
+        store: Store,
+        payloads: PayloadStore,
+        data: Data,
+        counts: Arc<Counts>,
+    ) -> Self {
+        Self { inner: Arc::new(Inner { commands, facts, signer, store, payloads, data, counts }) }
+    }
+
+    /// What does not change.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.inner.facts
+    }
+
+    /// Gives a command and waits for what it comes to.
+    ///
+    /// # Errors
+    /// When it came to nothing, or the node is stopping.
+    pub async fn ask(&self, command: Command) -> Result<Reply, AskError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.inner.commands.send((command, reply)).await;
+        sent.map_err(|_| AskError::Stopped)?;
+        Ok(answer.await.map_err(|_| AskError::Stopped)??)
+    }
+
+    /// How things stand now.
+    ///
+    /// # Errors
+    /// When the node is stopping.
+    pub async fn view(&self) -> Result<View, AskError> {
+        match self.ask(Command::View).await? {
+            Reply::View(view) => Ok(*view),
+            _ => Err(AskError::Stopped),
+        }
+    }
+
+    /// The payloads held here.
+    #[must_use]
+    pub fn payloads(&self) -> &PayloadStore {
+        &self.inner.payloads
+    }
+
+    /// The data plane, for its figures.
+    #[must_use]
+    pub fn data(&self) -> &Data {
+        &self.inner.data
+    }
+
+    /// The store, for its figures.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    /// What the loop counts.
+    #[must_use]
+    pub fn counts(&self) -> &Counts {
+        &self.inner.counts
+    }
+
+    /// Opens the output of the job under a held lease, from the given offsets on, and follows it
+    /// until the job has ended. The last frame says how.
+    ///
+    /// # Errors
+    /// When this node does not hold the lease, or the lessor cannot be reached or refuses.
+    pub async fn attach(
+        &self,
+        lease: LeaseId,
+        stdout: u64,
+        stderr: u64,
+    ) -> Result<Attached, AttachError> {
+        let view = self.view().await.map_err(|_| AttachError::Stopped)?;
+        let held = view.held.iter().find(|held| held.id == Some(lease));
+        let lessor = held.ok_or(AttachError::NotHeld(lease))?.lessor;
+        let addresses = data_addresses(&view, &lessor);
+        attach::open(&self.inner.data, lessor, addresses, lease, stdout, stderr).await
+    }
+
+    /// Fetches a payload from `holder`, verified while it streams; nothing is sent when it is
+    /// here already.
+    ///
+    /// # Errors
+    /// When the holder cannot be reached, does not hold it, or sends wrong bytes.
+    pub async fn fetch(
+        &self,
+        holder: KeyId,
+        root: Root,
+        size: u64,
+    ) -> Result<FetchStats, FetchError> {
+        let addresses = match self.view().await {
+            Ok(view) => data_addresses(&view, &holder),
+            Err(_) => Vec::new(),
+        };
+        self.inner.data.fetch(holder.0, addresses, root, size, |_| {}).await
+    }
+
+    /// Everything that proves a lease this node granted or holds, as kept on disk.
+    ///
+    /// # Errors
+    /// When no such lease was ever kept here, or what was kept does not read.
+    pub async fn proof(&self, lease: LeaseId) -> Result<Proof, ProofError> {
+        let Inner { store, signer, facts, .. } = &*self.inner;
+        records::proof(store, signer, &facts.charter, lease).await
+    }
+}
+
+/// Where `key` serves its data plane, by the map.
+fn data_addresses(view: &View, key: &KeyId) -> Vec<SocketAddr> {
+    let node = view.nodes.iter().find(|node| node.id == *key);
+    node.map(|node| node.addresses.data.clone()).unwrap_or_default()
+}

@@ -1,0 +1,375 @@
+//! Between the core's word and the work: fetches what a job needs, starts it, tells of its end,
+//! and serves those who follow it.
+//!
+//! ```text
+//! StartJob --> fetching --> running --> ended(outcome, outputs)      JobEnded exactly once
+//!                  \--cannot be had, or stopped first--^
+//! ```
+//!
+//! Bytes never pass through the core: programs and inputs come over the data plane by root, and
+//! go from here straight into the job's directory; output goes from its log to the lessee.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use leasehold_proto::core::{Event, Orphans, StartJob};
+use leasehold_proto::words::contract::EndReason;
+use leasehold_proto::words::usage::{Outcome, Usage};
+use leasehold_proto::{Hash, LeaseId, Payload, Span};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
+use crate::data::frame::Refusal;
+use crate::data::{Arriving, Data};
+use crate::payload::{PayloadStore, Root};
+use crate::work::{self, Spec, Stream, Work, WorkEvent};
+
+/// How many ended jobs keep their logs for late readers.
+const MAX_ENDED: usize = 256;
+/// How many processes and threads a program may have.
+const PIDS: u64 = 32;
+
+/// Where a job stands.
+#[derive(Clone, Debug)]
+enum Phase {
+    Fetching,
+    Running,
+    Ended(Arc<End>),
+}
+
+#[derive(Debug)]
+struct Job {
+    delegate: [u8; 32],
+    phase: watch::Sender<Phase>,
+    stop: CancellationToken,
+}
+
+/// The jobs under leases that this node granted.
+#[derive(Clone, Debug)]
+pub(crate) struct Jobs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    work: Work,
+    data: Data,
+    payloads: PayloadStore,
+    events: mpsc::Sender<Event>,
+    jobs: Mutex<BTreeMap<LeaseId, Job>>,
+    ended: Mutex<std::collections::VecDeque<LeaseId>>,
+}
+
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lease_of(text: &str) -> Option<LeaseId> {
+    text.parse().ok()
+}
+
+fn root_of(payload: &Payload) -> Root {
+    Root::from_bytes(payload.root.0)
+}
+
+impl Jobs {
+    pub(crate) fn new(
+        work: Work,
+        data: Data,
+        payloads: PayloadStore,
+        events: mpsc::Sender<Event>,
+    ) -> Self {
+        let (jobs, ended) = (Mutex::default(), Mutex::default());
+        Self { inner: Arc::new(Inner { work, data, payloads, events, jobs, ended }) }
+    }
+
+    /// Starts a job: everything that follows is told through the events.
+    pub(crate) fn start(&self, start: StartJob) {
+        let (phase, _) = watch::channel(Phase::Fetching);
+        let stop = CancellationToken::new();
+        let job = Job { delegate: start.delegate.0, phase, stop: stop.clone() };
+        hold(&self.inner.jobs).insert(start.lease, job);
+        let jobs = self.clone();
+        tokio::spawn(async move {
+            let lease = start.lease;
+            match jobs.begin(&start, &stop).await {
+                Ok(()) => jobs.set_phase(&lease, Phase::Running),
+                Err(outcome) => {
+                    let end = End { outcome, outputs: Vec::new(), dropped: 0 };
+                    jobs.finish(lease, end, Usage::default()).await;
+                }
+            }
+        });
+    }
+
+    async fn begin(&self, start: &StartJob, stop: &CancellationToken) -> Result<(), Outcome> {
+        let fetch_all = async {
+            for payload in start.job.payloads() {
+                self.fetch(start, payload).await?;
+            }
+            Ok(())
+        };
+        tokio::select! {
+            fetched = fetch_all => fetched?,
+            () = stop.cancelled() => return Err(Outcome::Stopped),
+        }
+        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop.
+        let started = self.inner.work.start(self.spec(start)?).await;
+        started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))
+    }
+
+    async fn fetch(&self, start: &StartJob, payload: Payload) -> Result<(), Outcome> {
+        let (root, size) = (root_of(&payload), payload.size);
+        let fetched = self
+            .inner
+            .data
+            .fetch(start.delegate.0, start.sources.clone(), root, size, |_| {})
+            .await;
+        match fetched {
+            Ok(stats) => {
+                tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
+                Ok(())
+            }
+            Err(error) => Err(Outcome::NoPayload(clip(&error.to_string()))),
+        }
+    }
+
+    fn spec(&self, start: &StartJob) -> Result<Spec, Outcome> {
+        let job = &start.job;
+        let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
+            let path = self.inner.payloads.path(root_of(payload));
+            path.ok_or_else(|| Outcome::NoPayload("it was removed before the job started".into()))
+        };
+        let mut inputs = Vec::with_capacity(job.inputs.len());
+        for input in &job.inputs {
+            inputs.push(work::Input { name: input.name.clone(), path: path(&input.payload)? });
+        }
+        let mut args = vec!["program".to_string()];
+        args.extend(job.args.iter().cloned());
+        Ok(Spec {
+            lease: start.lease.to_string(),
+            runtime: work::Runtime::Wasm,
+            program: path(&job.program)?,
+            args,
+            env: job.env.clone(),
+            stdin: job.stdin.as_ref().map(path).transpose()?,
+            inputs,
+            outputs: job.outputs.clone(),
+            cpu_milli: start.shape.cpu_milli,
+            memory: start.shape.memory,
+            disk: start.shape.disk,
+            pids: PIDS,
+            deadline_boot_ms: start.deadline.0,
+            grace_ms: start.grace.as_millis(),
+            log_limit: work::DEFAULT_LOG_LIMIT,
+            require: Vec::new(),
+        })
+    }
+
+    /// Ends a job, or what is being fetched for it.
+    pub(crate) fn stop(&self, lease: LeaseId, why: EndReason) {
+        let running = {
+            let jobs = hold(&self.inner.jobs);
+            let Some(job) = jobs.get(&lease) else { return };
+            job.stop.cancel();
+            !matches!(*job.phase.borrow(), Phase::Ended(_))
+        };
+        if running {
+            let work = self.inner.work.clone();
+            let why =
+                if why == EndReason::Released { "released by the lessee" } else { "lease ended" };
+            let mut phase = self.phase(&lease);
+            tokio::spawn(async move {
+                // A start under way is waited for: it ends in `Running` or `Ended`.
+                if let Some(phase) = &mut phase {
+                    let _ = phase.wait_for(|phase| !matches!(phase, Phase::Fetching)).await;
+                }
+                work.stop(&lease.to_string(), why).await;
+            });
+        }
+    }
+
+    fn phase(&self, lease: &LeaseId) -> Option<watch::Receiver<Phase>> {
+        hold(&self.inner.jobs).get(lease).map(|job| job.phase.subscribe())
+    }
+
+    fn set_phase(&self, lease: &LeaseId, phase: Phase) {
+        if let Some(job) = hold(&self.inner.jobs).get(lease) {
+            job.phase.send_if_modified(|now| {
+                let open = !matches!(now, Phase::Ended(_));
+                if open {
+                    *now = phase;
+                }
+                open
+            });
+        }
+    }
+
+    async fn finish(&self, lease: LeaseId, end: End, usage: Usage) {
+        let outcome = end.outcome.clone();
+        self.set_phase(&lease, Phase::Ended(Arc::new(end)));
+        let _ = self.inner.events.send(Event::JobEnded(lease, outcome, usage)).await;
+        let oldest = {
+            let mut ended = hold(&self.inner.ended);
+            ended.push_back(lease);
+            if ended.len() > MAX_ENDED { ended.pop_front() } else { None }
+        };
+        if let Some(oldest) = oldest {
+            if let Err(error) = self.inner.work.forget(&oldest.to_string()).await {
+                tracing::warn!(lease = %oldest, %error, "a job's directory stays");
+            }
+            hold(&self.inner.jobs).remove(&oldest);
+        }
+    }
+
+    /// Takes what the work tells.
+    pub(crate) async fn heard(&self, event: WorkEvent) {
+        match event {
+            WorkEvent::Started { lease } => tracing::debug!(lease, "the program runs"),
+            WorkEvent::Usage { lease, usage } => {
+                if let Some(lease) = lease_of(&lease) {
+                    let event = Event::Usage(lease, usage_of(&usage));
+                    let _ = self.inner.events.send(event).await;
+                }
+            }
+            WorkEvent::Ended { lease, outcome, usage } => {
+                let Some(id) = lease_of(&lease) else { return };
+                let outputs = self.keep_outputs(&lease).await;
+                let dropped = usage.log_dropped;
+                let end = End { outcome: outcome_of(&outcome), outputs, dropped };
+                self.finish(id, end, usage_of(&usage)).await;
+            }
+        }
+    }
+
+    /// Makes payloads of the declared outputs, so that the lessee can fetch them by root.
+    async fn keep_outputs(&self, lease: &str) -> Vec<OutputFile> {
+        let names = self.inner.work.status(lease).map(|status| status.outputs).unwrap_or_default();
+        let mut kept = Vec::with_capacity(names.len());
+        for file in names {
+            let Some(path) = self.inner.work.output_file(lease, &file.name) else { continue };
+            let payloads = self.inner.payloads.clone();
+            let imported = tokio::task::spawn_blocking(move || payloads.import_path(&path)).await;
+            match imported {
+                Ok(Ok(imported)) => {
+                    let root = Hash(*imported.root.as_bytes());
+                    let payload = Payload { root, size: imported.size };
+                    kept.push(OutputFile { name: file.name, payload });
+                }
+                Ok(Err(error)) => tracing::warn!(lease, name = file.name, %error, "output lost"),
+                Err(error) => tracing::warn!(lease, name = file.name, %error, "output lost"),
+            }
+        }
+        kept
+    }
+
+    /// Ends what an earlier run of this node left, before anything is granted.
+    ///
+    /// # Errors
+    /// When one cannot be ended: then nothing may be granted.
+    pub(crate) async fn bury_orphans(work: &Work) -> Result<Orphans, work::OpenError> {
+        let reaped = work.reap_orphans().await?;
+        let mut orphans = Orphans::new();
+        for job in reaped {
+            if let Some(lease) = lease_of(&job.lease) {
+                orphans.insert(lease, (outcome_of(&job.outcome), usage_of(&job.usage)));
+            }
+            if let Err(error) = work.forget(&job.lease).await {
+                tracing::warn!(lease = job.lease, %error, "a job's directory stays");
+            }
+        }
+        Ok(orphans)
+    }
+
+    /// Serves one who wants to follow a job.
+    pub(crate) async fn serve(self, arriving: Arriving) {
+        let request = Request::decode(&arriving.body);
+        let (peer, channel) = (arriving.peer, arriving.channel);
+        let Some(request) = request.filter(|_| channel == attach::ATTACH) else {
+            arriving.refuse(Refusal::BadRequest, "not a request to follow a job");
+            return;
+        };
+        let known = hold(&self.inner.jobs).get(&request.lease).map(|job| job.delegate);
+        if known != Some(peer) {
+            // The same answer for what does not exist and for what is not theirs.
+            arriving.refuse(Refusal::Denied, "no job of yours runs under this lease");
+            return;
+        }
+        let Ok((mut send, _recv)) = arriving.accept().await else { return };
+        if let Err(error) = self.follow(request, &mut send).await {
+            tracing::debug!(lease = %request.lease, %error, "a follower went away");
+            return;
+        }
+        send.finish();
+    }
+
+    async fn follow(
+        &self,
+        request: Request,
+        send: &mut (impl tokio::io::AsyncWrite + Unpin),
+    ) -> std::io::Result<()> {
+        let gone = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let mut phase = self.phase(&request.lease).ok_or_else(gone)?;
+        let begun = phase.wait_for(|phase| !matches!(phase, Phase::Fetching)).await;
+        begun.map_err(|_| gone())?;
+        let lease = request.lease.to_string();
+        if let (Ok(mut out), Ok(mut err)) =
+            (self.inner.work.output(&lease), self.inner.work.output(&lease))
+        {
+            let (mut at_out, mut at_err) = (request.stdout, request.stderr);
+            let (mut more_out, mut more_err) = (true, true);
+            while more_out || more_err {
+                tokio::select! {
+                    chunk = out.read(Stream::Stdout, at_out, MAX_FRAME), if more_out => {
+                        let chunk = chunk?;
+                        at_out += chunk.bytes.len() as u64;
+                        more_out = !chunk.end;
+                        attach::write(send, &Frame::Stdout(chunk.bytes)).await?;
+                    }
+                    chunk = err.read(Stream::Stderr, at_err, MAX_FRAME), if more_err => {
+                        let chunk = chunk?;
+                        at_err += chunk.bytes.len() as u64;
+                        more_err = !chunk.end;
+                        attach::write(send, &Frame::Stderr(chunk.bytes)).await?;
+                    }
+                }
+            }
+        }
+        let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await;
+        let end = match &*ended.map_err(|_| gone())? {
+            Phase::Ended(end) => Arc::clone(end),
+            _ => return Err(gone()),
+        };
+        attach::write(send, &Frame::End((*end).clone())).await
+    }
+}
+
+/// A message of bounded length, for an outcome that travels.
+fn clip(text: &str) -> String {
+    text.chars().take(500).collect()
+}
+
+fn usage_of(usage: &work::Usage) -> Usage {
+    Usage {
+        // The lease is billed by the lessor's own clock, from claim to end, not by this meter.
+        billed: Span::ZERO,
+        cpu: Span(usage.cpu_ms),
+        memory_mib_ms: usage.memory_mib_ms,
+        memory_peak: usage.memory_peak,
+    }
+}
+
+fn outcome_of(outcome: &work::Outcome) -> Outcome {
+    match outcome {
+        work::Outcome::Exited { code } => Outcome::Exited(*code),
+        work::Outcome::Trapped { message } => Outcome::Trapped(clip(message)),
+        work::Outcome::NotRunnable { message } => Outcome::NotRunnable(clip(message)),
+        work::Outcome::OutOfMemory { .. } => Outcome::OutOfMemory,
+        work::Outcome::OutOfDisk { .. } => Outcome::OutOfDisk,
+        work::Outcome::Deadline => Outcome::Deadline,
+        work::Outcome::Stopped { .. } => Outcome::Stopped,
+        work::Outcome::Lost { .. } => Outcome::Lost,
+    }
+}

@@ -1,0 +1,309 @@
+//! A node as a value: start, handle, shutdown. Everything it needs is passed in.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use leasehold_keys::exit::Exit;
+use leasehold_proto::core::{self, Core, Kept};
+use leasehold_proto::minds::member::Timing;
+use leasehold_proto::words::sign::Signer;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, ConfigError};
+use crate::data::{self, Data, DataConfig};
+use crate::handle::{Facts, Handle};
+use crate::home::{Home, HomeError, Identity};
+use crate::jobs::Jobs;
+use crate::net::{Limits, Net, NetConfig, NetError};
+use crate::payload::{self, PayloadError, PayloadStore};
+use crate::probe::{Probe, ProbeBindError, ProbeLimits};
+use crate::run::{Admitted, Counts, Inputs, Loop};
+use crate::store::{self, OpenError, Store};
+use crate::verify::Verifiers;
+use crate::work::{self, Exec, Work};
+use crate::{clock, host};
+
+/// How many inputs of one sort may wait for the loop.
+const QUEUE: usize = 1_024;
+
+/// A running node.
+#[derive(Debug)]
+pub struct Node {
+    handle: Handle,
+    shutdown: CancellationToken,
+    main: JoinHandle<()>,
+    data: Data,
+}
+
+/// Why a node does not start. Nothing was promised.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its directory is not usable.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// Its configuration is not usable.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// The host does not say what it has.
+    #[error("cannot measure this host: {0}")]
+    Host(std::io::Error),
+    /// The operating system has no randomness to give.
+    #[error("the operating system gave no randomness: {0}")]
+    Randomness(getrandom::Error),
+    /// The store does not open.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// A kept record does not read.
+    #[error("the store holds what this version cannot read: {0}")]
+    Kept(#[from] core::kept::ReadError),
+    /// The payloads do not open.
+    #[error("payloads: {0}")]
+    Payloads(#[from] PayloadError),
+    /// The jobs of an earlier run cannot be looked at or ended.
+    #[error("jobs of an earlier run: {0}")]
+    Jobs(#[from] work::OpenError),
+    /// The links cannot listen.
+    #[error("links: {0}")]
+    Net(#[from] NetError),
+    /// The socket for liveness packets cannot listen.
+    #[error("liveness packets: {0}")]
+    Probe(#[from] ProbeBindError),
+    /// The data plane cannot listen.
+    #[error("data plane: {0}")]
+    Data(#[from] data::StartError),
+    /// Charter, certificate or mandate do not hold.
+    #[error(transparent)]
+    Core(#[from] core::StartError),
+}
+
+impl StartError {
+    /// The exit code that says so.
+    #[must_use]
+    pub const fn exit(&self) -> Exit {
+        match self {
+            Self::Home(why) => why.exit(),
+            Self::Config(_) => Exit::Usage,
+            Self::Core(_) => Exit::Policy,
+            Self::Store(OpenError::Locked { .. }) => Exit::Conflict,
+            Self::Net(_) | Self::Probe(_) | Self::Data(_) => Exit::Conflict,
+            _ => Exit::Io,
+        }
+    }
+}
+
+/// What holds a node's identity and state.
+struct Opened {
+    store: Store,
+    saved: Vec<Kept>,
+    payloads: PayloadStore,
+    work: Work,
+    orphans: core::Orphans,
+    work_events: mpsc::Receiver<work::WorkEvent>,
+}
+
+impl Node {
+    /// Starts the node that lives in `home`.
+    ///
+    /// # Errors
+    /// When anything it needs is missing, unusable or taken.
+    pub async fn start(home: &Home, config: &Config, exec: Exec) -> Result<Self, StartError> {
+        let identity = home.identity()?;
+        let measured = host::measure(home.dir()).map_err(StartError::Host)?;
+        let capacity = config.capacity(&measured)?;
+        let policy = config.policy(work::isolation())?;
+        let (grace, min_disk_free) = (config.grace()?, config.min_disk_free()?);
+        let labels = config.labels()?;
+        // The store's lock is taken first: of two processes in one directory the second stops
+        // here, before it binds or ends anything.
+        let opened = open(home, &identity, exec, min_disk_free).await?;
+        let seed = *identity.secret.seed();
+        let (net, net_events, link) = Net::start(NetConfig {
+            seed,
+            listen: vec![config.listen.link],
+            limits: Limits::default(),
+        })
+        .await?;
+        let (probe, packets, probe_at) = Probe::bind(config.listen.probe, ProbeLimits::default())?;
+        let admitted: Admitted = Arc::new(RwLock::default());
+        let admit = {
+            let admitted = Arc::clone(&admitted);
+            Arc::new(move |key: [u8; 32]| {
+                admitted.read().unwrap_or_else(PoisonError::into_inner).contains(&key)
+            })
+        };
+        let data_config = DataConfig::new(config.listen.data);
+        let (data, arrivals) = Data::start(data_config, seed, opened.payloads.clone(), admit)?;
+        let addresses = config.addresses(&link, probe_at, data.local_addr())?;
+        let signer = identity.secret.signer();
+        let mut dice = [0; 8];
+        getrandom::fill(&mut dice).map_err(StartError::Randomness)?;
+        let name =
+            if config.node.name.is_empty() { host::name() } else { config.node.name.clone() };
+        let core_config = core::Config {
+            me: signer.id(),
+            name: name.clone(),
+            boot: clock::boot_id(),
+            charter: identity.charter.clone(),
+            certificate: identity.certificate.clone(),
+            mandate: identity.mandate.clone(),
+            addresses,
+            hardware: measured.hardware,
+            capacity,
+            processor: host::processor(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            labels,
+            policy,
+            timing: Timing::default(),
+            grace,
+            join: config.fabric.join.clone(),
+            seed: u64::from_le_bytes(dice),
+            plant: leasehold_proto::base::plant::Plant::NONE,
+        };
+        let mut first = Vec::new();
+        let Opened { store, saved, payloads, work, orphans, work_events } = opened;
+        let core = Core::new(core_config, saved, &orphans, clock::now(), &mut first)?;
+        let facts = Facts {
+            me: signer.id(),
+            name,
+            version: env!("CARGO_PKG_VERSION"),
+            link,
+            probe: probe_at,
+            data: data.local_addr(),
+            charter: identity.charter,
+            mandate: identity.mandate,
+        };
+        let parts = Parts { store, payloads, data, net, probe, work, admitted, min_disk_free };
+        let streams = Streams { net_events, packets, work_events, arrivals };
+        Ok(Self::assemble(home, core, first, &seed, facts, parts, streams))
+    }
+
+    fn assemble(
+        home: &Home,
+        core: Core,
+        first: Vec<core::Effect>,
+        seed: &[u8; 32],
+        facts: Facts,
+        parts: Parts,
+        streams: Streams,
+    ) -> Self {
+        let Parts { store, payloads, data, net, probe, work, admitted, min_disk_free } = parts;
+        let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
+        let (events, event_input) = mpsc::channel(QUEUE);
+        let (checked, checked_input) = mpsc::channel(QUEUE);
+        let (commands, command_input) = mpsc::channel(QUEUE);
+        let jobs = Jobs::new(work, data.clone(), payloads.clone(), events);
+        let counts = Arc::new(Counts::default());
+        let shutdown = CancellationToken::new();
+        let handle = Handle::new(
+            commands,
+            facts,
+            Arc::new(Signer::from_seed(seed)),
+            store.clone(),
+            payloads,
+            data.clone(),
+            Arc::clone(&counts),
+        );
+        let tell = jobs.clone();
+        tokio::spawn(async move {
+            while let Some(event) = work_events.recv().await {
+                tell.heard(event).await;
+            }
+        });
+        let serve = jobs.clone();
+        tokio::spawn(async move {
+            while let Some(arriving) = arrivals.recv().await {
+                tokio::spawn(serve.clone().serve(arriving));
+            }
+        });
+        let node_loop = Loop {
+            verifiers: Verifiers::start(core.hand().fabric, &checked),
+            core,
+            signer: Signer::from_seed(seed),
+            store,
+            net,
+            probe,
+            jobs,
+            admitted,
+            counts,
+            min_disk_free,
+            dir: home.dir().to_path_buf(),
+        };
+        let inputs = Inputs {
+            net: net_events,
+            packets,
+            checked: checked_input,
+            commands: command_input,
+            events: event_input,
+            shutdown: shutdown.clone(),
+        };
+        let main = tokio::spawn(Box::pin(node_loop.run(inputs, first)));
+        Self { handle, shutdown, main, data }
+    }
+
+    /// The way to talk to it.
+    #[must_use]
+    pub const fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Waits until the node ends by itself, which it only does when it can go on no more.
+    pub async fn ended(&mut self) {
+        let _ = (&mut self.main).await;
+    }
+
+    /// Stops taking work, says goodbye, and closes everything; jobs stay under their wardens.
+    pub async fn shutdown(self) {
+        self.shutdown.cancel();
+        if tokio::time::timeout(Duration::from_secs(4), self.main).await.is_err() {
+            tracing::warn!("the node did not stop in time; what it promised is on disk");
+        }
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.data.close()).await;
+    }
+}
+
+/// The edges, started.
+struct Parts {
+    store: Store,
+    payloads: PayloadStore,
+    data: Data,
+    net: Net,
+    probe: Probe,
+    work: Work,
+    admitted: Admitted,
+    min_disk_free: u64,
+}
+
+/// What the edges tell.
+struct Streams {
+    net_events: mpsc::Receiver<crate::net::NetEvent>,
+    packets: mpsc::Receiver<(SocketAddr, Vec<u8>)>,
+    work_events: mpsc::Receiver<work::WorkEvent>,
+    arrivals: mpsc::Receiver<data::Arriving>,
+}
+
+async fn open(
+    home: &Home,
+    identity: &Identity,
+    exec: Exec,
+    min_disk_free: u64,
+) -> Result<Opened, StartError> {
+    let mut config = store::Config::new(identity.secret.id().0);
+    config.min_disk_free = min_disk_free;
+    let dir: PathBuf = home.path("store");
+    let opened = tokio::task::spawn_blocking(move || Store::open(&dir, config)).await;
+    let (store, opened) =
+        opened.map_err(|error| StartError::Host(std::io::Error::other(error)))??;
+    tracing::info!(entries = opened.entries.len(), recovered = ?opened.recovered, "the store is open");
+    let entries = opened.entries.iter();
+    let saved = entries.map(|(key, value)| Kept::read(key, value)).collect::<Result<_, _>>()?;
+    let limits = payload::Limits { keep_free: min_disk_free, ..payload::Limits::default() };
+    let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
+    let (events, work_events) = mpsc::channel(256);
+    let work = Work::open(home.path("jobs"), exec, events)?;
+    let orphans = Jobs::bury_orphans(&work).await?;
+    Ok(Opened { store, saved, payloads, work, orphans, work_events })
+}

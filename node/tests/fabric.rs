@@ -1,0 +1,368 @@
+//! Small fabrics of real nodes in one process: real sockets on 127.0.0.1, real disks, and jobs as
+//! real processes; this executable is also their warden and runner, so it has a `main` of its own.
+//!
+//! `cargo test -p leasehold-node --test fabric [NAME]` runs those whose name contains NAME.
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use leasehold_keys::file::{Protection, Secret};
+use leasehold_node::Node;
+use leasehold_node::attach::Frame;
+use leasehold_node::config::Config;
+use leasehold_node::home::{Allowance, Founder, Founding, Home, mandate};
+use leasehold_node::node::StartError;
+use leasehold_node::payload::Declared;
+use leasehold_node::work::{Exec, hidden};
+use leasehold_proto::base::time::Wall;
+use leasehold_proto::core::{Command, Ended, Failure, Leased, Reply, View};
+use leasehold_proto::proof;
+use leasehold_proto::words::charter::Role;
+use leasehold_proto::words::contract::{Class, EndReason, JobSpec};
+use leasehold_proto::words::usage::Outcome;
+use leasehold_proto::words::want::Want;
+use leasehold_proto::{Amount, Hash, KeyId, LeaseId, Payload, Resources, Span};
+
+/// Nothing here waits for a fixed time; this is only when to give up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+type Test = fn() -> Pin<Box<dyn Future<Output = ()> + Send>>;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some(code) = hidden(args.iter().cloned()) {
+        return code;
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    let tests: Vec<(&str, Test)> = vec![
+        ("a_lease_end_to_end", || Box::pin(end_to_end())),
+        ("a_full_node_refuses_and_another_is_found", || Box::pin(full_node())),
+        ("a_restarted_node_keeps_what_it_granted", || Box::pin(restart())),
+        ("what_cannot_start_says_why", || Box::pin(cannot_start())),
+    ];
+    let filter = args.iter().filter_map(|arg| arg.to_str()).find(|arg| !arg.starts_with('-'));
+    let filter = filter.unwrap_or("").to_string();
+    let (mut passed, mut failed) = (0, 0);
+    for (name, test) in tests.into_iter().filter(|(name, _)| name.contains(&filter)) {
+        let ran = runtime.block_on(async { tokio::spawn(test()).await });
+        let word = if ran.is_ok() { "ok" } else { "FAILED" };
+        println!("test {name} ... {word}");
+        *(if ran.is_ok() { &mut passed } else { &mut failed }) += 1;
+    }
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("test result: {word}. {passed} passed; {failed} failed");
+    ExitCode::from(u8::from(failed > 0))
+}
+
+// ---------------------------------------------------------------- a fabric
+
+struct Fabric {
+    founder: Founder,
+    room: tempfile::TempDir,
+    now: Wall,
+}
+
+impl Fabric {
+    fn new() -> Self {
+        let now = leasehold_node::clock::now().wall;
+        let root = Secret::generate().expect("randomness");
+        let founding = Founding {
+            fabric: "test".into(),
+            currency: "USD".into(),
+            organisation: "acme".into(),
+            max_term: Span::secs(3600),
+            max_order_life: Span::secs(600),
+        };
+        let founder = Founder::found(root, &founding, now).expect("founds");
+        Self { founder, room: tempfile::tempdir().expect("room"), now }
+    }
+
+    fn home(&self, name: &str) -> Home {
+        let home = Home::at(self.room.path().join(name));
+        home.create().expect("home");
+        let key = home.new_key("node.key", &Protection::Clear).expect("key");
+        let certificate = self.founder.admit(key.id(), Role::Node, name, self.now).expect("admits");
+        home.put("charter", &self.founder.charter).expect("charter");
+        home.put("certificate", &certificate).expect("certificate");
+        let tenant = Secret::generate().expect("randomness");
+        let admitted = self.founder.admit(tenant.id(), Role::Tenant, "tenant", self.now);
+        let admitted = admitted.expect("admits");
+        let allowance = Allowance {
+            max_hourly: Amount(u64::MAX),
+            max_total: Amount(u64::MAX),
+            max_term: Span::secs(3600),
+        };
+        let mandate = mandate(&tenant, &admitted, key.id(), allowance, self.now).expect("mandate");
+        home.put("mandate", &mandate).expect("mandate");
+        home
+    }
+}
+
+fn config(name: &str, cpu: &str, price: &str, join: &[&Node]) -> Config {
+    let any = "127.0.0.1:0".parse().expect("address");
+    let mut config = Config::default();
+    config.node.name = name.into();
+    config.listen.link = any;
+    config.listen.probe = any;
+    config.listen.data = any;
+    config.fabric.join = join.iter().map(|node| node.handle().facts().link[0]).collect();
+    config.offer.sell = cpu != "0";
+    config.offer.cpu = cpu.into();
+    config.offer.memory = "512M".into();
+    config.offer.disk = "256M".into();
+    config.offer.cpu_hour = price.into();
+    config.offer.min_disk_free = "1M".into();
+    config
+}
+
+async fn start(home: &Home, config: &Config) -> Node {
+    Node::start(home, config, Exec::default()).await.expect("starts")
+}
+
+/// Waits until `holds` of the node's view.
+async fn until(node: &Node, what: &str, holds: impl Fn(&View) -> bool) -> View {
+    let begun = Instant::now();
+    loop {
+        let view = node.handle().view().await.expect("view");
+        if holds(&view) {
+            return view;
+        }
+        assert!(begun.elapsed() < PATIENCE, "gave up on: {what}\n{view:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn want(cpu_milli: u64, max_hourly: &str) -> Want {
+    Want {
+        shape: Resources::new(cpu_milli, 64 << 20, 1 << 20),
+        class: Class::Firm,
+        term: Span::secs(60),
+        claim_within: Span::secs(20),
+        max_hourly: max_hourly.parse().expect("amount"),
+        budget: Amount(10_000_000),
+        exposure: Amount(10_000_000),
+        receipt_every: Span::millis(300),
+        runtime: "wasm".into(),
+        lessors: Vec::new(),
+        labels: Vec::new(),
+        isolation: Vec::new(),
+    }
+}
+
+async fn lease(node: &Node, want: Want) -> Result<Leased, Failure> {
+    match node.handle().ask(Command::Lease(want)).await {
+        Ok(Reply::Leased(leased)) => Ok(*leased),
+        Err(leasehold_node::handle::AskError::Failed(failure)) => Err(failure),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A program that prints its input file's length class and exits with 7: it reads `/in/data`
+/// whole and writes `hello` and then what it read.
+const PROGRAM: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_read" (func $fd_read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 64) "hello ")
+  (func $say (param $at i32) (param $len i32)
+    (i32.store (i32.const 0) (local.get $at))
+    (i32.store (i32.const 4) (local.get $len))
+    (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func (export "_start")
+    (call $say (i32.const 64) (i32.const 6))
+    (i32.store (i32.const 0) (i32.const 1024))
+    (i32.store (i32.const 4) (i32.const 4096))
+    (drop (call $fd_read (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 8)))
+    (call $say (i32.const 1024) (i32.load (i32.const 8)))
+    (call $exit (i32.const 7))))"#;
+
+fn payload(node: &Node, bytes: &[u8]) -> Payload {
+    let size = Declared::Exactly(bytes.len() as u64);
+    let imported = node.handle().payloads().import(bytes, size).expect("imports");
+    Payload { root: Hash(*imported.root.as_bytes()), size: imported.size }
+}
+
+fn job(node: &Node) -> JobSpec {
+    JobSpec {
+        runtime: "wasm".into(),
+        program: payload(node, &wat::parse_str(PROGRAM).expect("program")),
+        args: Vec::new(),
+        env: Vec::new(),
+        stdin: Some(payload(node, b"world")),
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+    }
+}
+
+async fn claim(node: &Node, lease: LeaseId, job: JobSpec) -> KeyId {
+    match node.handle().ask(Command::Claim { lease, job }).await.expect("claims") {
+        Reply::Claimed(lessor) => lessor,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Follows a job to its end: what it wrote, and how it ended.
+async fn follow(node: &Node, lease: LeaseId) -> (Vec<u8>, Outcome) {
+    let mut attached = node.handle().attach(lease, 0, 0).await.expect("attaches");
+    let mut stdout = Vec::new();
+    while let Some(frame) = attached.next().await.expect("follows") {
+        match frame {
+            Frame::Stdout(bytes) => stdout.extend(bytes),
+            Frame::Stderr(_) => {}
+            Frame::End(end) => return (stdout, end.outcome),
+        }
+    }
+    panic!("no end came");
+}
+
+async fn release(node: &Node, lease: LeaseId) -> Ended {
+    let released = node.handle().ask(Command::Release(lease)).await.expect("releases");
+    assert!(matches!(released, Reply::Released), "{released:?}");
+    let ended = tokio::time::timeout(PATIENCE, node.handle().ask(Command::AwaitEnd(lease))).await;
+    match ended.expect("ends in time").expect("ends") {
+        Reply::Ended(ended) => ended,
+        other => panic!("{other:?}"),
+    }
+}
+
+// ---------------------------------------------------------------- the tests
+
+async fn end_to_end() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    let buyer = start(&fabric.home("buyer"), &config("buyer", "0", "0.02", &[&seller])).await;
+    until(&buyer, "the buyer sees the seller's offer", |view| {
+        view.nodes.iter().any(|node| node.name == "seller" && node.up && !node.shapes.is_empty())
+    })
+    .await;
+    let leased = lease(&buyer, want(500, "0.05")).await.expect("granted");
+    assert_eq!(leased.choice.lessor, seller.handle().facts().me);
+    let job = job(&buyer);
+    claim(&buyer, leased.lease, job.clone()).await;
+    let (stdout, outcome) = follow(&buyer, leased.lease).await;
+    assert_eq!((stdout.as_slice(), outcome), (&b"hello world"[..], Outcome::Exited(7)));
+    let ended = release(&buyer, leased.lease).await;
+    assert_eq!(
+        (ended.reason, ended.outcome.clone()),
+        (EndReason::Released, Some(Outcome::Exited(7)))
+    );
+    assert!(ended.receipts >= 1 && ended.charge > Amount::ZERO, "{ended:?}");
+
+    // Both sides hold a proof that verifies, and they tell the same.
+    until(&seller, "the final receipt is countersigned", |view| {
+        view.lent.iter().any(|lent| lent.id == leased.lease && lent.acknowledged == lent.receipts)
+    })
+    .await;
+    let mut verdicts = Vec::new();
+    for node in [&seller, &buyer] {
+        let proof = node.handle().proof(leased.lease).await.expect("proof");
+        let verdict = proof::check(&proof).expect("verifies");
+        assert!(verdict.price_checked && verdict.acknowledged == verdict.receipts, "{verdict:?}");
+        assert_eq!(verdict.charge, ended.charge);
+        verdicts.push(verdict);
+    }
+    assert_eq!(verdicts[0], verdicts[1]);
+
+    // The same program again: nothing is sent twice.
+    let sent = buyer.handle().data().stats().payload_sent;
+    let again = lease(&buyer, want(500, "0.05")).await.expect("granted");
+    claim(&buyer, again.lease, job).await;
+    let (_, outcome) = follow(&buyer, again.lease).await;
+    assert_eq!(outcome, Outcome::Exited(7));
+    assert_eq!(buyer.handle().data().stats().payload_sent, sent);
+    release(&buyer, again.lease).await;
+    buyer.shutdown().await;
+    seller.shutdown().await;
+}
+
+async fn full_node() {
+    let fabric = Fabric::new();
+    let cheap = start(&fabric.home("cheap"), &config("cheap", "1", "0.01", &[])).await;
+    let dear = start(&fabric.home("dear"), &config("dear", "1", "0.04", &[&cheap])).await;
+    let buyer = start(&fabric.home("buyer"), &config("buyer", "0", "0", &[&cheap])).await;
+    until(&buyer, "both offers are known", |view| {
+        view.nodes.iter().filter(|node| node.up && !node.shapes.is_empty()).count() == 2
+    })
+    .await;
+    let first = lease(&buyer, want(900, "0.1")).await.expect("granted");
+    assert_eq!(first.choice.lessor, cheap.handle().facts().me, "the cheap one first");
+    let second = lease(&buyer, want(900, "0.1")).await.expect("granted elsewhere");
+    assert_eq!(second.choice.lessor, dear.handle().facts().me);
+    let third = lease(&buyer, want(900, "0.1")).await;
+    assert!(matches!(third, Err(Failure::NothingFits(_) | Failure::Refused(_))), "{third:?}");
+    let dearer = lease(&buyer, want(100, "0.0001")).await;
+    let Err(Failure::NothingFits(against)) = dearer else { panic!("{dearer:?}") };
+    assert!(against.iter().any(|host| host.reasons.iter().any(|why| why.contains("price"))));
+    for node in [buyer, dear, cheap] {
+        node.shutdown().await;
+    }
+}
+
+async fn restart() {
+    let fabric = Fabric::new();
+    let home = fabric.home("seller");
+    let selling = config("seller", "1", "0.02", &[]);
+    let seller = start(&home, &selling).await;
+    let at = seller.handle().facts().link[0];
+    let buyer = start(&fabric.home("buyer"), &config("buyer", "0", "0.02", &[&seller])).await;
+    until(&buyer, "the offer is known", |view| view.nodes.iter().any(|n| !n.shapes.is_empty()))
+        .await;
+    let leased = lease(&buyer, want(500, "0.05")).await.expect("granted");
+    let before = seller.handle().view().await.expect("view");
+    seller.shutdown().await;
+    let mut same = selling.clone();
+    same.listen.link = at;
+    let seller = start(&home, &same).await;
+    let after = seller.handle().view().await.expect("view");
+    assert!(after.epoch > before.epoch);
+    assert_eq!(after.promised, before.promised);
+    assert!(after.lent.iter().any(|lent| lent.id == leased.lease));
+    // It is still good for what it was granted for.
+    until(&buyer, "the buyer is linked again", |view| view.links == 1).await;
+    claim(&buyer, leased.lease, job(&buyer)).await;
+    let (_, outcome) = follow(&buyer, leased.lease).await;
+    assert_eq!(outcome, Outcome::Exited(7));
+    release(&buyer, leased.lease).await;
+    buyer.shutdown().await;
+    seller.shutdown().await;
+}
+
+async fn cannot_start() {
+    let fabric = Fabric::new();
+    let home = fabric.home("one");
+    let node = start(&home, &config("one", "1", "0.02", &[])).await;
+    // The directory is in use.
+    let twice = Node::start(&home, &config("one", "1", "0.02", &[]), Exec::default()).await;
+    let error = twice.expect_err("locked");
+    assert!(matches!(error, StartError::Store(_)), "{error}");
+    assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+    // The port is in use.
+    let mut taken = config("two", "1", "0.02", &[]);
+    taken.listen.link = node.handle().facts().link[0];
+    let error = Node::start(&fabric.home("two"), &taken, Exec::default()).await;
+    let error = error.expect_err("the port is taken").to_string();
+    assert!(error.contains(&taken.listen.link.port().to_string()), "{error}");
+    // The store is another node's.
+    let other = fabric.home("three");
+    node.shutdown().await;
+    std::fs::rename(home.path("store"), other.path("store")).expect("moves");
+    let error = Node::start(&other, &config("three", "1", "0.02", &[]), Exec::default()).await;
+    let error = error.expect_err("foreign").to_string();
+    assert!(error.contains("belongs to the node"), "{error}");
+    // Another fabric's certificate.
+    let stranger = Fabric::new();
+    let home = fabric.home("four");
+    home.put("charter", &stranger.founder.charter).expect("charter");
+    let error = Node::start(&home, &config("four", "1", "0.02", &[]), Exec::default()).await;
+    let error = error.expect_err("not admitted");
+    assert!(matches!(error, StartError::Core(_)), "{error}");
+    // Nothing there at all.
+    let empty = Home::at(fabric.room.path().join("empty"));
+    let error = Node::start(&empty, &Config::default(), Exec::default()).await;
+    assert!(error.expect_err("empty").to_string().contains("leasehold init"));
+}
