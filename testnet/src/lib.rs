@@ -1,1 +1,2 @@
 //! testnet
+pub mod bench;
