@@ -2,15 +2,21 @@
 //!
 //! | file | what it measures |
 //! |---|---|
+//! | [`lease`] | order to verified, durable grant between two nodes |
+//! | [`membership`] | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | [`payload`] | memory to verified file over the data plane, beside raw QUIC |
 //! | [`machine`] | the machine that the figures are of |
+//! | [`api`] | how nodes are asked |
 //!
 //! Every benchmark starts real processes of this same binary, bounds what it does in count and
 //! time, and leaves nothing running: a process that it starts ends when its standard input does,
 //! which also happens when the benchmark itself is killed. Nothing here asserts: figures are for
 //! people to judge, see docs/bench.md.
 
+mod api;
+mod lease;
 mod machine;
+mod membership;
 mod payload;
 
 use std::io::Write as _;
@@ -28,6 +34,10 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Order to verified, durable grant between two nodes, with several clients at once.
+    Lease(lease::Options),
+    /// A fleet finds itself, notices a death, spreads an offer, and stands by.
+    Membership(membership::Options),
     /// A payload from memory to a verified file on disk, and the same bytes over raw QUIC.
     Payload(payload::Options),
     /// One side of the payload benchmark, started by it.
@@ -43,6 +53,14 @@ impl Bench {
     /// then has been printed.
     pub fn run(self) -> anyhow::Result<()> {
         match self.what {
+            What::Lease(options) => {
+                line(&machine::Machine::look())?;
+                lease::run(&options)
+            }
+            What::Membership(options) => {
+                line(&machine::Machine::look())?;
+                membership::run(&options)
+            }
             What::Payload(options) => {
                 line(&machine::Machine::look())?;
                 payload::run(&options)

@@ -1,6 +1,9 @@
 //! The machine that figures are of: without it they say nothing.
 
-use std::process::{Command, Stdio};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use serde::Serialize;
 
@@ -73,4 +76,21 @@ pub(super) fn peak_mb() -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?;
     Some((kib * 1024) as f64 / 1e6)
+}
+
+/// The file system's name, as far as it is a usual one: a sync is free on some.
+pub(super) fn file_system(dir: &Path) -> String {
+    // statfs(2)
+    const NAMES: [(i64, &str); 6] = [
+        (0xEF53, "ext4"),
+        (0x0102_1994, "tmpfs"),
+        (0x5846_5342, "xfs"),
+        (0x9123_683E, "btrfs"),
+        (0x794C_7630, "overlayfs"),
+        (0x2FC1_2FC1, "zfs"),
+    ];
+    let Ok(found) = rustix::fs::statfs(dir) else { return "an unknown file system".into() };
+    let kind = i64::from(found.f_type);
+    let known = NAMES.iter().find(|(magic, _)| *magic == kind);
+    known.map_or_else(|| format!("file system {kind:#x}"), |(_, name)| (*name).to_owned())
 }

@@ -188,7 +188,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         );
     }
     let mtu = raw.iter().find_map(|run| run.sender.mtu);
-    let sink = format!("verified file on {}, synced", file_system(target.path()));
+    let sink = format!("verified file on {}, synced", machine::file_system(target.path()));
     // The packets of both are of one size, by the same configuration.
     line(&case("leasehold", &ours, size, mtu, sink))?;
     line(&case("quinn", &raw, size, mtu, "dropped".to_owned()))?;
@@ -250,23 +250,6 @@ fn temporary(base: &Path) -> anyhow::Result<tempfile::TempDir> {
         .prefix("leasehold-bench-")
         .tempdir_in(base)
         .with_context(|| format!("cannot make a directory in {}", base.display()))
-}
-
-/// The file system's name, as far as it is a usual one: a sync is free on some.
-fn file_system(dir: &Path) -> String {
-    // statfs(2)
-    const NAMES: [(i64, &str); 6] = [
-        (0xEF53, "ext4"),
-        (0x0102_1994, "tmpfs"),
-        (0x5846_5342, "xfs"),
-        (0x9123_683E, "btrfs"),
-        (0x794C_7630, "overlayfs"),
-        (0x2FC1_2FC1, "zfs"),
-    ];
-    let Ok(found) = rustix::fs::statfs(dir) else { return "an unknown file system".into() };
-    let kind = i64::from(found.f_type);
-    let known = NAMES.iter().find(|(magic, _)| *magic == kind);
-    known.map_or_else(|| format!("file system {kind:#x}"), |(_, name)| (*name).to_owned())
 }
 
 /// Bytes that do not repeat or compress, the same every time.
