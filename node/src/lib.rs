@@ -1,2 +1,3 @@
 //! node
+pub mod data;
 pub mod payload;

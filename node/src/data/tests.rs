@@ -1,0 +1,905 @@
+//! Real endpoints on loopback, in one process: honest ones on both sides, and hand-made peers
+//! that lie, stall and send rubbish.
+
+#![allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
+
+use std::{
+    fs::OpenOptions,
+    io::Cursor,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, AtomicUsize},
+};
+
+use bao_tree::{
+    BaoTree, ChunkRanges,
+    io::{outboard::PreOrderMemOutboard, sync},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Notify,
+    time::sleep,
+};
+
+use super::{
+    frame::{Get, MAX_REQUEST, MAX_RESPONSE, Refusal},
+    serve::chunk_ranges,
+    stream::read_frame,
+    tls::Met,
+    *,
+};
+use crate::payload::{Declared, GROUP, GROUP_BYTES, Limits, PayloadError};
+
+const G: usize = GROUP_BYTES as usize;
+
+struct Node {
+    data: Data,
+    arrivals: mpsc::Receiver<Arriving>,
+    store: PayloadStore,
+    dir: tempfile::TempDir,
+}
+
+impl Node {
+    fn new(seed: u8) -> Self {
+        Self::with(seed, |_| {}, Limits { keep_free: 0, ..Limits::default() }, Arc::new(|_| true))
+    }
+
+    fn with(
+        seed: u8,
+        configure: impl FnOnce(&mut DataConfig),
+        limits: Limits,
+        admit: Admit,
+    ) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = PayloadStore::open_dir(dir.path(), limits).expect("a store");
+        let mut config = DataConfig::new(([127, 0, 0, 1], 0).into());
+        configure(&mut config);
+        let (data, arrivals) =
+            Data::start(config, [seed; 32], store.clone(), admit).expect("starts");
+        Self { data, arrivals, store, dir }
+    }
+
+    fn import(&self, content: &[u8]) -> (Root, u64) {
+        let size = Declared::Exactly(content.len() as u64);
+        let held = self.store.import(Cursor::new(content), size).expect("imports");
+        (held.root, held.size)
+    }
+
+    fn key(&self) -> [u8; 32] {
+        self.data.public_key()
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
+        vec![self.data.local_addr()]
+    }
+
+    async fn fetch_from(
+        &self,
+        holder: &Node,
+        (root, size): (Root, u64),
+    ) -> Result<FetchStats, FetchError> {
+        self.data.fetch(holder.key(), holder.addresses(), root, size, |_| {}).await
+    }
+
+    fn partial_files(&self) -> usize {
+        std::fs::read_dir(self.dir.path().join("partial")).expect("lists").count()
+    }
+
+    fn flip(&self, root: Root, ending: &str, offset: u64) {
+        let path: PathBuf = self.dir.path().join(format!("{root}.{ending}"));
+        let file = OpenOptions::new().read(true).write(true).open(path).expect("opens");
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).expect("reads");
+        file.write_all_at(&[byte[0] ^ 0x40], offset).expect("writes");
+    }
+}
+
+/// Bytes that no one could guess, the same every time.
+fn content(len: usize) -> Vec<u8> {
+    let mut content = vec![0; len];
+    blake3::Hasher::new().update(&len.to_le_bytes()).finalize_xof().fill(&mut content);
+    content
+}
+
+fn store_error(fetched: &Result<FetchStats, FetchError>) -> Option<&PayloadError> {
+    match fetched {
+        Err(FetchError::Store(e)) => Some(e),
+        _ => None,
+    }
+}
+
+/// Waits for `done`, with a deadline that only a hang meets.
+async fn until(what: &str, done: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "never: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A peer made by hand: real handshakes, and `answer` for every stream.
+struct Liar {
+    key: [u8; 32],
+    address: SocketAddr,
+    streams: Arc<AtomicUsize>,
+    _endpoint: quinn::Endpoint,
+}
+
+impl Liar {
+    fn new<F>(
+        seed: u8,
+        answer: impl Fn(quinn::SendStream, quinn::RecvStream) -> F + Clone + Send + 'static,
+    ) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let identity = Identity::new([seed; 32]).expect("an identity");
+        let crypto = identity.server().expect("a configuration");
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        config.transport_config(Arc::new(DataConfig::new(loopback()).served_transport()));
+        let endpoint = quinn::Endpoint::server(config, loopback()).expect("an endpoint");
+        let streams = Arc::new(AtomicUsize::new(0));
+        let (accepting, count) = (endpoint.clone(), streams.clone());
+        tokio::spawn(async move {
+            while let Some(incoming) = accepting.accept().await {
+                let Ok(connection) = incoming.await else { continue };
+                let (answer, count) = (answer.clone(), count.clone());
+                tokio::spawn(async move {
+                    while let Ok((send, recv)) = connection.accept_bi().await {
+                        count.fetch_add(1, Ordering::Relaxed);
+                        tokio::spawn(answer(send, recv));
+                    }
+                });
+            }
+        });
+        let address = endpoint.local_addr().expect("an address");
+        Self { key: identity.public, address, streams, _endpoint: endpoint }
+    }
+
+    /// One that answers every request with `header`, then `body`, and then does `end`.
+    fn sending<F>(
+        seed: u8,
+        header: Response,
+        body: Vec<u8>,
+        end: impl Fn(quinn::SendStream) -> F + Clone + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let header = header.encode().expect("encodes");
+        Self::new(seed, move |mut send, mut recv| {
+            let (header, body, end) = (header.clone(), body.clone(), end.clone());
+            async move {
+                read_frame(&mut recv, MAX_REQUEST).await.expect("a request");
+                send.write_all(&header).await.expect("sends");
+                if send.write_all(&body).await.is_ok() {
+                    end(send).await;
+                }
+                // Until the asker's verdict: a dropped half would end the stream early.
+                let _ = recv.read_to_end(10).await;
+            }
+        })
+    }
+
+    async fn feed(&self, to: &Node, root: Root, size: u64) -> Result<FetchStats, FetchError> {
+        to.data.fetch(self.key, vec![self.address], root, size, |_| {}).await
+    }
+}
+
+fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+/// A connection to `node` made by hand, with a proven key.
+async fn connect(seed: u8, node: &Node) -> quinn::Connection {
+    let identity = Identity::new([seed; 32]).expect("an identity");
+    let crypto = identity.client(node.key(), Met::default()).expect("a configuration");
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(Arc::new(DataConfig::new(loopback()).dialed_transport()));
+    let endpoint = quinn::Endpoint::client(loopback()).expect("an endpoint");
+    let address = node.data.local_addr();
+    endpoint.connect_with(config, address, "anyone").expect("dials").await.expect("connects")
+}
+
+/// The tree and the groups of `content`, as an honest holder sends them.
+fn encoded(content: &[u8], ranges: &ChunkRanges) -> Vec<u8> {
+    let outboard = PreOrderMemOutboard::create(content, GROUP);
+    let mut encoded = Vec::new();
+    sync::encode_ranges(content, outboard, ranges, &mut encoded).expect("encodes");
+    encoded
+}
+
+#[tokio::test]
+async fn payloads_of_every_size_arrive_and_none_is_sent_twice() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let mut sent = 0;
+    for len in [0, 1, 1023, 1024, 1025, G - 1, G, G + 1, 2 * G, 5 * G + 3, 9_000_001] {
+        let bytes = content(len);
+        let (root, size) = holder.import(&bytes);
+        let mut seen = 0;
+        let fetched = asker.data.fetch(holder.key(), holder.addresses(), root, size, |at| {
+            assert!(at >= seen, "progress went back");
+            seen = at;
+        });
+        let fetched = fetched.await.unwrap_or_else(|e| panic!("{len} bytes: {e}"));
+        assert_eq!((fetched.bytes, fetched.joined), (size, false));
+        assert_eq!(asker.store.read(root, size).expect("reads"), bytes);
+        asker.store.verify(root).expect("its outboard is right, too");
+        sent += size;
+        let again = asker.fetch_from(&holder, (root, size)).await.expect("is held");
+        assert_eq!(again.bytes, 0);
+        assert_eq!(holder.data.stats().payload_sent, sent);
+        assert_eq!(asker.data.stats().payload_received, sent);
+    }
+    let stats = holder.data.stats();
+    assert_eq!((stats.accepted, stats.streams), (1, 11), "one connection carries all");
+    assert_eq!(asker.partial_files(), 0);
+    // What was fetched can be passed on.
+    let third = Node::new(3);
+    let (root, size) = (Root::of(&content(9_000_001)), 9_000_001);
+    third.fetch_from(&asker, (root, size)).await.expect("fetches from the fetcher");
+    third.store.verify(root).expect("verifies");
+}
+
+#[tokio::test]
+async fn who_is_not_admitted_gets_nothing() {
+    let admitted = Arc::new(AtomicBool::new(false));
+    let asked = admitted.clone();
+    let admit: Admit = Arc::new(move |_| asked.load(Ordering::SeqCst));
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let (holder, asker) = (Node::with(1, |_| {}, limits, admit), Node::new(2));
+    let wanted = holder.import(&content(100));
+    let refused = asker.fetch_from(&holder, wanted).await;
+    let peer = holder.key();
+    assert!(
+        matches!(&refused, Err(FetchError::Link(LinkError::NotAdmitted { peer: p })) if *p == peer),
+        "{refused:?}"
+    );
+    assert_eq!(holder.data.stats().payload_sent, 0);
+    assert_eq!(holder.data.stats().not_admitted, 1);
+    assert_eq!(asker.partial_files(), 0);
+
+    admitted.store(true, Ordering::SeqCst);
+    asker.fetch_from(&holder, wanted).await.expect("is admitted now");
+
+    // Admission ends while the connection is open.
+    admitted.store(false, Ordering::SeqCst);
+    let other = holder.import(&content(101));
+    let refused = asker.fetch_from(&holder, other).await;
+    assert!(matches!(refused, Err(FetchError::Link(LinkError::NotAdmitted { .. }))), "{refused:?}");
+    until("the connection is closed", || holder.data.stats().serving == 0).await;
+}
+
+#[tokio::test]
+async fn another_key_than_the_expected_one_is_refused() {
+    let (holder, asker, other) = (Node::new(1), Node::new(2), Node::new(3));
+    let (root, size) = holder.import(&content(100));
+    let fetched = asker.data.fetch(other.key(), holder.addresses(), root, size, |_| {}).await;
+    let (expected, found) = (other.key(), holder.key());
+    assert!(
+        matches!(
+            fetched,
+            Err(FetchError::Link(LinkError::WrongKey { expected: e, found: f }))
+                if e == expected && f == found
+        ),
+        "{fetched:?}"
+    );
+    assert_eq!(holder.data.stats().streams, 0);
+}
+
+#[tokio::test]
+async fn a_wrong_byte_names_the_holder_and_the_holder_finds_it() {
+    for (len, ending, at, group) in [
+        (5 * G, "data", 3 * GROUP_BYTES + 17, 3 * GROUP_BYTES),
+        (700, "data", 699, 0),
+        (5 * G, "outboard", 70, 0),
+    ] {
+        let (holder, asker) = (Node::new(1), Node::new(2));
+        let wanted = holder.import(&content(len));
+        holder.flip(wanted.0, ending, at);
+        let fetched = asker.fetch_from(&holder, wanted).await;
+        let peer = holder.key();
+        assert!(
+            matches!(
+                &fetched,
+                Err(FetchError::Corrupt { peer: p, offset, .. }) if *p == peer && *offset == group
+            ),
+            "{ending} {at}: {fetched:?}"
+        );
+        assert_eq!(fetched.expect_err("fails").blames(), Some(peer));
+        assert_eq!(asker.store.has(wanted.0), None);
+        until("nothing is left of it", || asker.partial_files() == 0).await;
+        // The complaint makes the holder look, and set its copy aside.
+        until("the holder sets it aside", || holder.store.has(wanted.0).is_none()).await;
+        let fetched = asker.fetch_from(&holder, wanted).await;
+        assert!(matches!(fetched, Err(FetchError::NotHeld { .. })), "{fetched:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_payload_cut_short_on_the_holders_disk_is_given_up_and_found() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let wanted = holder.import(&content(6 * G));
+    let path = holder.dir.path().join(format!("{}.data", wanted.0));
+    let file = OpenOptions::new().write(true).open(path).expect("opens");
+    file.set_len(4 * GROUP_BYTES).expect("truncates");
+    let fetched = asker.fetch_from(&holder, wanted).await;
+    assert!(
+        matches!(fetched, Err(FetchError::GivenUp { code: Some(Code::Internal), .. })),
+        "{fetched:?}"
+    );
+    until("the holder sets it aside", || holder.store.has(wanted.0).is_none()).await;
+}
+
+#[tokio::test]
+async fn a_size_that_is_not_the_payloads_is_refused() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let bytes = content(3 * G);
+    let (root, size) = holder.import(&bytes);
+    // The caller is wrong about it.
+    for wrong in [0, size - 1, size + 1, 1 << 30] {
+        let fetched = asker.fetch_from(&holder, (root, wrong)).await;
+        assert!(
+            matches!(fetched, Err(FetchError::WrongSize { actual, .. }) if actual == size),
+            "{wrong}: {fetched:?}"
+        );
+    }
+    assert_eq!(holder.data.stats().payload_sent, 0);
+    // The holder is.
+    let ready = |size| Response::Ready { size };
+    let liar = Liar::sending(7, ready(size + 1), vec![], |_| async {});
+    let fetched = liar.feed(&asker, root, size).await;
+    assert!(matches!(fetched, Err(FetchError::WrongSize { .. })), "{fetched:?}");
+    // The holder says the right size and sends a tree of another.
+    let shorter = encoded(&bytes[..2 * G], &ChunkRanges::all());
+    let liar = Liar::sending(8, ready(size), shorter, |mut send| async move {
+        let _ = send.finish();
+    });
+    let fetched = liar.feed(&asker, root, size).await;
+    assert_eq!(fetched.expect_err("fails").blames(), Some(liar.key));
+    // A caller that asks for a held payload by another size is told so.
+    asker.fetch_from(&holder, (root, size)).await.expect("fetches");
+    let fetched = asker.fetch_from(&holder, (root, size + 1)).await;
+    assert!(matches!(store_error(&fetched), Some(PayloadError::WrongSize { .. })), "{fetched:?}");
+}
+
+#[tokio::test]
+async fn streams_that_end_wrong_are_told_apart() {
+    let asker = Node::new(2);
+    let bytes = content(4 * G + 5);
+    let (root, size) = (Root::of(&bytes), bytes.len() as u64);
+    let whole = encoded(&bytes, &ChunkRanges::all());
+    let ready = Response::Ready { size };
+
+    let half = whole[..whole.len() / 2].to_vec();
+    let sent = half.len() as u64;
+    let finish = |mut send: quinn::SendStream| async move {
+        let _ = send.finish();
+    };
+    let liar = Liar::sending(10, ready.clone(), half.clone(), finish);
+    let fetched = liar.feed(&asker, root, size).await;
+    assert!(
+        matches!(fetched, Err(FetchError::Truncated { received, .. }) if received == sent),
+        "{fetched:?}"
+    );
+
+    let mut longer = whole.clone();
+    longer.push(0);
+    let liar = Liar::sending(11, ready.clone(), longer, finish);
+    let fetched = liar.feed(&asker, root, size).await;
+    assert!(matches!(fetched, Err(FetchError::Trailing { .. })), "{fetched:?}");
+
+    let go = Arc::new(Notify::new());
+    let ready_to_go = go.clone();
+    let liar = Liar::sending(12, ready.clone(), half, move |mut send| {
+        let go = ready_to_go.clone();
+        async move {
+            go.notified().await;
+            let _ = send.reset(VarInt::from_u32(Code::Closing as u32));
+        }
+    });
+    let fetched = asker.data.fetch(liar.key, vec![liar.address], root, size, |at| {
+        if at > 0 {
+            go.notify_one();
+        }
+    });
+    let fetched = fetched.await;
+    assert!(
+        matches!(fetched, Err(FetchError::GivenUp { code: Some(Code::Closing), .. })),
+        "{fetched:?}"
+    );
+
+    // A response that is no frame, and one that announces more than any response has.
+    for broken in [vec![1, 0, 0, 0, 99], vec![255, 255, 255, 255]] {
+        let liar = Liar::new(13, move |mut send, _recv| {
+            let broken = broken.clone();
+            async move {
+                send.write_all(&broken).await.expect("sends");
+                let _ = send.finish();
+                let _ = send.stopped().await;
+            }
+        });
+        let fetched = liar.feed(&asker, root, size).await;
+        assert!(
+            matches!(fetched, Err(FetchError::Link(LinkError::Malformed { .. }))),
+            "{fetched:?}"
+        );
+    }
+
+    assert_eq!(asker.store.list(), []);
+    until("nothing is left of them", || asker.partial_files() == 0).await;
+    // The same bytes, sent well, are taken from the same kind of peer.
+    let honest = Liar::sending(14, ready, whole, finish);
+    assert_eq!(honest.feed(&asker, root, size).await.expect("fetches").bytes, size);
+}
+
+#[tokio::test]
+async fn a_sender_that_stalls_is_cut_off() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let quick = |config: &mut DataConfig| config.stall = Duration::from_millis(200);
+    let asker = Node::with(2, quick, limits, Arc::new(|_| true));
+    let bytes = content(2 * G);
+    let (root, size) = (Root::of(&bytes), bytes.len() as u64);
+    let some = encoded(&bytes, &ChunkRanges::all())[..G].to_vec();
+    let wait = |send: quinn::SendStream| async move {
+        let _ = send.stopped().await;
+    };
+    let liar = Liar::sending(10, Response::Ready { size }, some, wait);
+    let fetched = liar.feed(&asker, root, size).await;
+    assert!(matches!(fetched, Err(FetchError::Stalled { .. })), "{fetched:?}");
+    // One that says nothing at all.
+    let silent = Liar::new(11, |send, _recv| async move {
+        let _ = send.stopped().await;
+    });
+    let fetched = silent.feed(&asker, root, size).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Silent { .. }))), "{fetched:?}");
+    // And a reader that does not read: the holder lets go of it.
+    let holder = Node::with(3, quick, limits, Arc::new(|_| true));
+    let (root, size) = holder.import(&content(40 << 20));
+    let connection = connect(12, &holder).await;
+    let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+    let get = Request::Get(Get { root, size, ranges: vec![] }).encode().expect("encodes");
+    send.write_all(&get).await.expect("asks");
+    let cut = recv.received_reset().await.expect("the stream ends");
+    assert_eq!(cut, Some(VarInt::from_u32(Code::Stalled as u32)));
+    assert!(holder.data.stats().payload_sent < size);
+}
+
+#[tokio::test]
+async fn rubbish_is_refused_and_the_rest_goes_on() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let quick = |config: &mut DataConfig| config.request_timeout = Duration::from_millis(300);
+    let node = Node::with(1, quick, limits, Arc::new(|_| true));
+    let (root, size) = node.import(&content(3 * G));
+    let connection = connect(9, &node).await;
+    let get = |ranges| Request::Get(Get { root, size, ranges }).encode().expect("encodes");
+    let whole = get(vec![]);
+    let mut longer = whole.clone();
+    longer[0] += 1;
+    longer.push(0);
+    let backwards = std::ops::Range { start: GROUP_BYTES, end: 0 };
+
+    // Each is answered with a refusal that says what is wrong.
+    for rubbish in [
+        vec![0, 0, 0, 0],
+        vec![1, 0, 0, 0, 77],
+        vec![255, 255, 255, 255, 1, 2, 3],
+        longer,
+        get(vec![1..size]),
+        get(vec![0..size + 1]),
+        get(vec![backwards]),
+    ] {
+        let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+        send.write_all(&rubbish).await.expect("sends");
+        let frame = read_frame(&mut recv, MAX_RESPONSE).await.expect("a response");
+        let response = Response::decode(&frame).expect("decodes");
+        let Response::Refused(refused) = response else { panic!("{rubbish:?} was taken") };
+        assert_eq!(refused.why, Refusal::BadRequest, "{rubbish:?}");
+        assert!(!refused.detail.is_empty());
+    }
+    // A request that never ends, and one that ends inside.
+    for finish in [false, true] {
+        let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+        send.write_all(&whole[..20]).await.expect("sends");
+        if finish {
+            send.finish().expect("finishes");
+        }
+        assert!(read_frame(&mut recv, MAX_RESPONSE).await.is_err());
+    }
+    // Bytes after a whole request.
+    let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+    let mut trailing = whole.clone();
+    trailing.extend([0; 9]);
+    send.write_all(&trailing).await.expect("sends");
+    assert!(recv.read_to_end(usize::MAX).await.is_err());
+
+    // The same connection still serves.
+    let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+    send.write_all(&whole).await.expect("sends");
+    read_frame(&mut recv, MAX_RESPONSE).await.expect("a response");
+    let body = recv.read_to_end(10 * G).await.expect("the payload");
+    assert_eq!(body, encoded(&content(3 * G), &ChunkRanges::all()));
+}
+
+#[tokio::test]
+async fn ranges_are_served_and_verify_alone() {
+    let node = Node::new(1);
+    let bytes = content(7 * G + 100);
+    let (root, size) = node.import(&bytes);
+    let connection = connect(9, &node).await;
+    let g = GROUP_BYTES;
+    for ranges in [vec![0..g], vec![g..3 * g, 5 * g..6 * g], vec![7 * g..size], vec![0..size]] {
+        let (mut send, mut recv) = connection.open_bi().await.expect("opens");
+        let get = Request::Get(Get { root, size, ranges: ranges.clone() });
+        send.write_all(&get.encode().expect("encodes")).await.expect("asks");
+        read_frame(&mut recv, MAX_RESPONSE).await.expect("a response");
+        let body = recv.read_to_end(10 * G).await.expect("the ranges");
+        let (chunks, tree) = (chunk_ranges(&ranges), BaoTree::new(size, GROUP));
+        let items = sync::DecodeResponseIter::new(root.hash(), tree, &body[..], &chunks);
+        let mut expected = ranges.iter().flat_map(|r| r.clone().step_by(G));
+        for item in items {
+            if let bao_tree::io::BaoContentItem::Leaf(leaf) = item.expect("verifies") {
+                assert_eq!(Some(leaf.offset), expected.next());
+                let at = leaf.offset as usize;
+                assert_eq!(leaf.data, bytes[at..at + leaf.data.len()]);
+            }
+        }
+        assert_eq!(expected.next(), None, "a group is missing");
+    }
+}
+
+#[tokio::test]
+async fn streams_to_the_node_echo() {
+    let (mut server, client) = (Node::new(1), Node::new(2));
+    let caller = client.key();
+    let mut arrivals = std::mem::replace(&mut server.arrivals, mpsc::channel(1).1);
+    let serving = tokio::spawn(async move {
+        while let Some(arriving) = arrivals.recv().await {
+            assert_eq!(arriving.peer, caller);
+            match arriving.channel {
+                1 => {
+                    let body = arriving.body.clone();
+                    let (mut send, mut recv) = arriving.accept().await.expect("accepts");
+                    send.write_all(&body).await.expect("echoes the body");
+                    tokio::io::copy(&mut recv, &mut send).await.expect("echoes");
+                    send.finish();
+                }
+                2 => arriving.refuse(Refusal::Denied, "not\nyours"),
+                3 => {
+                    let (mut send, mut recv) = arriving.accept().await.expect("accepts");
+                    send.write_all(b"half").await.expect("writes");
+                    recv.read_u8().await.expect("the client has read it");
+                    // Dropped without an end.
+                }
+                _ => drop(arriving),
+            }
+        }
+    });
+    let open = |channel, body| client.data.open(server.key(), server.addresses(), channel, body);
+
+    let (mut send, mut recv) = open(1, b"hello ".to_vec()).await.expect("opens");
+    let input = content(3_000_000);
+    let writing = async {
+        send.write_all(&input).await.expect("writes");
+        send.finish();
+    };
+    let mut output = Vec::new();
+    let reading = recv.read_to_end(&mut output);
+    let ((), read) = tokio::join!(writing, reading);
+    read.expect("reads");
+    assert!(output.starts_with(b"hello "));
+    assert_eq!(output[6..], input);
+
+    let refused = open(2, vec![]).await.expect_err("is refused");
+    let LinkError::Refused { refused, .. } = refused else { panic!("{refused:?}") };
+    assert_eq!((refused.why, refused.detail.as_str()), (Refusal::Denied, "notyours"));
+    let refused = open(9, vec![]).await.expect_err("nobody answers");
+    let LinkError::Refused { refused, .. } = refused else { panic!("{refused:?}") };
+    assert_eq!(refused.why, Refusal::Unsupported);
+
+    // A torn end is never taken for the end.
+    let (mut send, mut recv) = open(3, vec![]).await.expect("opens");
+    let mut half = [0; 4];
+    recv.read_exact(&mut half).await.expect("half of it");
+    send.write_u8(1).await.expect("says so");
+    let torn = recv.read_to_end(&mut Vec::new()).await.expect_err("is torn");
+    assert_eq!(torn.kind(), io::ErrorKind::ConnectionReset);
+
+    let (_send, _recv) = open(1, vec![7; frame::MAX_BODY]).await.expect("a full body fits");
+    let refused = open(1, vec![7; frame::MAX_BODY + 1]).await.expect_err("one more does not");
+    assert!(matches!(refused, LinkError::Request(_)), "{refused:?}");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn two_who_want_the_same_share_one_transfer() {
+    let asker = Node::new(2);
+    let bytes = content(6 * G);
+    let (root, size) = (Root::of(&bytes), bytes.len() as u64);
+    let whole = encoded(&bytes, &ChunkRanges::all());
+    // The holder waits with the second half until both are waiting for it.
+    let go = Arc::new(Notify::new());
+    let (first, rest) = (whole[..G].to_vec(), whole[G..].to_vec());
+    let ready = go.clone();
+    let holder = Liar::sending(7, Response::Ready { size }, first, move |mut send| {
+        let (ready, rest) = (ready.clone(), rest.clone());
+        async move {
+            ready.notified().await;
+            let _ = send.write_all(&rest).await;
+            let _ = send.finish();
+        }
+    });
+    let fetch = || holder.feed(&asker, root, size);
+    let both = async { tokio::join!(fetch(), fetch(), fetch()) };
+    let release = async {
+        until("all three wait", || {
+            let transfers = lock(&asker.data.shared.transfers);
+            transfers.values().map(|state| state.receiver_count()).sum::<usize>() == 3
+        })
+        .await;
+        go.notify_one();
+    };
+    let ((a, b, c), ()) = tokio::join!(both, release);
+    let joined = [a, b, c].map(|fetched| fetched.expect("fetches").joined);
+    assert_eq!(joined.iter().filter(|joined| **joined).count(), 2);
+    assert_eq!(holder.streams.load(Ordering::Relaxed), 1);
+    assert_eq!(asker.data.stats().payload_received, size);
+    assert!(lock(&asker.data.shared.transfers).is_empty());
+}
+
+#[tokio::test]
+async fn one_bad_holder_does_not_spoil_it_for_those_who_know_a_good_one() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let bytes = content(2 * G);
+    let (root, size) = holder.import(&bytes);
+    let go = Arc::new(Notify::new());
+    let ready = go.clone();
+    let liar = Liar::sending(7, Response::Ready { size }, vec![], move |mut send| {
+        let ready = ready.clone();
+        async move {
+            ready.notified().await;
+            let _ = send.write_all(&[0; 3 * G]).await;
+        }
+    });
+    let bad = liar.feed(&asker, root, size);
+    let good = async {
+        until("the bad one is asked", || liar.streams.load(Ordering::Relaxed) == 1).await;
+        let good = asker.fetch_from(&holder, (root, size));
+        let release = async {
+            until("both wait", || {
+                let transfers = lock(&asker.data.shared.transfers);
+                transfers.values().any(|state| state.receiver_count() == 2)
+            })
+            .await;
+            go.notify_one();
+        };
+        tokio::join!(good, release).0
+    };
+    let (bad, good) = tokio::join!(bad, good);
+    assert_eq!(bad.expect_err("is corrupt").blames(), Some(liar.key));
+    assert_eq!(good.expect("fetches").bytes, size);
+}
+
+#[tokio::test]
+async fn a_fetch_that_nobody_waits_for_is_given_up() {
+    let asker = Node::new(2);
+    let bytes = content(2 * G);
+    let (root, size) = (Root::of(&bytes), bytes.len() as u64);
+    let stopped = Arc::new(AtomicBool::new(false));
+    let told = stopped.clone();
+    let liar = Liar::sending(7, Response::Ready { size }, vec![], move |send| {
+        let told = told.clone();
+        async move {
+            let _ = send.stopped().await;
+            told.store(true, Ordering::SeqCst);
+        }
+    });
+    let fetching = timeout(Duration::from_secs(3600), liar.feed(&asker, root, size));
+    let mut fetching = Box::pin(fetching);
+    until_polled(&mut fetching, || liar.streams.load(Ordering::Relaxed) == 1).await;
+    drop(fetching);
+    until("the holder is told", || stopped.load(Ordering::SeqCst)).await;
+    until("nothing is left", || {
+        asker.partial_files() == 0
+            && asker.store.stats().reserved == 0
+            && lock(&asker.data.shared.transfers).is_empty()
+    })
+    .await;
+}
+
+/// Drives `future` until `done`; it must not end before.
+async fn until_polled(future: &mut (impl Future + Unpin), done: impl Fn() -> bool) {
+    tokio::select! {
+        _ = future => panic!("it ended"),
+        () = until("it gets there", done) => {}
+    }
+}
+
+#[tokio::test]
+async fn no_room_is_said_before_anything_is_asked() {
+    let limits = Limits { quota: 1000, keep_free: 0, ..Limits::default() };
+    let (holder, asker) = (Node::new(1), Node::with(2, |_| {}, limits, Arc::new(|_| true)));
+    let fetched = asker.fetch_from(&holder, holder.import(&content(1001))).await;
+    assert!(matches!(store_error(&fetched), Some(PayloadError::NoSpace { .. })), "{fetched:?}");
+    assert_eq!(holder.data.stats().accepted, 0);
+    asker.fetch_from(&holder, holder.import(&content(1000))).await.expect("just fits");
+}
+
+#[tokio::test]
+async fn connections_of_one_key_are_bounded() {
+    let node = Node::new(1);
+    let allowed = DataConfig::new(loopback()).max_connections_per_key;
+    let mut open = Vec::new();
+    for _ in 0..allowed {
+        open.push(connect(9, &node).await);
+    }
+    until("all are taken up", || node.data.stats().serving == allowed).await;
+    let one_more = connect(9, &node).await;
+    let closed = one_more.closed().await;
+    assert!(
+        matches!(
+            &closed,
+            quinn::ConnectionError::ApplicationClosed(c)
+                if c.error_code == VarInt::from_u32(Code::TooMany as u32)
+        ),
+        "{closed:?}"
+    );
+    // Another key still gets in, and a place that is given up is free again.
+    let other = connect(10, &node).await;
+    until("another key is taken up", || node.data.stats().serving == allowed + 1).await;
+    drop(other);
+    open.pop();
+    until("places are free again", || node.data.stats().serving < allowed).await;
+    connect(9, &node).await;
+    assert_eq!(node.data.stats().too_many, 1);
+
+    node.data.disconnect(Identity::new([9; 32]).expect("an identity").public);
+    for connection in open {
+        assert!(matches!(connection.closed().await, quinn::ConnectionError::ApplicationClosed(_)));
+    }
+}
+
+#[tokio::test]
+async fn the_first_address_that_answers_wins() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let (root, size) = holder.import(&content(100));
+    // Bound and never answered.
+    let deaf = UdpSocket::bind(loopback()).expect("binds");
+    let addresses = vec![deaf.local_addr().expect("an address"), holder.data.local_addr()];
+    asker.data.fetch(holder.key(), addresses, root, size, |_| {}).await.expect("fetches");
+
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let quick = |config: &mut DataConfig| config.handshake_timeout = Duration::from_millis(100);
+    let hasty = Node::with(3, quick, limits, Arc::new(|_| true));
+    let nowhere = vec![deaf.local_addr().expect("an address")];
+    for addresses in [nowhere, vec![]] {
+        let fetched = hasty.data.fetch(holder.key(), addresses, root, size, |_| {}).await;
+        assert!(
+            matches!(fetched, Err(FetchError::Link(LinkError::Unreachable { .. }))),
+            "{fetched:?}"
+        );
+    }
+}
+
+/// A holder is killed and comes back at the same address: the asker's old connection is told by
+/// a stateless reset, and the next request is asked again on a new one, at once.
+#[tokio::test]
+async fn a_restarted_peer_is_found_at_once() {
+    let (first, second) = (Node::new(1), Node::new(1));
+    let slow = |config: &mut DataConfig| {
+        // Only the reset can end the connection in time.
+        config.idle_timeout = Duration::from_secs(3600);
+        config.stall = Duration::from_secs(3600);
+    };
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let asker = Node::with(2, slow, limits, Arc::new(|_| true));
+
+    // A relay stands for the address that both runs of the holder have.
+    let relay = tokio::net::UdpSocket::bind(loopback()).await.expect("binds");
+    let address = relay.local_addr().expect("an address");
+    let (runs, killed) =
+        ([first.data.local_addr(), second.data.local_addr()], AtomicBool::new(false));
+    let killed = Arc::new(killed);
+    let (asked, dead) = (asker.data.local_addr(), killed.clone());
+    let relaying = tokio::spawn(async move {
+        let mut packet = vec![0; 65536];
+        while let Ok((len, from)) = relay.recv_from(&mut packet).await {
+            let run = runs[usize::from(dead.load(Ordering::SeqCst))];
+            if from == asked {
+                let _ = relay.send_to(&packet[..len], run).await;
+            } else if from == run {
+                let _ = relay.send_to(&packet[..len], asked).await;
+            }
+        }
+    });
+    let fetch = |(root, size)| asker.data.fetch(first.key(), vec![address], root, size, |_| {});
+    fetch(first.import(&content(100))).await.expect("fetches from the first run");
+    killed.store(true, Ordering::SeqCst);
+    let wanted = second.import(&content(2 * G));
+    fetch(wanted).await.expect("fetches from the second run");
+    assert_eq!(second.data.stats().accepted, 1);
+    relaying.abort();
+}
+
+#[tokio::test]
+async fn closing_frees_the_port_and_ends_what_waits() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    let address = holder.data.local_addr();
+    let wanted = holder.import(&content(10));
+    asker.fetch_from(&holder, wanted).await.expect("fetches");
+    let silent = Liar::new(7, |send, _recv| async move {
+        let _ = send.stopped().await;
+    });
+    let waiting = silent.feed(&asker, Root::of(b"x"), 1);
+    let closing = async {
+        until("it is asked", || silent.streams.load(Ordering::Relaxed) == 1).await;
+        asker.data.close().await;
+    };
+    let (waited, ()) = tokio::join!(waiting, closing);
+    assert!(matches!(waited, Err(FetchError::Link(_))), "{waited:?}");
+    let fetched = asker.fetch_from(&holder, (Root::of(b"y"), 1)).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Closed))), "{fetched:?}");
+
+    let taken =
+        Data::start(DataConfig::new(address), [1; 32], holder.store.clone(), Arc::new(|_| true));
+    assert!(matches!(taken, Err(StartError::Listen { address: a, .. }) if a == address));
+    holder.data.close().await;
+    let again =
+        Data::start(DataConfig::new(address), [1; 32], holder.store.clone(), Arc::new(|_| true));
+    let (again, _arrivals) = again.expect("the port is free");
+    assert_eq!(again.local_addr(), address);
+}
+
+#[tokio::test]
+async fn under_many_handshakes_an_address_is_proven_first_and_then_none_is_taken() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let wary = Node::with(1, |config| config.retry_above = 0, limits, Arc::new(|_| true));
+    let asker = Node::new(2);
+    let (root, size) = wary.import(&content(G + 1));
+    asker.fetch_from(&wary, (root, size)).await.expect("proves its address and fetches");
+
+    let full = Node::with(3, |config| config.max_handshakes = 0, limits, Arc::new(|_| true));
+    let quick = |config: &mut DataConfig| config.handshake_timeout = Duration::from_millis(200);
+    let hasty = Node::with(4, quick, limits, Arc::new(|_| true));
+    let fetched = hasty.fetch_from(&full, full.import(&content(1))).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Unreachable { .. }))), "{fetched:?}");
+    assert_eq!(full.data.stats().accepted, 0);
+}
+
+#[tokio::test]
+async fn dialed_connections_are_bounded_and_idle_ones_make_room() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let (first, mut second) = (Node::new(1), Node::new(2));
+    let asker = Node::with(3, |config| config.max_dialed = 1, limits, Arc::new(|_| true));
+    asker.fetch_from(&first, first.import(&content(10))).await.expect("fetches");
+    // Nobody uses the first connection any more: it makes room.
+    let opening = asker.data.open(second.key(), second.addresses(), 5, vec![]);
+    let accepting = async { second.arrivals.recv().await.expect("arrives").accept().await };
+    let (opened, accepted) = tokio::join!(opening, accepting);
+    let (opened, _accepted) = (opened.expect("opens"), accepted.expect("accepts"));
+    until("the first is closed", || first.data.stats().serving == 0).await;
+    // The second is in use as long as a half of its stream is held.
+    let fetched = asker.fetch_from(&first, first.import(&content(11))).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Busy(1)))), "{fetched:?}");
+    drop(opened);
+    asker.fetch_from(&first, first.import(&content(11))).await.expect("has room again");
+
+    let brief = |config: &mut DataConfig| config.idle_close = Duration::from_millis(40);
+    let asker = Node::with(4, brief, limits, Arc::new(|_| true));
+    asker.fetch_from(&first, first.import(&content(12))).await.expect("fetches");
+    until("it is closed as idle", || asker.data.stats().dialed == 0).await;
+    asker.fetch_from(&first, first.import(&content(13))).await.expect("dials again");
+}
+
+/// What the node awaits can move between its threads.
+#[tokio::test]
+async fn its_futures_are_send() {
+    fn is_send<T: Send>(future: T) -> T {
+        future
+    }
+    let node = Node::new(1);
+    drop(is_send(node.data.fetch([0; 32], vec![], Root::of(b""), 0, |_| {})));
+    drop(is_send(node.data.open([0; 32], vec![], 0, vec![])));
+    drop(is_send(node.data.close()));
+    drop(is_send(node.store.import_stream(&b""[..], Declared::AtMost(0))));
+}
