@@ -12,7 +12,10 @@
 //!
 //! Start at [`node::Node`], which assembles everything, then read [`run`].
 
+pub mod api;
 pub mod attach;
+pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod data;
@@ -20,6 +23,7 @@ pub mod handle;
 pub mod home;
 pub mod host;
 mod jobs;
+pub mod metrics;
 pub mod net;
 pub mod node;
 pub mod payload;

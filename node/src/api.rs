@@ -1,0 +1,229 @@
+//! The HTTP API of a node: JSON over HTTP/1.1, described by `/openapi.json`.
+//!
+//! ```text
+//! GET  /healthz  /readyz  /openapi.json                         no token
+//! GET  /metrics                                                 Prometheus
+//! GET  /v1/node  /v1/nodes  /v1/offers  /v1/jobs
+//! POST /v1/payloads      GET /v1/payloads  /v1/payloads/{root}
+//! POST /v1/plan  /v1/orders  /v1/leases
+//! GET  /v1/leases  /v1/leases/{lease}
+//! POST /v1/leases/{lease}/claim  …/release
+//! GET  /v1/leases/{lease}/end  …/output  …/outputs/{name}  …/receipts  …/proof
+//! ```
+//!
+//! Everything but the first line wants `Authorization: Bearer` and the node's token, also on
+//! loopback, and everything wants a Host that is the node's: see `guard`. Connections, headers,
+//! bodies and time are bounded.
+
+pub mod body;
+mod ends;
+pub mod error;
+mod guard;
+mod lease;
+mod node;
+mod openapi;
+mod payload;
+pub mod token;
+pub mod want;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::middleware;
+use axum::routing::{MethodRouter, get, post};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::ends::Ends;
+use self::error::{ApiError, Code};
+use self::guard::Guard;
+use self::token::Token;
+use crate::handle::Handle;
+
+/// Connections at once; more wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 1024;
+/// How long a client may take to send its request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most header lines of one request.
+const MAX_HEADERS: usize = 64;
+/// The most bytes of one request's head.
+const MAX_HEAD: usize = 32 * 1024;
+/// How long requests in flight get when the node stops.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What every handler has.
+#[derive(Clone, Debug)]
+struct App {
+    handle: Handle,
+    guard: Arc<Guard>,
+    ends: Ends,
+    shutdown: CancellationToken,
+}
+
+/// How long a route may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    /// Bounded as a whole.
+    Quick,
+    /// Bodies stream or the answer waits: each bounds itself.
+    Slow,
+}
+
+/// One path with its methods: the only list of what is served.
+struct Route {
+    path: &'static str,
+    #[allow(dead_code)] // read by the test that compares routes and description
+    methods: &'static [&'static str],
+    pace: Pace,
+    serve: MethodRouter<App>,
+}
+
+fn routes() -> Vec<Route> {
+    use Pace::{Quick, Slow};
+    let route = |path, methods, pace, serve| Route { path, methods, pace, serve };
+    vec![
+        route("/healthz", &["get"], Quick, get(node::healthz)),
+        route("/readyz", &["get"], Quick, get(node::readyz)),
+        route("/metrics", &["get"], Quick, get(node::metrics)),
+        route("/openapi.json", &["get"], Quick, get(openapi::document)),
+        route("/v1/node", &["get"], Quick, get(node::info)),
+        route("/v1/nodes", &["get"], Quick, get(node::list)),
+        route("/v1/offers", &["get"], Quick, get(node::offers)),
+        route("/v1/jobs", &["get"], Quick, get(lease::jobs)),
+        route("/v1/payloads", &["get", "post"], Slow, get(payload::list).post(payload::upload)),
+        route("/v1/payloads/{root}", &["get"], Slow, get(payload::download)),
+        route("/v1/plan", &["post"], Quick, post(lease::plan)),
+        route("/v1/orders", &["post"], Quick, post(lease::order)),
+        route("/v1/leases", &["get", "post"], Quick, get(lease::list).post(lease::request)),
+        route("/v1/leases/{lease}", &["get"], Quick, get(lease::show)),
+        route("/v1/leases/{lease}/claim", &["post"], Quick, post(lease::claim)),
+        route("/v1/leases/{lease}/release", &["post"], Quick, post(lease::release)),
+        route("/v1/leases/{lease}/end", &["get"], Slow, get(lease::end)),
+        route("/v1/leases/{lease}/output", &["get"], Slow, get(lease::output)),
+        route("/v1/leases/{lease}/outputs/{name}", &["get"], Slow, get(lease::file)),
+        route("/v1/leases/{lease}/receipts", &["get"], Quick, get(lease::receipts)),
+        route("/v1/leases/{lease}/proof", &["get"], Quick, get(lease::proof)),
+    ]
+}
+
+/// The API of the node behind `handle`, for a listener bound to `bound`.
+pub fn router(
+    handle: Handle,
+    bound: SocketAddr,
+    token: Token,
+    shutdown: CancellationToken,
+) -> Router {
+    let guard = Arc::new(Guard::new(bound, token));
+    let app = App { handle, guard, ends: Ends::default(), shutdown };
+    let mut router = Router::new();
+    for Route { path, pace, serve, .. } in routes() {
+        let serve = match pace {
+            Pace::Quick => serve.layer(middleware::from_fn(guard::in_time)),
+            Pace::Slow => serve,
+        };
+        router = router.route(path, serve);
+    }
+    router
+        .fallback(no_path)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(guard::MAX_JSON))
+        .layer(middleware::from_fn_with_state(app.clone(), guard::check))
+        .with_state(app)
+}
+
+async fn no_path() -> ApiError {
+    ApiError::not_found("no such path: /openapi.json lists them")
+}
+
+async fn no_method() -> ApiError {
+    let message = "this path takes other methods: see /openapi.json";
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, message)
+}
+
+/// Serves on `listener` until `shutdown`. Requests in flight then get two seconds; streams are
+/// cut at once, so that a client sees that they are not whole.
+///
+/// # Errors
+/// When the listener's own address cannot be read.
+pub async fn serve(
+    listener: TcpListener,
+    handle: Handle,
+    token: Token,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let bound = listener.local_addr()?;
+    let router = router(handle, bound, token, shutdown.clone());
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let open = TaskTracker::new();
+    let cut = CancellationToken::new();
+    loop {
+        let place = tokio::select! {
+            () = shutdown.cancelled() => break,
+            place = Arc::clone(&places).acquire_owned() => place,
+        };
+        let Ok(place) = place else { break };
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let serving = connection(stream, router.clone(), shutdown.clone());
+                let cut = cut.clone();
+                open.spawn(async move {
+                    let _place = place;
+                    tokio::select! {
+                        () = cut.cancelled() => {}
+                        () = serving => {}
+                    }
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: what is open may close meanwhile.
+                tracing::warn!(%error, "cannot accept an API connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    drop(listener);
+    open.close();
+    if tokio::time::timeout(FAREWELL, open.wait()).await.is_err() {
+        cut.cancel();
+        open.wait().await;
+    }
+    Ok(())
+}
+
+/// Serves one connection until it ends or the node stops.
+async fn connection(stream: TcpStream, router: Router, shutdown: CancellationToken) {
+    // Small answers should not wait for more to send with them.
+    let _ = stream.set_nodelay(true);
+    let service = TowerToHyperService::new(router);
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut serving = std::pin::pin!(serving);
+    let served = tokio::select! {
+        served = serving.as_mut() => served,
+        () = shutdown.cancelled() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "an API connection ended early");
+    }
+}

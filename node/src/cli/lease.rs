@@ -1,0 +1,216 @@
+//! `leasehold lease`: request, show, list, release, export.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use leasehold_keys::disk::{self, Existing};
+use leasehold_keys::exit::Exit;
+use leasehold_proto::base::resource;
+use serde_json::json;
+
+use super::output::{page, shape, short_id, short_key, span};
+use super::want::WantArgs;
+use super::{Failure, Session, find};
+use crate::api::body::{LeaseLine, LeaseRequest, Leased, Leases, Released, Side};
+
+/// The longest order file that is read, in bytes.
+const MAX_ORDER: usize = 256 * 1024;
+
+/// Request, show, list, release and export leases.
+#[derive(Debug, Subcommand)]
+pub(super) enum Lease {
+    /// Get a lease and print its id
+    Request(Box<Request>),
+    /// Show one lease
+    Show(One),
+    /// List leases that the node holds or granted
+    List(List),
+    /// Give a lease back
+    Release(One),
+    /// Write everything that proves a lease to a file
+    Export(Export),
+}
+
+/// Get a lease and print its id.
+#[derive(Debug, Args)]
+pub(super) struct Request {
+    #[command(flatten)]
+    want: Option<WantArgs>,
+    /// Take this order, which the lessee signed, instead
+    #[arg(long, value_name = "FILE", conflicts_with = "WantArgs")]
+    order: Option<PathBuf>,
+}
+
+/// One lease.
+#[derive(Debug, Args)]
+pub(super) struct One {
+    /// The lease, or its first digits
+    lease: String,
+}
+
+/// List leases that the node holds or granted.
+#[derive(Debug, Args)]
+pub(super) struct List {
+    /// Also those that are over
+    #[arg(long)]
+    all: bool,
+}
+
+/// Write everything that proves a lease to a file.
+#[derive(Debug, Args)]
+pub(super) struct Export {
+    /// The lease, or its first digits
+    lease: String,
+    /// Where to
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Replace an existing file
+    #[arg(long)]
+    force: bool,
+}
+
+impl Lease {
+    pub(super) async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        match self {
+            Self::Request(args) => args.run(session).await,
+            Self::Show(args) => args.show(session).await,
+            Self::List(args) => args.run(session).await,
+            Self::Release(args) => args.release(session).await,
+            Self::Export(args) => args.run(session).await,
+        }
+    }
+}
+
+impl Request {
+    async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let mut request = LeaseRequest::default();
+        match (&self.want, &self.order) {
+            (_, Some(path)) => {
+                let order = disk::read(path, MAX_ORDER)?;
+                request.order = Some(String::from_utf8_lossy(&order).into_owned());
+            }
+            (Some(want), None) => request.want = Some(want.text(session).await?),
+            (None, None) => {
+                let message = "say what is wanted with --max-price and --budget, or --order FILE";
+                return Err(Failure::say(Exit::Usage, message));
+            }
+        }
+        let leased: Leased = session.client.post("/v1/leases", &request).await?;
+        session.out.answer(&leased, || format!("{}\n", leased.lease))?;
+        let (choice, currency) = (&leased.choice, &leased.currency);
+        session.out.tell(&format!(
+            "{} (…{}) lends at {} {currency}/h, at most {} {currency} in all: {}",
+            leasehold_keys::text::shown(&choice.name),
+            short_key(&choice.lessor),
+            choice.rate,
+            choice.worst_case,
+            leasehold_keys::text::shown(&choice.why),
+        ));
+        Ok(Exit::Ok)
+    }
+}
+
+impl One {
+    async fn show(self, session: &Session) -> Result<Exit, Failure> {
+        let lease = find::lease(session, &self.lease).await?;
+        let line: LeaseLine = session.client.get(&format!("/v1/leases/{lease}")).await?;
+        session.out.answer(&line, || shown(&line))?;
+        Ok(Exit::Ok)
+    }
+
+    async fn release(self, session: &Session) -> Result<Exit, Failure> {
+        let lease = find::lease(session, &self.lease).await?;
+        let path = format!("/v1/leases/{lease}/release");
+        let released: Released = session.client.post(&path, &json!({})).await?;
+        session.out.answer(&released, || format!("{}\n", released.lease))?;
+        Ok(Exit::Ok)
+    }
+}
+
+fn side(line: &LeaseLine) -> &'static str {
+    match line.side {
+        Side::Held => "held",
+        Side::Lent => "lent",
+    }
+}
+
+fn shown(line: &LeaseLine) -> String {
+    let money = |amount| format!("{amount} {}", line.currency);
+    let mut lines = vec![
+        ("lease", line.lease.clone().unwrap_or_else(|| "not granted yet".into())),
+        ("order", line.order.clone()),
+        ("side", side(line).into()),
+        ("stage", line.stage.clone()),
+        ("lessor", line.lessor.clone()),
+    ];
+    lines.extend(line.lessee.clone().map(|lessee| ("lessee", lessee)));
+    lines.push(("shape", shape(&line.shape)));
+    lines.push(("rate", format!("{}/h", money(line.rate))));
+    lines.extend(line.worst_case.map(|amount| ("at most", money(amount))));
+    lines.push(("granted", line.decided.clone()));
+    lines.push(("term", format!("{}, {} left", span(line.term_ms), span(line.left_ms))));
+    let used = &line.used;
+    lines.push((
+        "used",
+        format!(
+            "{} billed, {} CPU time, {} memory at the peak",
+            span(used.billed_ms),
+            span(used.cpu_ms),
+            resource::bytes(used.memory_peak)
+        ),
+    ));
+    lines.push(("charge", money(line.charge)));
+    let (receipts, agreed) = (line.receipts, line.acknowledged);
+    lines.push(("receipts", format!("{receipts}, countersigned up to {agreed}")));
+    lines.extend(line.objection.clone().map(|objection| ("objection", objection)));
+    lines.extend(line.outcome.as_ref().map(|outcome| ("job", outcome.text.clone())));
+    lines.extend(line.end.clone().map(|end| ("ended", end)));
+    page(&lines)
+}
+
+impl List {
+    async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let leases: Leases = session.client.get(&format!("/v1/leases?all={}", self.all)).await?;
+        session.out.answer(&leases, || {
+            let rows = leases.leases.iter().map(row).collect();
+            session.out.table(
+                &["LEASE", "SIDE", "STAGE", "LESSOR", "LESSEE", "SHAPE", "LEFT", "RATE", "CHARGE"],
+                rows,
+            )
+        })?;
+        Ok(Exit::Ok)
+    }
+}
+
+fn row(line: &LeaseLine) -> Vec<String> {
+    let dash = || "-".to_string();
+    let stage = match &line.end {
+        Some(end) => format!("{} ({end})", line.stage),
+        None => line.stage.clone(),
+    };
+    vec![
+        line.lease.as_deref().map_or_else(dash, short_id),
+        side(line).into(),
+        stage,
+        short_key(&line.lessor),
+        line.lessee.as_deref().map_or_else(dash, short_key),
+        shape(&line.shape),
+        span(line.left_ms),
+        format!("{} {}/h", line.rate, line.currency),
+        format!("{} {}", line.charge, line.currency),
+    ]
+}
+
+impl Export {
+    async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let lease = find::lease(session, &self.lease).await?;
+        let proof = session.client.text(&format!("/v1/leases/{lease}/proof")).await?;
+        let existing = if self.force { Existing::Replace } else { Existing::Keep };
+        disk::write_atomic(&self.out, proof.as_bytes(), 0o644, existing)?;
+        let object = json!({ "lease": lease, "out": self.out, "bytes": proof.len() });
+        session.out.answer(&object, || format!("{}\n", self.out.display()))?;
+        let file = self.out.display();
+        session.out.tell(&format!("check it anywhere with `leasehold-keys verify {file}`"));
+        Ok(Exit::Ok)
+    }
+}

@@ -1,0 +1,256 @@
+//! Files to and from the node: hashed before they are sent, so that what the node has is not sent
+//! again, and checked when they come back.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use leasehold_keys::exit::Exit;
+use tokio_util::io::ReaderStream;
+
+use super::output::Out;
+use super::{Failure, Session};
+use crate::api::body::Uploaded;
+use crate::api::want::PayloadText;
+use crate::client::{ClientError, escaped};
+
+/// How much is read at once.
+const PIECE: usize = 256 * 1024;
+/// A download of which nothing came for this long is given up. The node may have to fetch the
+/// whole from the lessor before its first byte.
+const STALL: Duration = Duration::from_secs(60);
+/// How long a download may take to begin.
+const BEGIN: Duration = Duration::from_secs(600);
+/// How often a download is tried.
+const TRIES: u32 = 3;
+
+/// A file of this machine, by its content.
+#[derive(Clone, Debug)]
+pub(super) struct Local {
+    pub(super) path: PathBuf,
+    pub(super) payload: PayloadText,
+}
+
+/// Hashes a file.
+pub(super) async fn hash(path: &Path) -> Result<Local, Failure> {
+    let of = path.to_path_buf();
+    let hashed = tokio::task::spawn_blocking(move || hash_now(&of)).await;
+    let hashed = hashed.map_err(io::Error::other).flatten();
+    let (root, size) = hashed.map_err(|why| Failure::file("cannot read", path, &why))?;
+    Ok(Local { path: path.into(), payload: PayloadText { root: root.to_string(), size } })
+}
+
+fn hash_now(path: &Path) -> io::Result<(blake3::Hash, u64)> {
+    let mut file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PIECE];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((hasher.finalize(), hasher.count())),
+            n => hasher.update(buffer.get(..n).unwrap_or_default()),
+        };
+    }
+}
+
+/// A bar for bytes on standard error; hidden where nobody watches.
+fn bar(out: &Out, message: &str, size: u64) -> ProgressBar {
+    let hidden = !out.watched() || out.json;
+    let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let bar = ProgressBar::with_draw_target(Some(size), target);
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style);
+    }
+    bar.set_message(message.to_string());
+    bar
+}
+
+fn watched(
+    source: impl Stream<Item = io::Result<Bytes>>,
+    bar: ProgressBar,
+) -> impl Stream<Item = io::Result<Bytes>> {
+    source.inspect(move |piece| {
+        if let Ok(piece) = piece {
+            bar.inc(piece.len() as u64);
+        }
+    })
+}
+
+/// Sends those files that the node does not hold. Gives the bytes that were sent.
+pub(super) async fn upload(session: &Session, files: &[Local]) -> Result<u64, Failure> {
+    let mut missing: Vec<&Local> = Vec::new();
+    for file in files {
+        let twice = missing.iter().any(|other| other.payload == file.payload);
+        let path = format!("/v1/payloads/{}", file.payload.root);
+        if !twice && !session.client.has(&path).await? {
+            missing.push(file);
+        }
+    }
+    let total = missing.iter().map(|file| file.payload.size).sum();
+    let bar = bar(&session.out, "uploading", total);
+    for file in missing {
+        let opened = tokio::fs::File::open(&file.path).await;
+        let opened = opened.map_err(|why| Failure::file("cannot read", &file.path, &why))?;
+        let source = watched(ReaderStream::with_capacity(opened, PIECE), bar.clone());
+        let PayloadText { root, size } = &file.payload;
+        // A megabyte a second is slow for one's own node.
+        let wait = Duration::from_secs(size >> 20);
+        let path = format!("/v1/payloads?size={size}");
+        let sent: Result<Uploaded, _> = session.client.upload(&path, source, wait).await;
+        if sent?.root != *root {
+            let path = file.path.display();
+            let message = format!("{path} changed while it was sent: run the command again");
+            return Err(Failure::say(Exit::Io, message));
+        }
+    }
+    bar.finish_and_clear();
+    Ok(total)
+}
+
+/// Sends standard input, to its end.
+pub(super) async fn upload_stdin(session: &Session) -> Result<PayloadText, Failure> {
+    let source = ReaderStream::with_capacity(tokio::io::stdin(), PIECE);
+    // Whoever writes it decides how long that takes.
+    let wait = Duration::from_secs(86_400);
+    let sent: Uploaded = session.client.upload("/v1/payloads", source, wait).await?;
+    Ok(PayloadText { root: sent.root, size: sent.size })
+}
+
+/// Fetches a declared output into `dir`, checked against its root. The file appears whole or not
+/// at all, in place of one that is there.
+pub(super) async fn download(
+    session: &Session,
+    lease: &str,
+    name: &str,
+    payload: &PayloadText,
+    dir: &Path,
+) -> Result<PathBuf, Failure> {
+    let to = dir.join(name);
+    let mut tries = 1;
+    loop {
+        match try_download(session, lease, name, payload, dir, &to).await {
+            Ok(()) => return Ok(to),
+            Err(Trouble::Client(error)) if error.may_pass() && tries < TRIES => tries += 1,
+            Err(Trouble::Broken(_)) if tries < TRIES => tries += 1,
+            Err(Trouble::Client(error)) => return Err(error.into()),
+            Err(Trouble::Broken(why)) => {
+                let message = format!("output {name} broke off: {why}");
+                return Err(Failure::say(Exit::Remote, message));
+            }
+            Err(Trouble::Disk(why)) => return Err(Failure::file("cannot write", &to, &why)),
+            Err(Trouble::Wrong) => {
+                let message = format!("output {name} does not match what the lessor named");
+                return Err(Failure::say(Exit::No, message));
+            }
+        }
+    }
+}
+
+enum Trouble {
+    Client(ClientError),
+    Broken(io::Error),
+    Disk(io::Error),
+    Wrong,
+}
+
+async fn try_download(
+    session: &Session,
+    lease: &str,
+    name: &str,
+    payload: &PayloadText,
+    dir: &Path,
+    to: &Path,
+) -> Result<(), Trouble> {
+    let PayloadText { root, size } = payload;
+    let path = format!("/v1/leases/{lease}/outputs/{}?root={root}&size={size}", escaped(name));
+    let stream = session.client.stream(&path, BEGIN, Some(STALL)).await;
+    let mut stream = std::pin::pin!(stream.map_err(Trouble::Client)?);
+    let partial = Partial::create(dir, name).map_err(Trouble::Disk)?;
+    let bar = bar(&session.out, &leasehold_keys::text::shown(name), *size);
+    let mut hasher = blake3::Hasher::new();
+    while let Some(piece) = stream.next().await {
+        let piece = piece.map_err(Trouble::Broken)?;
+        hasher.update(&piece);
+        if hasher.count() > *size {
+            return Err(Trouble::Wrong);
+        }
+        (&partial.file).write_all(&piece).map_err(Trouble::Disk)?;
+        bar.inc(piece.len() as u64);
+    }
+    bar.finish_and_clear();
+    if hasher.count() != *size || hasher.finalize().to_string() != *root {
+        return Err(Trouble::Wrong);
+    }
+    partial.keep(to).map_err(Trouble::Disk)
+}
+
+/// A file that is not whole yet; gone when dropped.
+struct Partial {
+    file: File,
+    path: Option<PathBuf>,
+}
+
+impl Partial {
+    fn create(dir: &Path, name: &str) -> io::Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let path = dir.join(format!(".{name}.{}.part", std::process::id()));
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create(true).truncate(true).mode(0o644).open(&path)?;
+        Ok(Self { file, path: Some(path) })
+    }
+
+    fn keep(mut self, to: &Path) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            std::fs::rename(path, to)?;
+        }
+        self.path = None;
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Best effort: what stays is named .part.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_is_known_by_its_content() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("x");
+        std::fs::write(&path, b"abc").expect("written");
+        let local = hash(&path).await.expect("hashed");
+        assert_eq!(local.payload.size, 3);
+        assert_eq!(local.payload.root, blake3::hash(b"abc").to_string());
+        let missing = hash(&dir.path().join("y")).await.expect_err("not there");
+        assert_eq!(missing.exit, Exit::Io);
+        assert!(hash(dir.path()).await.is_err(), "a directory is no file");
+    }
+
+    #[test]
+    fn what_is_not_whole_leaves_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let partial = Partial::create(dir.path(), "o").expect("made");
+        (&partial.file).write_all(b"half").expect("written");
+        drop(partial);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("read").count(), 0);
+        let partial = Partial::create(dir.path(), "o").expect("made");
+        partial.keep(&dir.path().join("o")).expect("kept");
+        assert!(dir.path().join("o").exists());
+    }
+}
