@@ -26,7 +26,7 @@ use tokio::{net::UdpSocket, sync::mpsc, task::AbortHandle};
 
 /// The largest packet, in bytes: fits an Ethernet frame with IPv6 and UDP headers, so that
 /// losing one fragment never loses a probe.
-pub const MAX_PACKET: usize = 1400;
+pub const MAX_PACKET: usize = leasehold_proto::words::wire::MAX_PACKET;
 
 /// What a probe socket lets through. `ProbeLimits::default()` is what a node runs with.
 #[derive(Debug, Clone, Copy)]

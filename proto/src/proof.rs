@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
-use crate::base::time::Wall;
+use crate::base::time::{SKEW, Wall};
 use crate::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled, departure};
 use crate::words::chain::Chain;
 use crate::words::charter::Role;
-use crate::words::contract::{EndReason, Termination};
+use crate::words::contract::{EndReason, Grant, Order, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
 use crate::words::record::Offer;
 use crate::words::sign::{Signed, Verified, VerifyError};
@@ -98,6 +98,9 @@ pub enum ProofError {
     /// The order is not covered by its papers.
     #[error("order: {0}")]
     Order(NotEntitled),
+    /// The order was not one to be granted when it was.
+    #[error("order: {0}")]
+    Terms(&'static str),
     /// The grant departs from its order.
     #[error("grant: {0}")]
     Grant(&'static str),
@@ -167,6 +170,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     if let Some(how) = departure((order.id(), asked), &grant) {
         return Err(ProofError::Grant(how));
     }
+    check_times(&admission, &order, given.decided)?;
     let price_checked = match &proof.offer {
         None => false,
         Some(offer) => {
@@ -183,7 +187,8 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     let lease = LeaseId(grant.id());
     let (chain, hashes) = check_receipts(proof, &fabric, lease, &grant)?;
     let acknowledged = check_acknowledgements(proof, &fabric, lease, given.delegate, &hashes)?;
-    let end = check_termination(proof, &fabric, lease, &grant, &chain)?;
+    let last = hashes.last().and_then(|known| known.2);
+    let end = check_termination(proof, &fabric, lease, &grant, &chain, last)?;
     Ok(Verdict {
         fabric,
         currency: admission.charter().currency.clone(),
@@ -204,14 +209,35 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     })
 }
 
-/// What a checked receipt is remembered by: its hash and its charge.
-type Checked = (Hash, Amount);
+/// An order is granted while it is valid, within the limits of the charter.
+fn check_times(
+    admission: &Admission,
+    order: &Verified<Order>,
+    decided: Wall,
+) -> Result<(), ProofError> {
+    let limits = &admission.charter().limits;
+    let (not_after, placed) = (order.header().not_after, order.body().placed);
+    for (broken, how) in [
+        (not_after + SKEW < decided, "it had expired when it was granted"),
+        (placed > decided + SKEW, "it was placed after it was granted"),
+        (not_after > placed + limits.max_order_life + SKEW, "it is valid for too long"),
+        (order.body().term > limits.max_term, "its term is longer than the charter allows"),
+    ] {
+        if broken {
+            return Err(ProofError::Terms(how));
+        }
+    }
+    Ok(())
+}
+
+/// What a checked receipt is remembered by: its hash, its charge, and the end it names.
+type Checked = (Hash, Amount, Option<EndReason>);
 
 fn check_receipts(
     proof: &Proof,
     fabric: &FabricId,
     lease: LeaseId,
-    grant: &Verified<crate::words::contract::Grant>,
+    grant: &Verified<Grant>,
 ) -> Result<(Chain, Vec<Checked>), ProofError> {
     if proof.receipts.len() > MAX_RECEIPTS {
         return Err(ProofError::TooMany);
@@ -227,7 +253,7 @@ fn check_receipts(
             .check(grant.body(), receipt.body())
             .map_err(|reason| ProofError::Receipt { number, reason })?;
         chain.advance(receipt.body(), receipt.id());
-        hashes.push((receipt.id(), receipt.body().charge));
+        hashes.push((receipt.id(), receipt.body().charge, receipt.body().end));
     }
     Ok((chain, hashes))
 }
@@ -251,7 +277,8 @@ fn check_acknowledgements(
             return Err(ProofError::Parties { what: "acknowledgement", number: nth });
         }
         let index = usize::try_from(body.number).ok().and_then(|n| n.checked_sub(1));
-        if index.and_then(|i| receipts.get(i)) != Some(&(body.receipt, body.charge)) {
+        let receipt = index.and_then(|i| receipts.get(i)).map(|known| (known.0, known.1));
+        if receipt != Some((body.receipt, body.charge)) {
             return Err(ProofError::Acknowledgement(nth));
         }
         best = best.max((body.number, body.charge));
@@ -263,8 +290,9 @@ fn check_termination(
     proof: &Proof,
     fabric: &FabricId,
     lease: LeaseId,
-    grant: &Verified<crate::words::contract::Grant>,
+    grant: &Verified<Grant>,
     chain: &Chain,
+    last: Option<EndReason>,
 ) -> Result<Option<EndReason>, ProofError> {
     let Some(signed) = &proof.termination else { return Ok(None) };
     let termination: Verified<Termination> = of("termination", signed.verify(fabric))?;
@@ -279,8 +307,8 @@ fn check_termination(
         return Err(ProofError::Termination("it bills another time than the last receipt"));
     }
     // One that was never claimed has no receipts: it lapsed, was given back or lost unused.
-    if !chain.closed && chain.number > 0 {
-        return Err(ProofError::Termination("the last receipt is not a final one"));
+    if chain.number > 0 && last != Some(body.reason) {
+        return Err(ProofError::Termination("the last receipt is not final, for the same reason"));
     }
     Ok(Some(body.reason))
 }

@@ -19,13 +19,14 @@ mod machine;
 mod membership;
 mod payload;
 
-use std::io::Write as _;
+use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use leasehold_keys::exit::Exit;
 use serde::Serialize;
 
-/// Measure this machine, as JSON lines: one a case, the first about the machine.
+/// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
     #[command(subcommand)]
@@ -47,11 +48,19 @@ enum What {
 
 impl Bench {
     /// Runs the benchmark. It takes the thread, and must not be called from within a runtime.
-    ///
-    /// # Errors
-    /// When a process does not start, a step fails or takes far too long. What was measured until
-    /// then has been printed.
-    pub fn run(self) -> anyhow::Result<()> {
+    #[must_use]
+    pub fn main(self) -> ExitCode {
+        match self.run() {
+            Ok(()) => Exit::Ok.into(),
+            Err(error) => {
+                // What was measured until then has been printed.
+                eprintln!("leasehold-testnet bench: {error:#}");
+                Exit::Io.into()
+            }
+        }
+    }
+
+    fn run(self) -> anyhow::Result<()> {
         match self.what {
             What::Lease(options) => {
                 line(&machine::Machine::look())?;

@@ -1,10 +1,13 @@
-//! The `leasehold-testnet` command.
+//! `leasehold-testnet`: fleets of nodes on one machine.
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::bench::Bench;
+use leasehold_testnet::{bench, sim};
 
+/// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
-#[command(name = "leasehold-testnet", version)]
+#[command(name = "leasehold-testnet", version, about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -12,11 +15,15 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Bench(Bench),
+    /// Run many nodes in virtual time, with faults, and check the invariants after every step.
+    Sim(sim::Args),
+    /// Measure this machine, as JSON lines: one a case, the first about the machine.
+    Bench(bench::Bench),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Bench(bench) => bench.run(),
+        Command::Sim(args) => sim::main(&args),
+        Command::Bench(bench) => bench.main(),
     }
 }

@@ -356,14 +356,6 @@ impl<T> Verified<T> {
     pub fn signed(&self) -> &Signed {
         &self.inner.signed
     }
-
-    /// The same proof over a body seen as another type, decoded from the same bytes.
-    #[must_use]
-    pub fn map<U>(&self, see: impl FnOnce(&T) -> U) -> Verified<U> {
-        let Inner { header, body, id, signed } = &*self.inner;
-        let (header, id, signed) = (*header, *id, signed.clone());
-        Verified { inner: Arc::new(Inner { header, body: see(body), id, signed }) }
-    }
 }
 
 impl<T> Clone for Verified<T> {

@@ -102,7 +102,7 @@ impl Story {
             number: 1,
             previous: None,
             organisations: vec![Organisation { name: "quay".into(), root, max_nodes: 16 }],
-            limits: Limits { max_term: Span::secs(2_592_000), max_order_life: Span::secs(3_600) },
+            limits: Limits { max_term: Span::secs(2_592_000), max_order_life: Span::secs(86_400) },
         };
         let charter = Pen::of(&ORGANISATION, FabricId::default()).sign(Hash::default(), &charter);
         let fabric = FabricId(charter.id());
@@ -339,7 +339,7 @@ impl Story {
             ("pull", Message::Pull(names.clone())),
             ("records", Message::Records(vec![self.host.clone(), self.offer.clone()])),
             ("digest", Message::Digest(buckets)),
-            ("differ", Message::Differ(names)),
+            ("differ", Message::Differ { buckets: vec![1, 7], names }),
             ("order", Message::Order(self.order.clone())),
             ("granted", Message::Granted(self.grant.clone())),
             ("refused", Message::Refused(self.refusal.clone())),

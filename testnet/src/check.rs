@@ -1,0 +1,682 @@
+//! The invariants of DESIGN.md §6, checked over a history of observations.
+//!
+//! The check knows no world: whoever runs nodes, virtual or real, tells it what was seen (objects
+//! that were signed and left a node, what a node's book says, jobs that started and ended, nodes
+//! that stopped and what they read back) and it says what must not be. Nothing in here asks a
+//! node's minds what they think of it: sums, deadlines and chains are computed anew.
+//!
+//! | invariant | what it is checked by |
+//! |---|---|
+//! | 1 capacity | the sum over leases not ended, at every change and against every view |
+//! | 2 durability | everything that left is among what a node reads back at its start |
+//! | 3 idempotence | one (lessee, request) has one grant per lessor; the answer is to the question |
+//! | 4 bounded life | the end of every job against term and grace |
+//! | 5 the lessee stops first | every view of a held lease against its lessor's deadline |
+//! | 6 ended is final | stages only rise; what is not claimed lapses in time |
+//! | 7 reap before reuse | no lease is over while its job is there |
+//! | 8 epochs | one body per (signer, kind, subject, epoch, seq); every start in a higher epoch |
+//! | 9 receipts | numbers, hashes and charges computed anew; every proof verifies |
+//! | liveness | [`Check::settled`]: what must be so once all is quiet |
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+
+use leasehold_proto::base::id::{Hash, KeyId, LeaseId, RequestId};
+use leasehold_proto::base::money::HOUR_MS;
+use leasehold_proto::base::resource::Resources;
+use leasehold_proto::base::time::{Boot, BootId, Span};
+use leasehold_proto::core::{Kept, LentStage, View};
+use leasehold_proto::minds::book::Lent;
+use leasehold_proto::words::contract::{Acceptance, Grant, Order, Termination};
+use leasehold_proto::words::object::{Body, Envelope, Kind};
+use leasehold_proto::words::sign::Signed;
+use leasehold_proto::words::usage::{Objection, Receipt};
+use leasehold_proto::words::wire::{self, MAX_OBJECT};
+
+/// How late a node may act on a deadline: a second, as people would say "at once".
+const PROMPT_US: u64 = 1_000_000;
+/// The most violations that are collected.
+const MAX_VIOLATIONS: usize = 20;
+
+/// Where something was seen, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// True time, in microseconds from the start of the run.
+    pub us: u64,
+    /// Which process's host, counting from zero. Two hosts may have one key.
+    pub host: usize,
+    /// What that host's boot clock read.
+    pub boot: Boot,
+}
+
+/// Something that was seen.
+#[derive(Debug)]
+pub enum Seen<'a> {
+    /// A node started, in this boot and epoch, and read this back.
+    Started {
+        /// Its key.
+        key: KeyId,
+        /// The host's boot.
+        boot: BootId,
+        /// Its epoch.
+        epoch: u64,
+        /// What it may lend.
+        capacity: &'a Resources,
+        /// What it read back.
+        kept: &'a [Kept],
+    },
+    /// It was killed.
+    Stopped,
+    /// It stands still.
+    Paused,
+    /// It goes on.
+    Resumed,
+    /// It runs, or will, beside or after a copy of itself: what it signs may be contradicted.
+    Copied,
+    /// It says that it grants nothing any more.
+    Halted,
+    /// Its book says this of a lease.
+    Lent(LeaseId, &'a Lent),
+    /// It signed this, and it left in answer to the object called so.
+    Signed(&'a Signed, Option<Hash>),
+    /// A job was started.
+    JobStarted(LeaseId),
+    /// A job's last process is gone.
+    JobEnded(LeaseId),
+    /// How things stand there.
+    View(&'a View),
+}
+
+/// An invariant that does not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Which, by its number and name in DESIGN.md.
+    pub invariant: &'static str,
+    /// When it was noticed, in true milliseconds from the start of the run.
+    pub at_ms: u64,
+    /// On which host.
+    pub host: usize,
+    /// What was found.
+    pub what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { invariant, at_ms, host, what } = self;
+        write!(f, "invariant {invariant}: at {at_ms}ms on host {host}: {what}")
+    }
+}
+
+/// A host as the check remembers it.
+#[derive(Debug, Default)]
+struct Host {
+    key: KeyId,
+    boot: BootId,
+    epoch: u64,
+    capacity: Resources,
+    promised: Resources,
+    /// Since when it runs without a break, in true time.
+    running_since: Option<u64>,
+    copied: bool,
+    /// It was started in an epoch that its key had lived through already.
+    outdated: bool,
+    halted: bool,
+    /// Leases in its book.
+    leases: BTreeSet<LeaseId>,
+    /// What it signed and sent, by what it must be found as after a restart.
+    left: BTreeSet<(Evidence, Hash)>,
+    /// The highest epoch under anything it signed.
+    signed_epoch: u64,
+}
+
+/// As what an object must be found again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Evidence {
+    Grant,
+    Acceptance,
+    Receipt,
+    Termination,
+    Claim,
+    Release,
+    Acknowledgement,
+}
+
+/// A lease as the check remembers it.
+#[derive(Debug)]
+struct Lease {
+    host: usize,
+    grant: Grant,
+    request: RequestId,
+    boot: BootId,
+    decided: Boot,
+    /// The end of its term, in true time.
+    term_end_us: u64,
+    stage: LentStage,
+    claimed: bool,
+    running: bool,
+    chain: Chain,
+}
+
+/// Where the receipts stand, computed anew.
+#[derive(Debug, Default)]
+struct Chain {
+    ids: Vec<Hash>,
+    billed: Span,
+    closed: bool,
+    termination: Option<Hash>,
+}
+
+/// One body: signer, kind, subject, epoch, seq.
+type Version = (KeyId, Kind, Hash, u64, u64);
+
+/// How a node stands once all is quiet.
+#[derive(Debug)]
+pub struct Settled {
+    /// Its host.
+    pub host: usize,
+    /// Its key.
+    pub key: KeyId,
+    /// How things stand there; `None` when it does not run.
+    pub view: Option<View>,
+    /// How many of its commands were never answered.
+    pub unanswered: usize,
+}
+
+/// The history, as far as it is needed.
+#[derive(Debug, Default)]
+pub struct Check {
+    hosts: BTreeMap<usize, Host>,
+    leases: HashMap<LeaseId, Lease>,
+    requests: HashMap<(KeyId, KeyId, RequestId), LeaseId>,
+    versions: HashMap<Version, Hash>,
+    /// When a lease that is not claimed must have lapsed.
+    lapses: BTreeSet<(u64, LeaseId)>,
+    copied: BTreeSet<KeyId>,
+    /// The highest epoch in which a node of this key was started.
+    epochs: BTreeMap<KeyId, u64>,
+    violations: Vec<Violation>,
+}
+
+fn body_of<T: Body>(envelope: &[u8]) -> Option<(Envelope, T)> {
+    let envelope = Envelope::decode(envelope).ok()?;
+    let body = wire::decode::<MAX_OBJECT, T>(&envelope.body).ok()?;
+    Some((envelope, body))
+}
+
+impl Check {
+    /// What was found so far.
+    #[must_use]
+    pub fn violations(&self) -> &[Violation] {
+        &self.violations
+    }
+
+    /// How many leases were seen.
+    #[must_use]
+    pub fn leases(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Notes what somebody else found.
+    pub fn found(&mut self, invariant: &'static str, at: At, what: String) {
+        if self.violations.len() < MAX_VIOLATIONS {
+            let (at_ms, host) = (at.us / 1000, at.host);
+            self.violations.push(Violation { invariant, at_ms, host, what });
+        }
+    }
+
+    /// Takes one observation.
+    pub fn see(&mut self, at: At, seen: Seen<'_>) {
+        match seen {
+            Seen::Started { key, boot, epoch, capacity, kept } => {
+                self.started(at, key, boot, epoch, capacity, kept);
+            }
+            Seen::Stopped | Seen::Paused => {
+                self.hosts.entry(at.host).or_default().running_since = None;
+            }
+            Seen::Resumed => {
+                self.hosts.entry(at.host).or_default().running_since = Some(at.us);
+            }
+            Seen::Copied => {
+                let host = self.hosts.entry(at.host).or_default();
+                host.copied = true;
+                self.copied.insert(host.key);
+            }
+            Seen::Halted => self.hosts.entry(at.host).or_default().halted = true,
+            Seen::Lent(id, lent) => self.lent(at, id, lent),
+            Seen::Signed(signed, answers) => self.signed(at, signed, answers),
+            Seen::JobStarted(id) => self.job(at, id, true),
+            Seen::JobEnded(id) => self.job(at, id, false),
+            Seen::View(view) => self.view(at, view),
+        }
+    }
+
+    fn started(
+        &mut self,
+        at: At,
+        key: KeyId,
+        boot: BootId,
+        epoch: u64,
+        capacity: &Resources,
+        kept: &[Kept],
+    ) {
+        let host = self.hosts.entry(at.host).or_default();
+        let mut host = std::mem::take(host);
+        let spared = host.copied || self.copied.contains(&key);
+        if epoch <= host.epoch.max(host.signed_epoch) && !spared {
+            let was = host.epoch.max(host.signed_epoch);
+            self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
+        }
+        let (found, leases) = recovered(kept);
+        if !spared {
+            for (what, id) in host.left.difference(&found) {
+                let what = format!("a {what:?} ({}) left and is forgotten", id.short());
+                self.found("2 (durability)", at, what);
+            }
+        }
+        for id in std::mem::take(&mut host.leases) {
+            // What was decided but neither kept nor sent never was.
+            if !leases.contains_key(&id) && !spared {
+                self.leases.remove(&id);
+            }
+        }
+        let top = self.epochs.entry(key).or_default();
+        host.outdated = epoch <= *top;
+        *top = epoch.max(*top);
+        host.promised = Resources::default();
+        host.key = key;
+        host.boot = boot;
+        host.epoch = epoch;
+        host.capacity = capacity.clone();
+        host.running_since = Some(at.us);
+        host.halted = false;
+        self.hosts.insert(at.host, host);
+        for (id, lent) in leases {
+            if let Some(known) = self.leases.get_mut(&id) {
+                known.stage = lent.stage;
+                known.running = false;
+                known.claimed = lent.claimed.is_some();
+            }
+            self.lent(at, id, lent);
+        }
+    }
+
+    fn lent(&mut self, at: At, id: LeaseId, lent: &Lent) {
+        let Some(host) = self.hosts.get_mut(&at.host) else { return };
+        let spared = host.copied || self.copied.contains(&host.key);
+        if !self.leases.contains_key(&id) {
+            let grant = body_of::<Grant>(&lent.grant.envelope);
+            let order = body_of::<Order>(&lent.order.envelope);
+            let (Some((_, grant)), Some((_, order))) = (grant, order) else {
+                self.found("3 (idempotence)", at, format!("lease {id} does not decode"));
+                return;
+            };
+            if order.lessor != host.key || grant.order != lent.order.id() {
+                self.found("3 (idempotence)", at, format!("lease {id} is of another order"));
+                return;
+            }
+            let us = |boot: Boot| {
+                let ahead = (boot.since(at.boot).as_millis() * 1000).saturating_add(at.us);
+                ahead.saturating_sub(at.boot.since(boot).as_millis() * 1000)
+            };
+            let term_end_us = us(lent.decided + grant.term);
+            if host.halted && lent.stage == LentStage::Granted {
+                self.found("8 (epochs)", at, format!("{id} was granted by a halted node"));
+                return;
+            }
+            let claim_by = us(lent.decided + grant.claim_within.min(grant.term));
+            self.lapses.insert((claim_by + PROMPT_US, id));
+            let lease = Lease {
+                host: at.host,
+                grant,
+                request: order.request,
+                boot: lent.boot,
+                decided: lent.decided,
+                term_end_us,
+                stage: LentStage::Granted,
+                claimed: false,
+                running: false,
+                chain: Chain::default(),
+            };
+            self.leases.insert(id, lease);
+        }
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let mut wrong = None;
+        if lent.stage < lease.stage && !spared {
+            let what = format!("lease {id} went from {:?} to {:?}", lease.stage, lent.stage);
+            wrong = Some(("6 (ended is final)", what));
+        }
+        if lent.stage == LentStage::Ended && lease.running && lease.host == at.host {
+            wrong = Some(("7 (reap before reuse)", format!("lease {id} ended with its job there")));
+        }
+        lease.stage = lent.stage;
+        lease.claimed |= lent.claimed.is_some();
+        if lease.boot != lent.boot {
+            // After a reboot its deadlines were set anew.
+            (lease.boot, lease.decided) = (lent.boot, lent.decided);
+        }
+        let counted = host.leases.contains(&id);
+        match (lent.stage == LentStage::Ended, counted) {
+            (false, false) => {
+                host.leases.insert(id);
+                host.promised = host.promised.plus(&lease.grant.shape);
+            }
+            (true, true) => {
+                host.leases.remove(&id);
+                host.promised = host.promised.minus(&lease.grant.shape);
+            }
+            _ => {}
+        }
+        if !host.promised.fits(&host.capacity) {
+            let what = format!("promised {} of {}", host.promised, host.capacity);
+            wrong = Some(("1 (capacity)", what));
+        }
+        if let Some((invariant, what)) = wrong {
+            self.found(invariant, at, what);
+        }
+    }
+
+    fn signed(&mut self, at: At, signed: &Signed, answers: Option<Hash>) {
+        let Ok(header) = signed.header() else { return };
+        let id = signed.id();
+        let host = self.hosts.entry(at.host).or_default();
+        let spared = host.copied || self.copied.contains(&header.signer);
+        if header.signer == host.key {
+            host.signed_epoch = host.signed_epoch.max(header.epoch);
+        }
+        let version = (header.signer, header.kind, header.subject, header.epoch, header.seq);
+        let known = *self.versions.entry(version).or_insert(id);
+        if known != id && !spared {
+            let (kind, epoch, seq) = (header.kind, header.epoch, header.seq);
+            let what = format!("two bodies of a {kind} in epoch {epoch} with number {seq}");
+            self.found("8 (epochs)", at, what);
+        }
+        let evidence = match header.kind {
+            Kind::Grant => Evidence::Grant,
+            Kind::Acceptance => Evidence::Acceptance,
+            Kind::Receipt => Evidence::Receipt,
+            Kind::Termination => Evidence::Termination,
+            Kind::Claim => Evidence::Claim,
+            Kind::Release => Evidence::Release,
+            Kind::Acknowledgement => Evidence::Acknowledgement,
+            Kind::Objection if !spared => return self.objected(at, signed),
+            _ => return,
+        };
+        if let Some(host) = self.hosts.get_mut(&at.host) {
+            host.left.insert((evidence, id));
+        }
+        if spared {
+            return;
+        }
+        match evidence {
+            Evidence::Grant => self.granted(at, signed, answers),
+            Evidence::Acceptance => self.accepted(at, signed, answers),
+            Evidence::Receipt => self.receipt(at, signed),
+            Evidence::Termination => self.terminated(at, signed),
+            _ => {}
+        }
+    }
+
+    fn granted(&mut self, at: At, signed: &Signed, answers: Option<Hash>) {
+        let Some((envelope, grant)) = body_of::<Grant>(&signed.envelope) else { return };
+        let id = LeaseId(signed.id());
+        if answers.is_some_and(|order| order != grant.order) {
+            let what = format!("an order is answered with the grant of another one ({id})");
+            self.found("3 (idempotence)", at, what);
+        }
+        let signer = envelope.header.signer;
+        if let Some(request) = self.leases.get(&id).map(|lease| lease.request) {
+            let known = *self.requests.entry((signer, grant.lessee, request)).or_insert(id);
+            if known != id {
+                let what = format!("one request has two leases: {known} and {id}");
+                self.found("3 (idempotence)", at, what);
+            }
+        }
+    }
+
+    fn accepted(&mut self, at: At, signed: &Signed, answers: Option<Hash>) {
+        let Some((_, acceptance)) = body_of::<Acceptance>(&signed.envelope) else { return };
+        if answers.is_some_and(|act| act != acceptance.of) {
+            let what = "an act is answered with the acceptance of another one".to_string();
+            self.found("3 (idempotence)", at, what);
+        }
+    }
+
+    /// All lessors here are honest unless copied: nobody has a reason to object.
+    fn objected(&mut self, at: At, signed: &Signed) {
+        let Some((_, objection)) = body_of::<Objection>(&signed.envelope) else { return };
+        let lessor = self.leases.get(&objection.lease).and_then(|l| self.hosts.get(&l.host));
+        if lessor.is_some_and(|lessor| !lessor.copied && !self.copied.contains(&lessor.key)) {
+            let what =
+                format!("a receipt of {} is objected: {:?}", objection.lease, objection.reason);
+            self.found("9 (receipts)", at, what);
+        }
+    }
+
+    fn receipt(&mut self, at: At, signed: &Signed) {
+        let Some((_, receipt)) = body_of::<Receipt>(&signed.envelope) else { return };
+        let Some(lease) = self.leases.get_mut(&receipt.lease) else { return };
+        let (chain, grant) = (&mut lease.chain, &lease.grant);
+        let id = signed.id();
+        let index = usize::try_from(receipt.number).unwrap_or(usize::MAX).saturating_sub(1);
+        let wrong = match chain.ids.get(index) {
+            Some(known) if *known == id => None,
+            Some(_) => Some("two receipts have one number"),
+            None if index > chain.ids.len() => Some("a receipt is missing before it"),
+            None if chain.closed => Some("it follows the final one"),
+            None if receipt.previous != chain.ids.last().copied().unwrap_or_default() => {
+                Some("it names another predecessor")
+            }
+            None => {
+                let exact = u128::from(grant.rate.0) * u128::from(receipt.usage.billed.as_millis());
+                let due = (exact / u128::from(HOUR_MS)).min(u128::from(grant.cap.0));
+                let whole = u128::from(grant.rate.0) * u128::from(grant.term.as_millis());
+                let wrong = if receipt.usage.billed < chain.billed {
+                    Some("it takes back billed time")
+                } else if receipt.usage.billed > grant.term {
+                    Some("it bills more than the term")
+                } else if u128::from(receipt.charge.0) != due {
+                    Some("its charge is not the rate over the billed time")
+                } else if u128::from(receipt.charge.0) > whole / u128::from(HOUR_MS) {
+                    Some("its charge exceeds term x rate")
+                } else {
+                    None
+                };
+                chain.ids.push(id);
+                chain.billed = receipt.usage.billed;
+                chain.closed = receipt.end.is_some();
+                wrong
+            }
+        };
+        if let Some(wrong) = wrong {
+            let what = format!("receipt {} of {}: {wrong}", receipt.number, receipt.lease);
+            self.found("9 (receipts)", at, what);
+        }
+    }
+
+    fn terminated(&mut self, at: At, signed: &Signed) {
+        let Some((_, end)) = body_of::<Termination>(&signed.envelope) else { return };
+        let Some(lease) = self.leases.get_mut(&end.lease) else { return };
+        let known = *lease.chain.termination.get_or_insert(signed.id());
+        let stage = lease.stage;
+        if known != signed.id() {
+            self.found("6 (ended is final)", at, format!("lease {} ended twice", end.lease));
+        }
+        if stage != LentStage::Ended {
+            let what = format!("lease {} is {stage:?} and its end was told", end.lease);
+            self.found("6 (ended is final)", at, what);
+        }
+    }
+
+    fn job(&mut self, at: At, id: LeaseId, started: bool) {
+        let boot = self.hosts.get(&at.host).map(|host| host.boot);
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        lease.running = started;
+        let over = lease.decided + lease.grant.term + lease.grant.grace + Span::secs(1);
+        if boot == Some(lease.boot) && over < at.boot && !started {
+            let late = at.boot.since(lease.decided + lease.grant.term);
+            let what = format!("the job of {id} ended {late} after its term");
+            self.found("4 (bounded life)", at, what);
+        }
+    }
+
+    fn view(&mut self, at: At, view: &View) {
+        let Some(host) = self.hosts.get_mut(&at.host) else { return };
+        if host.promised != view.promised {
+            let what = format!(
+                "it says that {} is promised, its leases come to {}",
+                view.promised, host.promised
+            );
+            self.found("7 (reap before reuse)", at, what);
+            return;
+        }
+        host.halted |= view.halted.is_some();
+        for held in view.held.iter().filter(|held| held.left > Span::ZERO) {
+            let Some(lease) = held.id.and_then(|id| self.leases.get(&id)) else { continue };
+            let lessor = self.hosts.get(&lease.host);
+            let honoured = matches!(lease.stage, LentStage::Granted | LentStage::Active)
+                && lessor.is_some_and(|lessor| lessor.boot == lease.boot && !lessor.copied);
+            let drift = held.left.scale(250, 1_000_000);
+            let relied = at.us + held.left.saturating_sub(drift).as_millis() * 1000;
+            if honoured && relied > lease.term_end_us {
+                let what = format!(
+                    "it relies on {:?} for {}ms longer than its lessor honours it",
+                    held.id,
+                    (relied - lease.term_end_us) / 1000
+                );
+                self.found("5 (the lessee stops first)", at, what);
+                return;
+            }
+        }
+    }
+
+    /// Time has passed: what should have happened by now?
+    pub fn passed(&mut self, us: u64) {
+        while let Some((due, id)) = self.lapses.first().copied().filter(|(due, _)| *due <= us) {
+            self.lapses.remove(&(due, id));
+            let Some(lease) = self.leases.get(&id) else { continue };
+            let host = lease.host;
+            let copied = self.hosts.get(&host).is_some_and(|host| host.copied);
+            if lease.stage != LentStage::Granted || copied {
+                continue;
+            }
+            let since = self.hosts.get(&host).and_then(|host| host.running_since);
+            match since {
+                Some(since) if since + PROMPT_US <= due => {
+                    let at = At { us, host, boot: Boot(0) };
+                    let what = format!("lease {id} was not claimed in time and did not lapse");
+                    self.found("6 (ended is final)", at, what);
+                }
+                Some(since) => {
+                    self.lapses.insert((since + PROMPT_US, id));
+                }
+                None => {
+                    self.lapses.insert((us + PROMPT_US, id));
+                }
+            }
+        }
+    }
+
+    /// What must be so once all has been quiet for a while.
+    pub fn settled(&mut self, us: u64, nodes: &[Settled]) {
+        for node in nodes {
+            let Some(view) = &node.view else { continue };
+            let at = At { us, host: node.host, boot: Boot(0) };
+            if let Some(host) = self.hosts.get(&node.host).filter(|host| host.copied) {
+                let newer = self.epochs.get(&host.key).copied().unwrap_or(0) > host.epoch;
+                if (newer || host.outdated) && view.halted.is_none() && view.links > 0 {
+                    let what = "a newer life of its key was seen, it goes on granting".to_string();
+                    self.found("8 (epochs)", at, what);
+                }
+                continue;
+            }
+            let mut wrong = self.members(view, nodes);
+            wrong.extend(self.leases_of(view, nodes));
+            if node.unanswered > 0 {
+                wrong.push(format!("{} commands were never answered", node.unanswered));
+            }
+            if !view.promised.is_nothing() {
+                wrong.push(format!("{} is promised still", view.promised));
+            }
+            for what in wrong {
+                self.found("liveness", at, what);
+            }
+        }
+    }
+
+    /// Who is up and what they have free, as `view` shows it and as it is.
+    fn members(&self, view: &View, nodes: &[Settled]) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for other in nodes.iter().filter(|other| !self.copied.contains(&other.key)) {
+            let shown = view.nodes.iter().find(|shown| shown.id == other.key);
+            let up = shown.is_some_and(|shown| shown.up);
+            if up != other.view.is_some() {
+                let is = if up { "up" } else { "down" };
+                wrong.push(format!("it holds host {} to be {is}", other.host));
+            }
+            let Some(theirs) = &other.view else { continue };
+            let free = theirs.capacity.minus(&theirs.promised);
+            let advertised = shown.map(|shown| &shown.shapes);
+            if advertised.is_some_and(|shapes| shapes.as_slice() != [free.clone()]) {
+                wrong.push(format!("host {} has {free} free, the map says else", other.host));
+            }
+        }
+        wrong
+    }
+
+    /// Receipts not agreed and ends not heard.
+    fn leases_of(&self, view: &View, nodes: &[Settled]) -> Vec<String> {
+        let view_of = |key: &KeyId| {
+            let honest = nodes.iter().filter(|node| !self.copied.contains(&node.key));
+            let node = honest.into_iter().find(|node| node.key == *key);
+            node.and_then(|node| node.view.as_ref())
+        };
+        let mut wrong = Vec::new();
+        for lent in view.lent.iter().filter(|lent| lent.acknowledged != lent.receipts) {
+            let theirs = view_of(&lent.delegate);
+            if theirs.is_some_and(|view| view.held.iter().any(|held| held.id == Some(lent.id))) {
+                let (agreed, all) = (lent.acknowledged, lent.receipts);
+                wrong.push(format!("{agreed} of {all} receipts of {} are agreed", lent.id));
+            }
+        }
+        for held in view.held.iter().filter(|held| held.end.is_none() && held.receipts > 0) {
+            if view_of(&held.lessor).is_some() {
+                wrong.push(format!("it never heard how {:?} ended", held.id));
+            }
+        }
+        wrong
+    }
+}
+
+/// Everything that must be found again, among what a node read back.
+fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &Lent>) {
+    let mut found = BTreeSet::new();
+    let mut leases = BTreeMap::new();
+    for kept in kept {
+        match kept {
+            Kept::Lent(id, lent) => {
+                found.insert((Evidence::Grant, lent.grant.id()));
+                found.extend(lent.acts.iter().map(|a| (Evidence::Acceptance, a.answer.id())));
+                found.extend(lent.termination.iter().map(|t| (Evidence::Termination, t.id())));
+                leases.insert(*id, &**lent);
+            }
+            Kept::Held(_, held) => {
+                let drafts = [
+                    (Evidence::Claim, held.claim.as_ref()),
+                    (Evidence::Release, held.release.as_ref()),
+                    (Evidence::Acknowledgement, held.acknowledgement.as_ref()),
+                ];
+                let drafts =
+                    drafts.into_iter().filter_map(|(what, draft)| Some((what, draft?.id())));
+                found.extend(drafts);
+            }
+            Kept::Receipt(_, _, draft) => {
+                found.insert((Evidence::Receipt, draft.id()));
+            }
+            Kept::Countersigned(_, _, _, answer) => {
+                found.insert((Evidence::Acknowledgement, answer.id()));
+            }
+            _ => {}
+        }
+    }
+    (found, leases)
+}

@@ -1,0 +1,270 @@
+//! One language for what happens to a fabric: who is there, what they ask of each other, and what
+//! goes wrong when. A scenario is plain data, all of it derived from one seed, so that printing it
+//! says everything about a run and running it again says it again.
+
+use std::fmt;
+
+use leasehold_proto::base::dice::Dice;
+use leasehold_proto::base::plant::Plant;
+use leasehold_proto::base::time::Span;
+
+/// What happens to a fabric.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// From which everything else is derived.
+    pub seed: u64,
+    /// How many nodes there are.
+    pub nodes: usize,
+    /// How long there is load and faults.
+    pub length: Span,
+    /// How long there is neither afterwards: by its end all must be well.
+    pub quiet: Span,
+    /// A planted bug.
+    pub plant: Plant,
+    /// How messages travel.
+    pub network: Network,
+    /// How long a sync takes, at least and at most, in microseconds.
+    pub sync_us: (u64, u64),
+    /// What lessees ask for.
+    pub load: Load,
+    /// What goes wrong, in order of time.
+    pub steps: Vec<(Span, Step)>,
+}
+
+/// How messages travel.
+#[derive(Clone, Debug)]
+pub struct Network {
+    /// The one-way delay between two hosts, at least and at most, in microseconds.
+    pub latency_us: (u64, u64),
+    /// How much a single message may be later than that, in microseconds.
+    pub jitter_us: u64,
+    /// How many packets of a thousand are lost.
+    pub loss: u64,
+    /// How many orders, claims and releases of a thousand arrive twice.
+    pub twice: u64,
+    /// Whether every message is encoded into a frame and decoded again.
+    pub frames: bool,
+}
+
+/// What lessees ask for. Every node has a lessee of its own.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// The mean time between two orders of one lessee.
+    pub every: Span,
+    /// The term of a lease, at least and at most.
+    pub term: (Span, Span),
+    /// The time to claim, at least and at most.
+    pub claim_within: (Span, Span),
+    /// How many orders of a thousand the lessee signs itself, elsewhere.
+    pub offline: u64,
+    /// How many leases of a thousand are never claimed, or too late.
+    pub unclaimed: u64,
+    /// How many are given back before their term.
+    pub released: u64,
+    /// How many jobs of a thousand never end by themselves.
+    pub endless: u64,
+}
+
+/// Something that goes wrong, or is put right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The node is killed (SIGKILL) and started again in the same boot.
+    Crash {
+        /// Which.
+        node: usize,
+        /// How long until it is started.
+        down: Span,
+    },
+    /// The host loses power and boots.
+    Reboot {
+        /// Which.
+        node: usize,
+        /// How long that takes.
+        down: Span,
+    },
+    /// The node is killed and not started again.
+    Die {
+        /// Which.
+        node: usize,
+    },
+    /// The node is stopped (SIGSTOP) and continued.
+    Pause {
+        /// Which.
+        node: usize,
+        /// For how long.
+        lasts: Span,
+    },
+    /// Some nodes and the others cannot reach each other.
+    Cut {
+        /// Those on one side.
+        island: Vec<usize>,
+        /// For how long.
+        lasts: Span,
+    },
+    /// Everything to and from a node takes longer.
+    Slow {
+        /// Which.
+        node: usize,
+        /// How much longer, one way.
+        by: Span,
+        /// For how long.
+        lasts: Span,
+    },
+    /// A host's wall clock is set, and set right later.
+    SetClock {
+        /// Which.
+        node: usize,
+        /// By how many milliseconds.
+        by: i64,
+        /// When it is set right.
+        lasts: Span,
+    },
+    /// A host's disk is full.
+    FillDisk {
+        /// Which.
+        node: usize,
+        /// For how long.
+        lasts: Span,
+    },
+    /// A node sends again what others once sent to somebody.
+    Replay {
+        /// Which node does.
+        node: usize,
+    },
+    /// The node is killed and started from a copy of its directory that was made a while ago.
+    Restore {
+        /// Which.
+        node: usize,
+        /// How long until it is started.
+        down: Span,
+    },
+    /// Its directory is copied to another host and started there as well.
+    Twin {
+        /// Which.
+        node: usize,
+    },
+}
+
+/// The frame in which a scenario is made up.
+#[derive(Clone, Copy, Debug)]
+pub struct Frame {
+    /// How many nodes.
+    pub nodes: usize,
+    /// How long there is load and faults.
+    pub length: Span,
+    /// A planted bug.
+    pub plant: Plant,
+}
+
+/// How many nodes one fabric may have.
+pub const MAX_NODES: usize = 4_096;
+
+impl Scenario {
+    /// Makes up a scenario.
+    #[must_use]
+    pub fn random(seed: u64, frame: Frame) -> Self {
+        let mut dice = Dice::new(seed);
+        let Frame { nodes, length, plant } = frame;
+        let nodes = nodes.clamp(1, MAX_NODES);
+        let large = nodes > 20;
+        let mut between = |low: u64, high: u64| low + dice.below(high - low + 1);
+        let network = Network {
+            latency_us: (200, between(400, 5_000)),
+            jitter_us: between(50, 2_000),
+            loss: between(0, 30),
+            twice: 30,
+            frames: between(0, 3) == 0,
+        };
+        let longest = if large { 120 } else { 30 };
+        let load = Load {
+            every: Span::millis(if large { 15_000 } else { between(800, 4_000) }),
+            term: (Span::secs(2), Span::secs(longest)),
+            claim_within: (Span::secs(1), Span::secs(between(3, 10))),
+            offline: between(50, 200),
+            unclaimed: between(50, 300),
+            released: between(100, 600),
+            endless: between(100, 500),
+        };
+        let sync_us = (300, between(800, 3_000));
+        let steps = faults(&mut dice, nodes, length);
+        let quiet = Span::secs(longest + 60);
+        Self { seed, nodes, length, quiet, plant, network, sync_us, load, steps }
+    }
+
+    /// Whether all signatures of this node may be contradicted by an older or second copy of it.
+    #[must_use]
+    pub fn copied(&self, node: usize) -> bool {
+        self.steps.iter().any(|(_, step)| match step {
+            Step::Restore { node: copied, .. } | Step::Twin { node: copied } => *copied == node,
+            _ => false,
+        })
+    }
+}
+
+fn faults(dice: &mut Dice, nodes: usize, length: Span) -> Vec<(Span, Step)> {
+    let minutes = length.as_millis().div_ceil(60_000);
+    let per_minute = if nodes > 20 { nodes as u64 / 10 } else { nodes as u64 };
+    let count = minutes * per_minute.max(2);
+    // The first seconds belong to the fabric's coming together, faults end before the load does.
+    let last = length.as_millis().saturating_sub(5_000).max(6_000);
+    let mut steps: Vec<_> = (0..count)
+        .map(|_| {
+            let at = Span::millis(4_000 + dice.below(last - 4_000));
+            (at, fault(dice, nodes, at, Span::millis(last)))
+        })
+        .collect();
+    // A copy contradicts its original for good, so only one in four runs has one, and but one.
+    if nodes > 2 && dice.chance(1, 4) {
+        let node = pick(dice, nodes);
+        let step = match dice.below(2) {
+            0 => Step::Restore { node, down: Span::millis(200 + dice.below(5_000)) },
+            _ => Step::Twin { node },
+        };
+        steps.push((Span::millis(last / 2 + dice.below(last / 4)), step));
+    }
+    if nodes > 3 && dice.chance(1, 3) {
+        let at = Span::millis(last / 2 + dice.below(last / 2));
+        steps.push((at, Step::Die { node: pick(dice, nodes) }));
+    }
+    steps.sort_by_key(|(at, _)| *at);
+    steps
+}
+
+fn pick(dice: &mut Dice, nodes: usize) -> usize {
+    usize::try_from(dice.below(nodes as u64)).unwrap_or(0)
+}
+
+fn fault(dice: &mut Dice, nodes: usize, at: Span, last: Span) -> Step {
+    let node = pick(dice, nodes);
+    let left = last.saturating_sub(at).as_millis().max(200);
+    let mut lasts = |low: u64, high: u64| Span::millis((low + dice.below(high - low)).min(left));
+    match lasts(0, 100).as_millis() {
+        0..25 => Step::Crash { node, down: lasts(50, 15_000) },
+        25..33 => Step::Reboot { node, down: lasts(2_000, 20_000) },
+        33..50 => Step::Pause { node, lasts: lasts(50, 15_000) },
+        50..65 => {
+            let lasts = lasts(100, 15_000);
+            let island = (0..nodes).filter(|_| dice.chance(1, 3)).collect();
+            Step::Cut { island, lasts }
+        }
+        65..75 => Step::Slow { node, by: lasts(20, 1_500), lasts: lasts(500, 8_000) },
+        75..83 => {
+            let hour = dice.below(7_200_000);
+            let by = i64::try_from(hour).unwrap_or(0) - 3_600_000;
+            Step::SetClock { node, by, lasts: Span::millis((500 + dice.below(20_000)).min(left)) }
+        }
+        83..90 => Step::FillDisk { node, lasts: lasts(500, 8_000) },
+        _ => Step::Replay { node },
+    }
+}
+
+impl fmt::Display for Scenario {
+    /// Everything about the run, a line each.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, nodes, length, quiet, network, sync_us, load, steps, .. } = self;
+        writeln!(f, "seed {seed}: {nodes} nodes, {length} of load and faults, then {quiet} quiet")?;
+        writeln!(f, "  {network:?}")?;
+        writeln!(f, "  {load:?}, sync {sync_us:?} us")?;
+        steps.iter().try_for_each(|(at, step)| writeln!(f, "  at {at}: {step:?}"))
+    }
+}

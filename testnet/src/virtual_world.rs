@@ -1,0 +1,1291 @@
+//! The virtual world: many real cores in one process, one heap of events, two virtual clocks per
+//! host, everything from one seed.
+//!
+//! ```text
+//!   heap --event--> process (paused? inbox) --> core.handle --> effects --barrier--> network,
+//!    ^                                                              |    jobs, load --.
+//!    '---------------------------- what follows, when --------------+----------------'
+//!                                                       check <-- what was seen
+//! ```
+//!
+//! It plays the part of a node's shell as faithfully as it can: the durability barrier, one answer
+//! or none per question, links that keep order and die, wardens that outlive the node. Objects are
+//! signed and verified with real keys, once each; only liveness packets are taken on trust, since
+//! their signatures are the edge's business and would cost more than all the rest together.
+
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::net::SocketAddr;
+
+use leasehold_proto::base::dice::Dice;
+use leasehold_proto::base::id::{Hash, KeyId, LeaseId};
+use leasehold_proto::base::resource::Resources;
+use leasehold_proto::base::time::{Boot, Span};
+use leasehold_proto::core::{
+    Command, CommandId, Config, Core, Effect, Event, Kept, Notice, StartError, Ticket, Token,
+};
+use leasehold_proto::minds::member::Timing;
+use leasehold_proto::minds::pricing::Policy;
+use leasehold_proto::proof::{self, Proof};
+use leasehold_proto::words::charter::Certificate;
+use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance};
+use leasehold_proto::words::record::Addresses;
+use leasehold_proto::words::sign::{Draft, Signed, Verified, VerifyError};
+
+mod fabric;
+mod host;
+mod load;
+mod network;
+mod process;
+
+pub use fabric::FabricError;
+use fabric::{Fabric, Identity};
+use host::{Clock, Disk, Job, Jobs, Write};
+use load::Purpose;
+use network::{IDLE_US, LinkId, Network};
+use process::{Back, Carried, Input, Process, Question};
+
+use crate::check::{At, Check, Seen, Settled, Violation};
+use crate::scenario::{Scenario, Step};
+
+/// How long a question waits for its answer, in microseconds.
+const ANSWER_US: u64 = 10_000_000;
+/// How often views are looked at, in microseconds.
+const LOOK_US: u64 = 500_000;
+/// How many wake-ups within one millisecond are one too many.
+const MAX_SPINS: u32 = 64;
+/// How many recorded questions can be replayed.
+const MAX_RECORDED: usize = 256;
+/// How many leases at most are proven at the end of a run.
+const MAX_PROOFS: usize = 400;
+/// The most that waits for a process that stands still.
+const MAX_INBOX: usize = 100_000;
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What does not hold.
+    pub violations: Vec<Violation>,
+    /// A hash over everything that happened: two runs of one scenario have the same.
+    pub trace: Hash,
+    /// How much time passed in there.
+    pub simulated: Span,
+    /// What was counted.
+    pub counts: Counts,
+}
+
+/// What was counted in a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Events that a core handled.
+    pub events: u64,
+    /// Messages over links.
+    pub messages: u64,
+    /// Liveness packets.
+    pub packets: u64,
+    /// Leases granted.
+    pub leases: u64,
+    /// Jobs started.
+    pub jobs: u64,
+    /// Processes started.
+    pub starts: u64,
+    /// Leases whose proof was checked.
+    pub proofs: u64,
+    /// Commands replied to.
+    pub replies: u64,
+}
+
+/// Why a run could not even begin, or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WorldError {
+    /// The fabric could not be founded.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+}
+
+/// Runs `scenario` until its end or the first violation.
+///
+/// # Errors
+/// When the fabric could not be founded; what goes wrong after that is a violation.
+pub fn run(scenario: &Scenario) -> Result<Report, WorldError> {
+    let mut world = World::new(scenario)?;
+    world.run();
+    Ok(world.report())
+}
+
+/// Something that will happen.
+#[derive(Debug)]
+enum What {
+    /// Something reaches the process of a host, if it is still in that life.
+    Input(usize, u64, Input),
+    /// Something arrives over a link, if that is still there.
+    Arrives(LinkId, usize, Input),
+    Start(usize),
+    Dialled {
+        from: usize,
+        life: u64,
+        to: Option<usize>,
+        peer: Option<KeyId>,
+    },
+    LinkDies(LinkId),
+    LinkIdles(LinkId),
+    JobEnds(usize, LeaseId, u64),
+    Meter(usize, LeaseId),
+    Fault(usize),
+    Undo(usize),
+    Load(usize),
+    Give(usize, Purpose, Box<Command>),
+    Look,
+}
+
+struct Entry {
+    us: u64,
+    order: u64,
+    what: What,
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        (self.us, self.order) == (other.us, other.order)
+    }
+}
+impl Eq for Entry {}
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Entry {
+    /// The earliest is the greatest: the heap gives that first.
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (other.us, other.order).cmp(&(self.us, self.order))
+    }
+}
+
+/// A host with all that is on it.
+struct Host {
+    /// Which identity its node has: a twin has another host's.
+    identity: usize,
+    clock: Clock,
+    disk: Disk,
+    /// An older state of the disk, for those who restore a backup.
+    backup: Option<Disk>,
+    jobs: Jobs,
+    process: Option<Process>,
+    hardware: Resources,
+    policy: Policy,
+    /// The probes of this host go to and come from here.
+    addresses: Addresses,
+}
+
+struct World<'a> {
+    scenario: &'a Scenario,
+    now: u64,
+    end: u64,
+    heap: BinaryHeap<Entry>,
+    pushed: u64,
+    dice: Dice,
+    fabric: Fabric,
+    identities: Vec<Identity>,
+    hosts: Vec<Host>,
+    places: HashMap<SocketAddr, usize>,
+    network: Network<Input>,
+    lives: u64,
+    records: HashMap<Hash, RecordSaid>,
+    certificates: HashMap<Hash, Verified<Certificate>>,
+    recorded: VecDeque<(KeyId, Message)>,
+    looked: usize,
+    check: Check,
+    counts: Counts,
+    trace: blake3::Hasher,
+    effects: Vec<Effect>,
+}
+
+fn address(host: usize, port: u16) -> SocketAddr {
+    let [_, high, middle, low] = u32::try_from(host).unwrap_or(u32::MAX).to_be_bytes();
+    SocketAddr::from(([10, high, middle, low], port))
+}
+
+impl<'a> World<'a> {
+    fn new(scenario: &'a Scenario) -> Result<Self, WorldError> {
+        let mut dice = Dice::new(scenario.seed ^ 0x5eed_0f_a_11);
+        let fabric = Fabric::found(&mut dice, host::START)?;
+        let twins = scenario.steps.iter().filter(|(_, step)| matches!(step, Step::Twin { .. }));
+        let count = scenario.nodes + twins.count();
+        let mut identities = Vec::new();
+        for nth in 0..scenario.nodes {
+            identities.push(fabric.member(&mut dice, nth)?);
+        }
+        let hosts = (0..count).map(|nth| Host {
+            identity: nth,
+            clock: Clock::new(&mut dice),
+            disk: Disk::default(),
+            backup: None,
+            jobs: Jobs::new(),
+            process: None,
+            hardware: load::hardware(&mut dice),
+            policy: load::policy(&mut dice),
+            addresses: Addresses {
+                link: vec![address(nth, 7000)],
+                probe: vec![address(nth, 7001)],
+                data: vec![address(nth, 7002)],
+            },
+        });
+        let hosts: Vec<_> = hosts.collect();
+        let places = hosts.iter().enumerate().flat_map(|(nth, host)| {
+            let Addresses { link, probe, .. } = &host.addresses;
+            link.iter().chain(probe).map(move |place| (*place, nth)).collect::<Vec<_>>()
+        });
+        let mut world = Self {
+            scenario,
+            now: 0,
+            end: (scenario.length + scenario.quiet).as_millis() * 1000,
+            heap: BinaryHeap::new(),
+            pushed: 0,
+            network: Network::new(scenario.network.clone(), count, &mut dice),
+            places: places.collect(),
+            dice,
+            fabric,
+            identities,
+            hosts,
+            lives: 0,
+            records: HashMap::new(),
+            certificates: HashMap::new(),
+            recorded: VecDeque::new(),
+            looked: 0,
+            check: Check::default(),
+            counts: Counts::default(),
+            trace: blake3::Hasher::new(),
+            effects: Vec::new(),
+        };
+        for host in 0..scenario.nodes {
+            let start = world.dice.below(500_000);
+            world.push(start, What::Start(host));
+            let first = 3_000_000 + world.dice.below(2_000_000);
+            world.push(first, What::Load(host));
+        }
+        for (nth, (at, _)) in scenario.steps.iter().enumerate() {
+            world.push(at.as_millis() * 1000, What::Fault(nth));
+        }
+        world.push(LOOK_US, What::Look);
+        Ok(world)
+    }
+
+    fn push(&mut self, us: u64, what: What) {
+        self.pushed += 1;
+        self.heap.push(Entry { us: us.max(self.now), order: self.pushed, what });
+    }
+
+    fn run(&mut self) {
+        while let Some(entry) = self.heap.pop() {
+            if entry.us > self.end || !self.check.violations().is_empty() {
+                break;
+            }
+            self.now = entry.us;
+            self.happen(entry.what);
+            self.check.passed(self.now);
+        }
+        if self.check.violations().is_empty() {
+            self.now = self.end;
+            self.settle();
+        }
+    }
+
+    fn report(mut self) -> Report {
+        self.counts.leases = self.check.leases() as u64;
+        Report {
+            violations: self.check.violations().to_vec(),
+            trace: Hash(*self.trace.finalize().as_bytes()),
+            simulated: Span::millis(self.now / 1000),
+            counts: self.counts,
+        }
+    }
+
+    fn at(&self, host: usize) -> At {
+        let boot = self.hosts.get(host).map_or(Boot(0), |host| host.clock.boot(self.now));
+        At { us: self.now, host, boot }
+    }
+
+    fn see(&mut self, host: usize, seen: Seen<'_>) {
+        let at = self.at(host);
+        self.check.see(at, seen);
+    }
+
+    fn found(&mut self, host: usize, invariant: &'static str, what: String) {
+        let at = self.at(host);
+        self.check.found(invariant, at, what);
+    }
+
+    fn process(&mut self, host: usize) -> Option<&mut Process> {
+        self.hosts.get_mut(host)?.process.as_mut()
+    }
+
+    fn life(&self, host: usize) -> Option<u64> {
+        Some(self.hosts.get(host)?.process.as_ref()?.life)
+    }
+
+    fn key(&self, host: usize) -> KeyId {
+        self.identity(host).key
+    }
+
+    fn identity(&self, host: usize) -> &Identity {
+        &self.identities[self.hosts[host].identity]
+    }
+
+    fn happen(&mut self, what: What) {
+        match what {
+            What::Input(host, life, input) => {
+                if self.life(host) == Some(life) {
+                    self.reach(host, input);
+                }
+            }
+            What::Arrives(link, host, input) => {
+                let Some(known) = self.network.get(link) else { return };
+                let end = usize::from(known.ends[1] == host);
+                if self.life(host) == Some(known.lives[end]) {
+                    self.reach(host, input);
+                }
+            }
+            What::Start(host) => self.start(host),
+            What::Dialled { from, life, to, peer } => self.dialled(from, life, to, peer),
+            What::LinkDies(link) => self.link_dies(link),
+            What::LinkIdles(link) => {
+                if self.network.is_blocked(&link) {
+                    self.link_dies(link);
+                }
+            }
+            What::JobEnds(host, lease, plan) => self.job_ends(host, lease, plan),
+            What::Meter(host, lease) => self.meter(host, lease),
+            What::Fault(nth) => self.fault(nth),
+            What::Undo(nth) => self.undo(nth),
+            What::Load(host) => self.load(host),
+            What::Give(host, purpose, command) => self.give(host, purpose, *command),
+            What::Look => self.look(),
+        }
+    }
+
+    /// Something reaches a process; one that stands still finds it later.
+    fn reach(&mut self, host: usize, input: Input) {
+        let Some(process) = self.process(host) else { return };
+        if process.paused {
+            if process.inbox.len() < MAX_INBOX {
+                process.inbox.push_back(input);
+            }
+            return;
+        }
+        match input {
+            Input::Event(event) => self.handle(host, *event),
+            Input::Question(question) => self.questioned(host, *question),
+            Input::Answer(from, token, what) => self.answered(host, from, token, *what),
+            Input::Synced => self.synced(host),
+            Input::Timeout(token) => {
+                if process.asked.remove(&token).is_some() {
+                    let why = "no answer within 10 s".into();
+                    self.handle(host, Event::Unanswered { token, why });
+                }
+            }
+            Input::Wake => self.woken(host),
+        }
+    }
+
+    fn woken(&mut self, host: usize) {
+        let now = self.now;
+        let boot = self.hosts[host].clock.boot(now);
+        let Some(process) = self.process(host) else { return };
+        process.wake_us = u64::MAX;
+        if process.core.next_wake().is_some_and(|at| at > boot) {
+            self.plan_wake(host);
+            return;
+        }
+        let spins = match process.spins {
+            (at, n) if at == now / 1000 => n + 1,
+            _ => 1,
+        };
+        process.spins = (now / 1000, spins);
+        if spins > MAX_SPINS {
+            let what = format!("it wants to be woken {spins} times within a millisecond");
+            self.found(host, "liveness", what);
+            return;
+        }
+        self.handle(host, Event::Woke);
+    }
+
+    fn plan_wake(&mut self, host: usize) {
+        let now = self.now;
+        let Some(known) = self.hosts.get_mut(host) else { return };
+        let Some(process) = &mut known.process else { return };
+        let Some(at) = process.core.next_wake() else { return };
+        let us = known.clock.when(at).max(now + 1);
+        if us < process.wake_us {
+            process.wake_us = us;
+            let life = process.life;
+            self.push(us, What::Input(host, life, Input::Wake));
+        }
+    }
+
+    /// The core takes one event, and what it wants of the world is queued behind the barrier.
+    fn handle(&mut self, host: usize, event: Event) {
+        let mut out = std::mem::take(&mut self.effects);
+        let us = self.now;
+        let Some(known) = self.hosts.get_mut(host) else { return };
+        let Some(process) = &mut known.process else { return };
+        let tag = tag(&event);
+        process.core.handle(known.clock.now(us), event, &mut out);
+        self.counts.events += 1;
+        let mut line = [0; 24];
+        line[..8].copy_from_slice(&us.to_le_bytes());
+        line[8..16].copy_from_slice(&(host as u64).to_le_bytes());
+        line[16] = tag;
+        line[17..21].copy_from_slice(&u32::try_from(out.len()).unwrap_or(u32::MAX).to_le_bytes());
+        self.trace.update(&line);
+        self.take(host, &mut out);
+        self.effects = out;
+        self.plan_wake(host);
+    }
+
+    fn take(&mut self, host: usize, out: &mut Vec<Effect>) {
+        let hasty = self.scenario.plant.is("send-before-durable");
+        for effect in out.drain(..) {
+            match effect {
+                Effect::Keep(kept) => self.keep(host, &kept),
+                Effect::Packet { to, bytes } => self.packet(host, to, bytes),
+                effect if hasty => self.perform(host, effect),
+                effect => {
+                    if let Some(process) = self.process(host) {
+                        process.leave(effect);
+                    }
+                }
+            }
+        }
+        self.release(host);
+    }
+
+    fn keep(&mut self, host: usize, kept: &Kept) {
+        if let Kept::Lent(id, lent) = kept {
+            self.see(host, Seen::Lent(*id, lent));
+        }
+        let write: Write = match kept.value() {
+            Ok(value) => (kept.key(), value),
+            Err(error) => return self.found(host, "2 (durability)", error.to_string()),
+        };
+        if let Some(process) = self.process(host) {
+            process.keep(write);
+        }
+    }
+
+    /// Lets leave what may, and syncs what must be durable before the rest.
+    fn release(&mut self, host: usize) {
+        while let Some(effect) = self.process(host).and_then(Process::next_out) {
+            self.perform(host, effect);
+        }
+        let (low, high) = self.scenario.sync_us;
+        let Some(process) = self.process(host) else { return };
+        if process.begin_sync() {
+            let life = process.life;
+            let at = self.now + low + self.dice.below(high - low + 1);
+            self.push(at, What::Input(host, life, Input::Synced));
+        }
+    }
+
+    fn synced(&mut self, host: usize) {
+        let Some(known) = self.hosts.get_mut(host) else { return };
+        let Some(process) = &mut known.process else { return };
+        for write in process.end_sync() {
+            known.disk.write(write);
+        }
+        self.release(host);
+    }
+
+    fn perform(&mut self, host: usize, effect: Effect) {
+        match effect {
+            Effect::Keep(_) | Effect::Packet { .. } | Effect::Admit(_) => {}
+            Effect::Ask { to, token, what } => self.ask(host, to, token, what),
+            Effect::Reply { ticket, what } => self.reply(host, ticket, what),
+            Effect::Dial { peer, addresses } => self.dial(host, peer, &addresses),
+            Effect::Disconnect(peer, _) => {
+                let link = self.link_to(host, &peer);
+                if let Some(link) = link {
+                    self.push(self.now, What::LinkDies(link));
+                }
+            }
+            Effect::Record(draft) => {
+                if let Some(signed) = self.sign(host, &draft, None)
+                    && let Some(said) = self.record(host, &signed)
+                {
+                    let life = self.life(host).unwrap_or(0);
+                    let own = Input::Event(Box::new(Event::Own(said)));
+                    self.push(self.now, What::Input(host, life, own));
+                }
+            }
+            Effect::StartJob(job) => self.start_job(host, &job),
+            Effect::StopJob(lease, _) => self.stop_job(host, lease),
+            Effect::Answer(command, reply) => {
+                self.counts.replies += 1;
+                let Some(process) = self.process(host) else { return };
+                let Some(purpose) = process.commands.remove(&command.0) else {
+                    let what = format!("command {} is replied to twice", command.0);
+                    return self.found(host, "liveness", what);
+                };
+                let who = &self.identities[self.hosts[host].identity];
+                let load = &self.scenario.load;
+                let dice = &mut self.dice;
+                for later in load::go_on(load, &self.fabric, who, &purpose, &reply, dice) {
+                    let at = self.now + later.after_us;
+                    let command = Box::new(later.command);
+                    self.push(at, What::Give(host, later.purpose, command));
+                }
+            }
+            Effect::Notice(Notice::Twin { .. }) => self.see(host, Seen::Halted),
+            Effect::Notice(_) => {}
+        }
+    }
+
+    fn sign(&mut self, host: usize, draft: &Draft, answers: Option<Hash>) -> Option<Signed> {
+        match self.identity(host).node.sign(draft) {
+            Ok(signed) => {
+                self.trace.update(&signed.id().0);
+                self.see(host, Seen::Signed(&signed, answers));
+                Some(signed)
+            }
+            Err(error) => {
+                self.found(host, "words", format!("a draft cannot be signed: {error}"));
+                None
+            }
+        }
+    }
+
+    fn utter(&mut self, host: usize, what: Utterance, answers: Option<Hash>) -> Option<Message> {
+        match what {
+            Utterance::Plain(message) => Some(message),
+            Utterance::Signs(word, draft) => {
+                self.sign(host, &draft, answers).map(|signed| word.carry(signed))
+            }
+        }
+    }
+
+    fn carry(&mut self, host: usize, message: Message) -> Option<Carried> {
+        self.counts.messages += 1;
+        if !self.scenario.network.frames {
+            return Some(Carried::Message(message));
+        }
+        match message::encode(&message) {
+            Ok(frame) => Some(Carried::Frame(frame)),
+            Err(error) => {
+                self.found(host, "words", format!("a message is too long: {error}"));
+                None
+            }
+        }
+    }
+
+    fn link_to(&self, host: usize, peer: &KeyId) -> Option<LinkId> {
+        self.network.of(host).find(|(_, other)| self.key(*other) == *peer).map(|(link, _)| link)
+    }
+
+    fn ask(&mut self, host: usize, to: KeyId, token: Token, what: Utterance) {
+        let Some(message) = self.utter(host, what, None) else { return };
+        let (me, life) = (self.key(host), self.life(host).unwrap_or(0));
+        let about = object_of(&message);
+        let twice = about.is_some() && self.dice.chance(self.scenario.network.twice, 1000);
+        if about.is_some() {
+            self.recorded.push_back((to, message.clone()));
+            if self.recorded.len() > MAX_RECORDED {
+                self.recorded.pop_front();
+            }
+        }
+        let Some(what) = self.carry(host, message) else { return };
+        let link = if to == me { None } else { self.link_to(host, &to) };
+        if link.is_none() && to != me {
+            let why = "there is no link to it".into();
+            let event = Input::Event(Box::new(Event::Unanswered { token, why }));
+            self.push(self.now, What::Input(host, life, event));
+            return;
+        }
+        if let Some(process) = self.process(host) {
+            process.asked.insert(token, link);
+        }
+        self.push(self.now + ANSWER_US, What::Input(host, life, Input::Timeout(token)));
+        let back = Back { host, life, link, token: Some(token), about };
+        for _ in 0..=u8::from(twice) {
+            let what = what.clone();
+            let question = Input::Question(Box::new(Question { from: me, back, what }));
+            match link {
+                None => self.push(self.now + 20, What::Input(host, life, question)),
+                Some(link) => self.send(host, link, question),
+            }
+        }
+    }
+
+    fn send(&mut self, host: usize, link: LinkId, what: Input) {
+        let Some(known) = self.network.get(link) else { return };
+        let to = if known.ends[0] == host { known.ends[1] } else { known.ends[0] };
+        let (now, dice) = (self.now, &mut self.dice);
+        if let Some((at, what)) = self.network.send(now, link, to, what, dice) {
+            self.push(at, What::Arrives(link, to, what));
+        }
+    }
+
+    fn reply(&mut self, host: usize, ticket: Ticket, what: Utterance) {
+        let back = self.process(host).and_then(|process| process.tickets.remove(&ticket.0));
+        let Some(back) = back else { return };
+        let Some(message) = self.utter(host, what, back.about) else { return };
+        let Some(token) = back.token else { return };
+        let Some(what) = self.carry(host, message) else { return };
+        let answer = Input::Answer(self.key(host), token, Box::new(what));
+        match back.link {
+            None => self.push(self.now + 20, What::Input(back.host, back.life, answer)),
+            Some(link) => self.send(host, link, answer),
+        }
+    }
+
+    /// Verifies what arrived, as the edge does; an honest node's words must verify.
+    fn hear(&mut self, host: usize, what: Carried) -> Option<Said> {
+        let message = match what {
+            Carried::Message(message) => Ok(message),
+            Carried::Frame(frame) => message::decode(&frame).map_err(VerifyError::from),
+        };
+        let said = message.and_then(|message| self.verify(&message));
+        match said {
+            Ok(said) => Some(said),
+            Err(error) => {
+                self.found(host, "words", format!("what it was told does not verify: {error}"));
+                None
+            }
+        }
+    }
+
+    /// [`message::verify`], with records and certificates verified once in a run.
+    fn verify(&mut self, message: &Message) -> Result<Said, VerifyError> {
+        match message {
+            Message::Hello { charter, certificate, epoch, seen } => {
+                let (charter, epoch, seen) = (*charter, *epoch, *seen);
+                let id = certificate.id();
+                let known = self.certificates.get(&id);
+                let certificate = match known.filter(|known| known.signed() == certificate) {
+                    Some(known) => known.clone(),
+                    None => {
+                        let verified: Verified<Certificate> =
+                            certificate.verify(&self.fabric.id)?;
+                        self.certificates.insert(id, verified.clone());
+                        verified
+                    }
+                };
+                Ok(Said::Hello { charter, certificate, epoch, seen })
+            }
+            Message::Records(records) => {
+                let records = records.iter().map(|signed| self.verify_record(signed));
+                Ok(Said::Records(records.collect::<Result<_, _>>()?))
+            }
+            other => message::verify(other, &self.fabric.id),
+        }
+    }
+
+    fn verify_record(&mut self, signed: &Signed) -> Result<RecordSaid, VerifyError> {
+        let id = signed.id();
+        if let Some(known) = self.records.get(&id).filter(|known| known.signed() == signed) {
+            return Ok(known.clone());
+        }
+        let said = message::verify_record(signed, &self.fabric.id)?;
+        self.records.insert(id, said.clone());
+        Ok(said)
+    }
+
+    fn record(&mut self, host: usize, signed: &Signed) -> Option<RecordSaid> {
+        match self.verify_record(signed) {
+            Ok(said) => Some(said),
+            Err(error) => {
+                self.found(host, "words", format!("its own record does not verify: {error}"));
+                None
+            }
+        }
+    }
+
+    fn questioned(&mut self, host: usize, question: Question) {
+        let Question { from, back, what } = question;
+        let Some(said) = self.hear(host, what) else { return };
+        let Some(process) = self.process(host) else { return };
+        process.next_ticket += 1;
+        let ticket = process.next_ticket;
+        process.tickets.insert(ticket, back);
+        self.handle(host, Event::Heard { from, said, ticket: Ticket(ticket) });
+    }
+
+    fn answered(&mut self, host: usize, from: KeyId, token: Token, what: Carried) {
+        let Some(process) = self.process(host) else { return };
+        if process.asked.remove(&token).is_none() {
+            return;
+        }
+        if let Some(said) = self.hear(host, what) {
+            self.handle(host, Event::Answered { from, token, said });
+        }
+    }
+
+    fn packet(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
+        self.counts.packets += 1;
+        let Some(to) = self.places.get(&to).copied() else { return };
+        if self.network.blocked(host, to) || self.network.lost(&mut self.dice) {
+            return;
+        }
+        let Some(life) = self.life(to) else { return };
+        let at = self.now + self.network.delay(host, to, &mut self.dice);
+        let from = self.key(host);
+        let event = Input::Event(Box::new(Event::Packet { from, bytes }));
+        self.push(at, What::Input(to, life, event));
+    }
+
+    fn dial(&mut self, host: usize, peer: Option<KeyId>, addresses: &[SocketAddr]) {
+        let to = addresses.first().and_then(|place| self.places.get(place)).copied();
+        if to == Some(host) || to.is_some_and(|to| self.network.of(host).any(|(_, o)| o == to)) {
+            return;
+        }
+        let Some(process) = self.process(host) else { return };
+        let life = process.life;
+        let wait = match to {
+            Some(to) if process.dialling.contains(&to) => return,
+            Some(to) => {
+                process.dialling.push(to);
+                let reached = self.life(to).is_some() && !self.network.blocked(host, to);
+                let there = self.network.delay(host, to, &mut self.dice);
+                // A handshake is three ways; who is not there is waited for.
+                if reached { 3 * there } else { 1_000_000 + self.dice.below(2_000_000) }
+            }
+            None => 1_000,
+        };
+        self.push(self.now + wait, What::Dialled { from: host, life, to, peer });
+    }
+
+    fn dialled(&mut self, from: usize, life: u64, to: Option<usize>, peer: Option<KeyId>) {
+        if self.life(from) != Some(life) {
+            return;
+        }
+        if let Some(process) = self.process(from) {
+            process.dialling.retain(|host| Some(*host) != to);
+        }
+        let other = to.filter(|to| !self.network.blocked(from, *to));
+        let other = other.filter(|to| peer.is_none_or(|peer| self.key(*to) == peer));
+        let paused = |host: &Host| host.process.as_ref().is_some_and(|process| process.paused);
+        let other = other.filter(|to| !self.hosts.get(*to).is_some_and(paused));
+        let Some((to, there)) = other.and_then(|to| Some((to, self.life(to)?))) else {
+            if let Some(peer) = peer {
+                let event = Input::Event(Box::new(Event::DialFailed(peer)));
+                self.push(self.now, What::Input(from, life, event));
+            }
+            return;
+        };
+        if self.network.of(from).any(|(_, other)| other == to) {
+            return;
+        }
+        for (host, life, peer) in [(to, there, from), (from, life, to)] {
+            let key = self.key(peer);
+            if self.link_to(host, &key).is_none() {
+                let event = Input::Event(Box::new(Event::Linked(key)));
+                self.push(self.now, What::Input(host, life, event));
+            }
+        }
+        self.network.connect([from, to], [life, there]);
+    }
+
+    /// A link is gone: what was asked over it is not answered any more.
+    fn link_dies(&mut self, id: LinkId) {
+        let Some(link) = self.network.remove(id) else { return };
+        for (end, other) in [(0, 1), (1, 0)] {
+            let (host, peer) = (link.ends[end], link.ends[other]);
+            if self.life(host) != Some(link.lives[end]) {
+                continue;
+            }
+            let Some(process) = self.process(host) else { continue };
+            let lost = process.asked.iter().filter(|(_, over)| **over == Some(id));
+            let lost: Vec<_> = lost.map(|(token, _)| *token).collect();
+            for token in &lost {
+                process.asked.remove(token);
+            }
+            process.tickets.retain(|_, back| back.link != Some(id));
+            let mut inputs: Vec<_> = lost
+                .into_iter()
+                .map(|token| Event::Unanswered { token, why: "the link is gone".into() })
+                .collect();
+            let key = self.key(peer);
+            if self.link_to(host, &key).is_none() {
+                inputs.push(Event::Unlinked(key));
+            }
+            for event in inputs {
+                let event = Input::Event(Box::new(event));
+                self.push(self.now, What::Input(host, link.lives[end], event));
+            }
+        }
+    }
+
+    fn config(&mut self, host: usize) -> Config {
+        let join = [0, 1, 2].into_iter().filter(|seed| *seed != host && *seed < self.hosts.len());
+        let join = join.map(|seed| address(seed, 7000)).collect();
+        let seed = self.dice.number();
+        let known = &self.hosts[host];
+        let who = &self.identities[known.identity];
+        Config {
+            me: who.key,
+            name: format!("node-{}", known.identity),
+            boot: known.clock.boot,
+            charter: self.fabric.charter.clone(),
+            certificate: who.certificate.clone(),
+            mandate: Some(who.mandate.clone()),
+            addresses: known.addresses.clone(),
+            hardware: known.hardware.clone(),
+            capacity: known.hardware.clone(),
+            processor: "virtual".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            labels: vec![("zone".into(), format!("z{}", known.identity % 3))],
+            policy: known.policy.clone(),
+            timing: Timing::default(),
+            grace: Span::secs(2),
+            join,
+            seed,
+            plant: self.scenario.plant,
+        }
+    }
+
+    fn start(&mut self, host: usize) {
+        if self.life(host).is_some() {
+            return;
+        }
+        // Whoever still believes in a link to the process before learns better now.
+        let links: Vec<_> = self.network.of(host).map(|(link, _)| link).collect();
+        for link in links {
+            self.link_dies(link);
+        }
+        let config = self.config(host);
+        let us = self.now;
+        let known = &mut self.hosts[host];
+        let mut reaped = Vec::new();
+        for (lease, job) in known.jobs.iter_mut().filter(|(_, job)| job.ended_us.is_none()) {
+            job.kill(us);
+            reaped.push(*lease);
+        }
+        let orphans =
+            known.jobs.iter().map(|(lease, job)| (*lease, (job.outcome.clone(), job.usage(us))));
+        let orphans = orphans.collect();
+        let (now, kept) = (known.clock.now(us), known.disk.read());
+        for lease in reaped {
+            self.see(host, Seen::JobEnded(lease));
+        }
+        let kept = match kept {
+            Ok(kept) => kept,
+            Err(error) => return self.found(host, "2 (durability)", error.to_string()),
+        };
+        let mut out = Vec::new();
+        let (boot, capacity) = (config.boot, config.capacity.clone());
+        let core: Result<Core, StartError> =
+            Core::new(config, kept.iter().cloned(), &orphans, now, &mut out);
+        let core = match core {
+            Ok(core) => core,
+            Err(error) => {
+                return self.found(host, "liveness", format!("it does not start: {error}"));
+            }
+        };
+        let epoch = core.hand().epoch;
+        let key = self.key(host);
+        self.lives += 1;
+        self.counts.starts += 1;
+        self.hosts[host].process = Some(Process::new(core, self.lives));
+        let seen = Seen::Started { key, boot, epoch, capacity: &capacity, kept: &kept };
+        self.see(host, seen);
+        self.take(host, &mut out);
+        self.plan_wake(host);
+    }
+
+    /// The process is killed: what was not durable is lost, except for a part of the sync that
+    /// was under way.
+    fn kill(&mut self, host: usize) -> bool {
+        let Some(process) = self.hosts.get_mut(host).and_then(|host| host.process.take()) else {
+            return false;
+        };
+        let dice = &mut self.dice;
+        let torn = process.torn(|all| usize::try_from(dice.below(all as u64 + 1)).unwrap_or(0));
+        for write in torn {
+            self.hosts[host].disk.write(write);
+        }
+        self.see(host, Seen::Stopped);
+        let links: Vec<_> = self.network.of(host).map(|(link, _)| link).collect();
+        for link in links {
+            let notices = self.now + self.dice.below(IDLE_US);
+            self.push(notices, What::LinkDies(link));
+        }
+        true
+    }
+
+    fn fault(&mut self, nth: usize) {
+        let Some((at, step)) = self.scenario.steps.get(nth) else { return };
+        let at = at.as_millis() * 1000;
+        let undo = |lasts: &Span| at + lasts.as_millis() * 1000;
+        match step {
+            Step::Crash { node, down } => {
+                if self.kill(*node) {
+                    self.push(undo(down), What::Start(*node));
+                }
+            }
+            Step::Reboot { node, down } => {
+                if self.kill(*node) {
+                    self.power_off(*node);
+                    self.push(undo(down), What::Undo(nth));
+                }
+            }
+            Step::Die { node } => {
+                self.kill(*node);
+            }
+            Step::Pause { node, lasts } => {
+                if let Some(process) = self.process(*node).filter(|process| !process.paused) {
+                    process.paused = true;
+                    self.see(*node, Seen::Paused);
+                    let links: Vec<_> = self.network.of(*node).map(|(link, _)| link).collect();
+                    if lasts.as_millis() * 1000 > IDLE_US {
+                        for link in links {
+                            self.push(self.now + IDLE_US, What::LinkDies(link));
+                        }
+                    }
+                    self.push(undo(lasts), What::Undo(nth));
+                }
+            }
+            Step::Cut { island, lasts } => {
+                for link in self.network.cut(nth, island) {
+                    self.push(self.now + IDLE_US, What::LinkIdles(link));
+                }
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::Slow { node, by, lasts } => {
+                self.network.slow(*node, signed_us(*by));
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::SetClock { node, by, lasts } => {
+                self.hosts[*node].clock.set_wrong(*by);
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::FillDisk { node, lasts } => {
+                self.disk_full(*node, true);
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::Replay { node } => self.replay(*node),
+            Step::Restore { node, down } => {
+                if self.kill(*node) {
+                    let backup = self.hosts[*node].backup.clone();
+                    if let Some(backup) = backup {
+                        self.see(*node, Seen::Copied);
+                        self.hosts[*node].disk = backup;
+                    }
+                    self.push(undo(down), What::Start(*node));
+                }
+            }
+            Step::Twin { node } => self.twin(*node),
+        }
+    }
+
+    fn undo(&mut self, nth: usize) {
+        let Some((_, step)) = self.scenario.steps.get(nth) else { return };
+        match step {
+            Step::Reboot { node, .. } => {
+                let (now, dice) = (self.now, &mut self.dice);
+                self.hosts[*node].clock.reboot(now, dice);
+                self.start(*node);
+            }
+            Step::Pause { node, .. } => self.resume(*node),
+            Step::Cut { .. } => {
+                for (link, to, what) in self.network.heal(nth) {
+                    let (now, dice) = (self.now, &mut self.dice);
+                    if let Some((at, what)) = self.network.send(now, link, to, what, dice) {
+                        self.push(at, What::Arrives(link, to, what));
+                    }
+                }
+            }
+            Step::Slow { node, by, .. } => self.network.slow(*node, -signed_us(*by)),
+            Step::SetClock { node, .. } => self.hosts[*node].clock.set_wrong(0),
+            Step::FillDisk { node, .. } => self.disk_full(*node, false),
+            _ => {}
+        }
+    }
+
+    fn resume(&mut self, host: usize) {
+        let Some(process) = self.process(host).filter(|process| process.paused) else { return };
+        process.paused = false;
+        let life = process.life;
+        let inbox = std::mem::take(&mut process.inbox);
+        self.see(host, Seen::Resumed);
+        for input in inbox {
+            self.push(self.now, What::Input(host, life, input));
+        }
+        self.push(self.now, What::Input(host, life, Input::Wake));
+    }
+
+    /// All that ran on the host is gone with its power.
+    fn power_off(&mut self, host: usize) {
+        let us = self.now;
+        let jobs = std::mem::take(&mut self.hosts[host].jobs);
+        for (lease, mut job) in jobs {
+            if job.ended_us.is_none() {
+                job.kill(us);
+                self.see(host, Seen::JobEnded(lease));
+            }
+        }
+    }
+
+    fn disk_full(&mut self, host: usize, full: bool) {
+        if let Some(life) = self.life(host) {
+            let event = Input::Event(Box::new(Event::DiskFull(full)));
+            self.push(self.now, What::Input(host, life, event));
+        }
+    }
+
+    /// A node says again what somebody once said to somebody.
+    fn replay(&mut self, host: usize) {
+        for _ in 0..8 {
+            let nth = usize::try_from(self.dice.below(self.recorded.len() as u64)).unwrap_or(0);
+            let Some((to, message)) = self.recorded.get(nth).cloned() else { return };
+            let Some(life) = self.life(host) else { return };
+            let Some(link) = self.link_to(host, &to) else { continue };
+            let about = object_of(&message);
+            let Some(what) = self.carry(host, message) else { return };
+            let back = Back { host, life, link: Some(link), token: None, about };
+            let question = Question { from: self.key(host), back, what };
+            self.send(host, link, Input::Question(Box::new(question)));
+        }
+    }
+
+    fn twin(&mut self, node: usize) {
+        // Spare hosts come after the nodes; each is used once.
+        let spare = (self.scenario.nodes..self.hosts.len()).find(|host| self.life(*host).is_none());
+        let Some(spare) = spare else { return };
+        let disk = self.hosts[node].disk.clone();
+        self.see(node, Seen::Copied);
+        self.hosts[spare].identity = node;
+        self.hosts[spare].hardware = self.hosts[node].hardware.clone();
+        self.hosts[spare].disk = disk;
+        self.start(spare);
+        self.see(spare, Seen::Copied);
+    }
+
+    fn start_job(&mut self, host: usize, job: &leasehold_proto::core::StartJob) {
+        let us = self.now;
+        self.counts.jobs += 1;
+        let lease = job.lease;
+        let known = &mut self.hosts[host];
+        if known.jobs.contains_key(&lease) {
+            let what = format!("the job of {lease} is started twice");
+            return self.found(host, "3 (idempotence)", what);
+        }
+        let endless = self.scenario.load.endless;
+        let started = Job::start(us, job, &known.clock, endless, &mut self.dice);
+        let (ends, plan) = (started.ends_us, started.plan);
+        known.jobs.insert(lease, started);
+        self.see(host, Seen::JobStarted(lease));
+        self.push(ends, What::JobEnds(host, lease, plan));
+        self.push(us + 1_000_000, What::Meter(host, lease));
+    }
+
+    fn stop_job(&mut self, host: usize, lease: LeaseId) {
+        let (us, dice) = (self.now, &mut self.dice);
+        let Some(job) = self.hosts[host].jobs.get_mut(&lease) else {
+            let what = format!("a job of {lease} is to end that was never started");
+            return self.found(host, "liveness", what);
+        };
+        if job.stop(us, dice) {
+            let (ends, plan) = (job.ends_us, job.plan);
+            self.push(ends, What::JobEnds(host, lease, plan));
+        }
+    }
+
+    fn job_ends(&mut self, host: usize, lease: LeaseId, plan: u64) {
+        let us = self.now;
+        let known = &mut self.hosts[host];
+        let Some(job) = known.jobs.get_mut(&lease) else { return };
+        if job.plan != plan || job.ended_us.is_some() {
+            return;
+        }
+        job.ended_us = Some(us);
+        let (outcome, usage) = (job.outcome.clone(), job.usage(us));
+        self.see(host, Seen::JobEnded(lease));
+        if let Some(life) = self.life(host) {
+            let event = Input::Event(Box::new(Event::JobEnded(lease, outcome, usage)));
+            self.push(us, What::Input(host, life, event));
+        }
+    }
+
+    fn meter(&mut self, host: usize, lease: LeaseId) {
+        let us = self.now;
+        let known = &self.hosts[host];
+        let Some(job) = known.jobs.get(&lease).filter(|job| job.ended_us.is_none()) else { return };
+        let usage = job.usage(us);
+        if let Some(life) = self.life(host) {
+            let event = Input::Event(Box::new(Event::Usage(lease, usage)));
+            self.push(us, What::Input(host, life, event));
+        }
+        self.push(us + 1_000_000, What::Meter(host, lease));
+    }
+
+    fn load(&mut self, host: usize) {
+        let load = &self.scenario.load;
+        let every = load.every.as_millis() * 1000;
+        let next = self.now + every / 2 + self.dice.below(every);
+        if self.now >= self.scenario.length.as_millis() * 1000 {
+            return;
+        }
+        let who = &self.identities[self.hosts[host].identity];
+        let (purpose, command) = load::begin(load, who, &mut self.dice);
+        self.give(host, purpose, command);
+        self.push(next, What::Load(host));
+    }
+
+    fn give(&mut self, host: usize, purpose: Purpose, command: Command) {
+        let Some(process) = self.process(host) else { return };
+        process.next_command += 1;
+        let (id, life) = (process.next_command, process.life);
+        process.commands.insert(id, purpose);
+        let event = Event::Asked { command: CommandId(id), what: command };
+        self.push(self.now, What::Input(host, life, Input::Event(Box::new(event))));
+    }
+
+    /// Looks at how things stand at some nodes, and makes a backup now and then.
+    fn look(&mut self) {
+        let count = self.hosts.len().div_ceil(20).max(self.hosts.len().min(4));
+        for _ in 0..count {
+            self.looked = (self.looked + 1) % self.hosts.len();
+            let host = self.looked;
+            let now = self.hosts[host].clock.now(self.now);
+            let Some(process) = self.process(host).filter(|process| !process.paused) else {
+                continue;
+            };
+            let view = process.core.view(now);
+            self.see(host, Seen::View(&view));
+            let copied = self.scenario.copied(host);
+            if copied && self.dice.chance(1, 20) {
+                let disk = self.hosts[host].disk.clone();
+                self.hosts[host].backup = Some(disk);
+            }
+        }
+        self.push(self.now + LOOK_US, What::Look);
+    }
+
+    /// The end: what must be so once all is quiet, and whether every lease can be proven.
+    fn settle(&mut self) {
+        let us = self.now;
+        let nodes = self.hosts.iter().enumerate().map(|(host, known)| Settled {
+            host,
+            key: self.identities.get(known.identity).map(|who| who.key).unwrap_or_default(),
+            view: known.process.as_ref().map(|process| process.core.view(known.clock.now(us))),
+            unanswered: known.process.as_ref().map_or(0, |process| process.commands.len()),
+        });
+        let nodes: Vec<_> =
+            nodes.filter(|node| node.host < self.scenario.nodes || node.view.is_some()).collect();
+        self.check.settled(us, &nodes);
+        self.prove();
+    }
+
+    fn prove(&mut self) {
+        let mut left = MAX_PROOFS;
+        for host in 0..self.scenario.nodes {
+            if self.scenario.copied(host) {
+                continue;
+            }
+            let Ok(kept) = self.hosts[host].disk.read() else { continue };
+            for proof in self.proofs(host, &kept, &mut left) {
+                self.counts.proofs += 1;
+                if let Err(error) = proof::check(&proof) {
+                    let what = format!("the proof of {} fails: {error}", proof.grant.id());
+                    self.found(host, "9 (receipts)", what);
+                }
+            }
+        }
+    }
+
+    /// What a lessor and a lessee would export, each from what it kept.
+    fn proofs(&self, host: usize, kept: &[Kept], left: &mut usize) -> Vec<Proof> {
+        let me = &self.identity(host).node;
+        let sign = |draft: &Draft| me.sign(draft).ok();
+        let charter = self.fabric.charter.clone();
+        let mut proofs = BTreeMap::new();
+        for kept in kept {
+            let proof = match kept {
+                Kept::Lent(id, lent) => Some((
+                    (0, *id),
+                    lent.offer.as_ref().and_then(sign),
+                    Some(lent.order.clone()),
+                    sign(&lent.grant),
+                    lent.termination.as_ref().and_then(sign),
+                )),
+                Kept::Held(_, held) => held.grant.as_ref().map(|grant| {
+                    let order = match &held.order {
+                        leasehold_proto::minds::holdings::Placed::Here(draft) => sign(draft),
+                        leasehold_proto::minds::holdings::Placed::Elsewhere(signed) => {
+                            Some(signed.clone())
+                        }
+                    };
+                    let id = LeaseId(grant.id());
+                    let end = held.termination.clone().filter(|_| held.chain.closed);
+                    ((1, id), held.offer.clone(), order, Some(grant.clone()), end)
+                }),
+                _ => None,
+            };
+            if let Some((id, offer, Some(order), Some(grant), termination)) = proof
+                && *left > 0
+            {
+                *left -= 1;
+                let charter = charter.clone();
+                let (receipts, acknowledgements) = (Vec::new(), Vec::new());
+                let proof =
+                    Proof { charter, offer, order, grant, receipts, acknowledgements, termination };
+                proofs.insert(id, proof);
+            }
+        }
+        // Both directories and both halves of this one are in the order of their keys.
+        for kept in kept {
+            match kept {
+                Kept::Receipt(id, _, draft) => {
+                    if let Some(proof) = proofs.get_mut(&(0, *id)) {
+                        proof.receipts.extend(sign(draft));
+                    }
+                }
+                Kept::Acknowledged(id, _, signed) => {
+                    if let Some(proof) = proofs.get_mut(&(0, *id)) {
+                        proof.acknowledgements.push(signed.clone());
+                    }
+                }
+                Kept::Countersigned(id, _, receipt, answer) => {
+                    if let Some(proof) = proofs.get_mut(&(1, *id)) {
+                        proof.receipts.push(receipt.clone());
+                        proof.acknowledgements.extend(sign(answer));
+                    }
+                }
+                _ => {}
+            }
+        }
+        proofs.into_values().collect()
+    }
+}
+
+/// The signed object that an answer to `message` must be about.
+fn object_of(message: &Message) -> Option<Hash> {
+    match message {
+        Message::Order(signed) | Message::Claim(signed) | Message::Release(signed) => {
+            Some(signed.id())
+        }
+        _ => None,
+    }
+}
+
+fn signed_us(span: Span) -> i64 {
+    i64::try_from(span.as_millis() * 1000).unwrap_or(i64::MAX)
+}
+
+/// A number for each sort of event, for the trace.
+const fn tag(event: &Event) -> u8 {
+    match event {
+        Event::Linked(_) => 1,
+        Event::Unlinked(_) => 2,
+        Event::Heard { .. } => 3,
+        Event::Answered { .. } => 4,
+        Event::Unanswered { .. } => 5,
+        Event::DialFailed(_) => 6,
+        Event::Packet { .. } => 7,
+        Event::Own(_) => 8,
+        Event::Asked { .. } => 9,
+        Event::Usage(..) => 10,
+        Event::JobEnded(..) => 11,
+        Event::DiskFull(_) => 12,
+        Event::Woke => 13,
+        Event::Leave => 14,
+    }
+}

@@ -1,0 +1,224 @@
+//! What lessees do: order, claim (or not, or too late), stop early (or not), order offline, ask
+//! twice.
+
+use leasehold_proto::base::dice::Dice;
+use leasehold_proto::base::id::{Hash, LeaseId, Payload};
+use leasehold_proto::base::money::{Amount, UNIT};
+use leasehold_proto::base::resource::{GIB, Rates, Resources};
+use leasehold_proto::base::time::Span;
+use leasehold_proto::core::{Command, Failure, Reply};
+use leasehold_proto::minds::pricing::Policy;
+use leasehold_proto::words::contract::{Class, JobSpec, Order};
+use leasehold_proto::words::message::verify_order;
+use leasehold_proto::words::object::Envelope;
+use leasehold_proto::words::sign::{Draft, HeaderOf};
+use leasehold_proto::words::want::Want;
+use leasehold_proto::words::wire::{self, MAX_OBJECT};
+
+use super::fabric::{Fabric, Identity};
+use crate::scenario::Load;
+
+/// Why a command was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To get a lease.
+    Lease,
+    /// To get an order to sign elsewhere.
+    Draft,
+    /// To use a lease, or end it, or see its end.
+    Act(LeaseId),
+    /// To look.
+    Look,
+}
+
+/// A command to be given later.
+#[derive(Debug)]
+pub(super) struct Later {
+    pub(super) after_us: u64,
+    pub(super) purpose: Purpose,
+    pub(super) command: Command,
+}
+
+fn span(dice: &mut Dice, (low, high): (Span, Span)) -> Span {
+    let (low, high) = (low.as_millis(), high.as_millis().max(low.as_millis()));
+    Span::millis(low + dice.below(high - low + 1))
+}
+
+/// How much a host has.
+pub(super) fn hardware(dice: &mut Dice) -> Resources {
+    let cores = 2 + dice.below(7);
+    Resources::new(cores * 1000, cores * 2 * GIB, 50 * GIB)
+}
+
+/// What its operator asks for it.
+pub(super) fn policy(dice: &mut Dice) -> Policy {
+    Policy {
+        selling: true,
+        rates: Rates {
+            cpu_hour: Amount(10_000_000 + dice.below(30_000_000)),
+            memory_gib_hour: Amount(1_000_000 + dice.below(5_000_000)),
+            disk_gib_hour: Amount(dice.below(100_000)),
+            gpu_hour: Vec::new(),
+        },
+        max_term: Span::secs(3600),
+        runtimes: vec!["wasm".into()],
+        isolation: vec!["wasm".into()],
+    }
+}
+
+fn want(load: &Load, dice: &mut Dice) -> Want {
+    let term = span(dice, load.term);
+    let milli = 250 * (1 + dice.below(12));
+    // Now and then a budget or a limit of exposure that ends the lease before its term.
+    let budget = if dice.chance(1, 6) { 20_000 + dice.below(400_000) } else { 10 * UNIT };
+    let exposure = if dice.chance(1, 10) { dice.below(100_000) } else { UNIT };
+    Want {
+        shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
+        class: Class::Firm,
+        term,
+        claim_within: span(dice, load.claim_within).scale(1, 1).min(term),
+        max_hourly: Amount(10 * UNIT),
+        budget: Amount(budget),
+        exposure: Amount(exposure),
+        receipt_every: Span::millis(500 + dice.below(10_000)),
+        runtime: "wasm".into(),
+        lessors: Vec::new(),
+        labels: Vec::new(),
+        isolation: Vec::new(),
+    }
+}
+
+fn job(dice: &mut Dice) -> JobSpec {
+    JobSpec {
+        runtime: "wasm".into(),
+        program: Payload { root: Hash::of(&dice.number().to_le_bytes()), size: 1_000 },
+        args: vec!["--input".into(), "data".into()],
+        env: Vec::new(),
+        stdin: None,
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+    }
+}
+
+/// A lessee wants something.
+pub(super) fn begin(load: &Load, me: &Identity, dice: &mut Dice) -> (Purpose, Command) {
+    let want = want(load, dice);
+    match dice.below(1000) {
+        n if n < load.offline => {
+            let certificate = me.tenant_certificate.clone();
+            let lessee = me.tenant.id();
+            (Purpose::Draft, Command::DraftOrder { want, lessee, certificate })
+        }
+        n if n >= 980 => (Purpose::Look, Command::Plan(want)),
+        n if n >= 960 => (Purpose::Look, Command::View),
+        _ => (Purpose::Lease, Command::Lease(want)),
+    }
+}
+
+/// A command was replied to: what its giver does next.
+pub(super) fn go_on(
+    load: &Load,
+    fabric: &Fabric,
+    me: &Identity,
+    purpose: &Purpose,
+    reply: &Result<Reply, Failure>,
+    dice: &mut Dice,
+) -> Vec<Later> {
+    match reply {
+        Ok(Reply::Leased(leased)) => {
+            let grant = Envelope::decode(&leased.grant.envelope).ok();
+            let grant = grant.and_then(|envelope| {
+                wire::decode::<MAX_OBJECT, leasehold_proto::words::contract::Grant>(&envelope.body)
+                    .ok()
+            });
+            let Some(grant) = grant else { return Vec::new() };
+            use_lease(load, leased.lease, grant.claim_within, grant.term, dice)
+        }
+        Ok(Reply::Drafted(draft, _)) => sign_elsewhere(fabric, me, draft, dice),
+        // A file that got no answer is carried again.
+        Err(Failure::Refused(_) | Failure::Unreachable(_)) if *purpose == Purpose::Draft => {
+            Vec::new()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn use_lease(
+    load: &Load,
+    lease: LeaseId,
+    claim_within: Span,
+    term: Span,
+    dice: &mut Dice,
+) -> Vec<Later> {
+    let mut plan = Vec::new();
+    let mut later = |after: Span, command: Command| {
+        let after_us = after.as_millis() * 1000;
+        plan.push(Later { after_us, purpose: Purpose::Act(lease), command });
+    };
+    if dice.chance(1, 2) {
+        later(Span::millis(dice.below(500)), Command::AwaitEnd(lease));
+    }
+    let claims = if dice.chance(load.unclaimed, 1000) {
+        // Never, or around the last moment, or too late.
+        match dice.below(3) {
+            0 => None,
+            _ => Some(Span::millis(claim_within.as_millis() * (80 + dice.below(60)) / 100)),
+        }
+    } else {
+        Some(Span::millis(dice.below(claim_within.as_millis().min(1_000).max(1))))
+    };
+    if let Some(after) = claims {
+        let job = job(dice);
+        if dice.chance(1, 10) {
+            later(after + Span::millis(dice.below(50)), Command::Claim { lease, job: job.clone() });
+        }
+        later(after, Command::Claim { lease, job });
+    }
+    if dice.chance(load.released, 1000) {
+        let after = Span::millis(dice.below(term.as_millis()));
+        later(after, Command::Release(lease));
+        if dice.chance(1, 10) {
+            later(after + Span::millis(dice.below(2_000)), Command::Release(lease));
+        }
+    }
+    plan
+}
+
+/// The lessee signs a drafted order on its own machine; sometimes it gives the file to its node
+/// twice, and sometimes it signs another order with the same request id.
+fn sign_elsewhere(fabric: &Fabric, me: &Identity, draft: &Draft, dice: &mut Dice) -> Vec<Later> {
+    let mut drafts = vec![draft.clone()];
+    if dice.chance(1, 2) {
+        drafts.push(draft.clone());
+    }
+    if dice.chance(1, 2)
+        && let Some(other) = with_other_term(draft)
+    {
+        drafts.push(other);
+    }
+    let signed = drafts.iter().filter_map(|draft| me.tenant.sign(draft).ok());
+    let papers = signed.filter_map(|signed| verify_order(&signed, &fabric.id).ok());
+    let commands = papers.map(|papers| Command::LeaseBy(Box::new(papers)));
+    let mut after_us = 0;
+    let later = |command| {
+        after_us += 1_000 + dice.below(3_000_000);
+        Later { after_us, purpose: Purpose::Lease, command }
+    };
+    commands.map(later).collect()
+}
+
+fn with_other_term(draft: &Draft) -> Option<Draft> {
+    let envelope = Envelope::decode(&draft.envelope).ok()?;
+    let order: Order = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
+    let order = Order { term: order.term + Span::secs(1), ..order };
+    let header = envelope.header;
+    let header = HeaderOf {
+        fabric: header.fabric,
+        signer: header.signer,
+        subject: header.subject,
+        epoch: header.epoch,
+        seq: header.seq,
+        not_after: header.not_after,
+    };
+    Draft::new(header, &order).ok()
+}
