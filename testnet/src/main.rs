@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::{bench, sim};
+use leasehold_testnet::{bench, fleet, sim, up};
 
 /// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
@@ -19,11 +19,19 @@ enum Command {
     Sim(sim::Args),
     /// Measure this machine, as JSON lines: one a case, the first about the machine.
     Bench(bench::Bench),
+    /// Run a fleet of real nodes on this machine until Ctrl-C or SIGTERM
+    Up(up::Args),
 }
 
 fn main() -> ExitCode {
+    // The nodes of a fleet, and what they start, are this executable too.
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = fleet::hidden(&args) {
+        return code;
+    }
     match Cli::parse().command {
         Command::Sim(args) => sim::main(&args),
         Command::Bench(bench) => bench.main(),
+        Command::Up(args) => up::main(&args),
     }
 }
