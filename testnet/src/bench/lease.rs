@@ -167,9 +167,8 @@ async fn measure(fleet: &Fleet, seconds: u64, clients: u16) -> anyhow::Result<Ca
         (syncs > 0.0).then(|| rounded(grants.unwrap_or_default() / syncs, 2))
     };
     let per_grant = |s: f64| (granted > 0).then(|| rounded(s * 1e3 / granted as f64, 3));
-    let used = |before: &Mark, after: &Mark| {
-        per_grant(after.cpu.saturating_sub(before.cpu).as_secs_f64())
-    };
+    let used =
+        |before: &Mark, after: &Mark| per_grant(after.cpu.saturating_sub(before.cpu).as_secs_f64());
     Ok(CaseLine {
         bench: "lease",
         clients,

@@ -296,8 +296,11 @@ async fn idle(fleet: &Fleet, seconds: u64) -> anyhow::Result<Idle> {
     let (sent_after, cpu_after) = (loopback_bytes(), cpu()?);
     let span = start.elapsed().as_secs_f64();
     let sent = sent_before.zip(sent_after).map(|(before, after)| after.saturating_sub(before));
-    let pids: Vec<u32> =
-        fleet.members().iter().map(|member| Ok(member.file()?.pid)).collect::<anyhow::Result<_>>()?;
+    let pids: Vec<u32> = fleet
+        .members()
+        .iter()
+        .map(|member| Ok(member.file()?.pid))
+        .collect::<anyhow::Result<_>>()?;
     let mean = |figure: &dyn Fn(u32) -> Option<f64>| {
         let all: Option<Vec<f64>> = pids.iter().map(|pid| figure(*pid)).collect();
         all.map(|all| all.iter().sum::<f64>() / count)
