@@ -62,6 +62,9 @@ pub(super) struct Counters {
     pub(super) bytes: AtomicU64,
     pub(super) last_seq: AtomicU64,
     pub(super) checkpoints: AtomicU64,
+    /// Checkpoints handed to the checkpointer, and those it is done with altogether.
+    pub(super) asked: AtomicU64,
+    pub(super) tidied: AtomicU64,
     pub(super) checkpoint_bytes: AtomicU64,
     pub(super) rewrites: AtomicU64,
     pub(super) journal_used: AtomicU64,
@@ -111,6 +114,7 @@ pub(super) struct Checkpoints {
     thread: JoinHandle<()>,
     /// Up to here everything is in checkpoint and database.
     covered: u64,
+    counters: Arc<Counters>,
     /// Up to here a checkpoint was asked for.
     asked: u64,
     busy: bool,
@@ -262,6 +266,7 @@ impl Checkpoints {
             return Ok(());
         }
         let job = Job { seq, changes: std::mem::take(&mut self.changes) };
+        add(&self.counters.asked, 1);
         self.jobs.send(job).map_err(|_| Halt::Checkpointer)?;
         self.asked = seq;
         self.busy = true;
@@ -371,13 +376,25 @@ impl Checkpointer {
     pub(super) fn start(self, covered: u64) -> std::io::Result<Checkpoints> {
         let (jobs, todo) = sync_channel(1);
         let (finished, done) = sync_channel(1);
+        let counters = Arc::clone(&self.counters);
         let thread = std::thread::Builder::new()
             .name("store-checkpoint".to_owned())
             .spawn(move || self.run(&todo, &finished))?;
         let changes = Changes::new();
         let (busy, wanted, given_up) = (false, false, false);
         let asked = covered;
-        Ok(Checkpoints { jobs, done, thread, covered, asked, busy, wanted, given_up, changes })
+        Ok(Checkpoints {
+            jobs,
+            done,
+            thread,
+            covered,
+            counters,
+            asked,
+            busy,
+            wanted,
+            given_up,
+            changes,
+        })
     }
 
     fn run(mut self, todo: &Receiver<Job>, finished: &SyncSender<Done>) {
@@ -401,6 +418,7 @@ impl Checkpointer {
                         self.fatal.call(&fault);
                         return;
                     }
+                    add(&self.counters.tidied, 1);
                 }
                 Err(RecvTimeoutError::Timeout) => self.wake_writer(true),
                 Err(RecvTimeoutError::Disconnected) => return,
