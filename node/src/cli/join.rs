@@ -5,7 +5,7 @@
 //! join --certificate FILE [--mandate FILE]                   -> installed: `leasehold up` can run
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use leasehold_keys::armor::{self, Item};
@@ -143,7 +143,7 @@ impl Join {
     fn begin(
         &self,
         home: &Home,
-        charter: &PathBuf,
+        charter: &Path,
         expected: FabricId,
     ) -> Result<Joined, JoinError> {
         if home.holds_node() {
