@@ -4,10 +4,16 @@
 //! scenario      who is there, what they ask, what goes wrong: plain data from one seed
 //! check         the invariants of the design, over a history of what was seen
 //! virtual_world many cores in virtual time in one process
+//! fleet         real node processes on loopback, and nothing of them left behind
+//! up            the subcommand that runs a fleet until it is told to stop
 //! sim           the subcommand that runs scenarios in the virtual world
 //! ```
 
 pub mod check;
+pub mod fleet;
+pub mod report;
 pub mod scenario;
+pub mod signal;
 pub mod sim;
+pub mod up;
 pub mod virtual_world;

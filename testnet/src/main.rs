@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::sim;
+use leasehold_testnet::{fleet, sim, up};
 
 /// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
@@ -17,10 +17,18 @@ struct Cli {
 enum Command {
     /// Run many nodes in virtual time, with faults, and check the invariants after every step.
     Sim(sim::Args),
+    /// Run a fleet of real nodes on this machine until Ctrl-C or SIGTERM
+    Up(up::Args),
 }
 
 fn main() -> ExitCode {
+    // The nodes of a fleet, and what they start, are this executable too.
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = fleet::hidden(&args) {
+        return code;
+    }
     match Cli::parse().command {
         Command::Sim(args) => sim::main(&args),
+        Command::Up(args) => up::main(&args),
     }
 }
