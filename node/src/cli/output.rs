@@ -144,6 +144,11 @@ impl Out {
             // What another node says of itself must not steer this terminal.
             table.add_row(row.iter().map(|cell| text::shown(cell)));
         }
+        if !self.terminal {
+            table.column_iter_mut().for_each(|column| {
+                column.set_padding((0, 2));
+            });
+        }
         table.trim_fmt() + "\n"
     }
 }
