@@ -1,4 +1,4 @@
-//! The payload store: bytes named by their BLAKE3 root, as files, each with its hash tree beside it.
+//! The payload store: bytes named by their BLAKE3 root, as files, with their hash trees beside.
 //!
 //! ```text
 //! DIR/<root>.data       the bytes
@@ -17,8 +17,8 @@
 //! all bytes are still right is proven by whoever receives them, and by [`PayloadStore::verify`]
 //! where a reader complained or a read failed.
 //!
-//! Nothing here knows a network. All calls block on the disk, except [`PayloadStore::import_stream`];
-//! asynchronous callers wrap them in `spawn_blocking`. A store is used by one process at a time;
+//! Nothing here knows a network. All calls block on the disk, except
+//! [`PayloadStore::import_stream`]; asynchronous callers wrap them in `spawn_blocking`. A store is used by one process at a time;
 //! the lock is the data directory's.
 
 use std::{

@@ -125,7 +125,10 @@ pub enum FetchError {
         root: Root,
     },
     /// The holder gave the transfer up.
-    #[error("{} gave up sending payload {root}: {}", name(peer), code.map_or("unknown code", Code::reason))]
+    #[error(
+        "{} gave up sending payload {root}: {}",
+        name(peer), code.map_or("unknown code", Code::reason)
+    )]
     GivenUp {
         /// The holder.
         peer: [u8; 32],
@@ -208,9 +211,11 @@ pub(super) async fn fetch(
         }
         let (mut transfer, joined) = join_or_begin(shared, runtime, &wanted);
         let ended = loop {
-            match &*transfer.borrow_and_update() {
-                Transfer::Moving(bytes) => progress(*bytes),
-                Transfer::Ended(ended) => break ended.clone(),
+            // Cloned, so that a slow listener does not hold up the transfer.
+            let state = transfer.borrow_and_update().clone();
+            match state {
+                Transfer::Moving(bytes) => progress(bytes),
+                Transfer::Ended(ended) => break ended,
             }
             if transfer.changed().await.is_err() {
                 break Err(LinkError::Closed.into());

@@ -27,10 +27,10 @@ use crate::payload::{GROUP_BYTES, Root};
 /// The protocol's name in the TLS handshake. It is also the version of the frames below.
 pub const ALPN: &[u8] = b"leasehold/data/1";
 
-/// The most bytes an [`Open`] may carry.
+/// The most bytes an `Open` may carry.
 pub const MAX_BODY: usize = 64 * 1024;
 
-/// The most ranges one [`Get`] may name.
+/// The most ranges one `Get` may name.
 pub const MAX_RANGES: usize = 1024;
 
 /// The most bytes of text a refusal may carry.

@@ -101,6 +101,13 @@ fn content(len: usize) -> Vec<u8> {
     content
 }
 
+fn store_error(fetched: &Result<FetchStats, FetchError>) -> Option<&PayloadError> {
+    match fetched {
+        Err(FetchError::Store(e)) => Some(e),
+        _ => None,
+    }
+}
+
 /// Waits for `done`, with a deadline that only a hang meets.
 async fn until(what: &str, done: impl Fn() -> bool) {
     let deadline = std::time::Instant::now() + Duration::from_secs(60);
@@ -353,10 +360,7 @@ async fn a_size_that_is_not_the_payloads_is_refused() {
     // A caller that asks for a held payload by another size is told so.
     asker.fetch_from(&holder, (root, size)).await.expect("fetches");
     let fetched = asker.fetch_from(&holder, (root, size + 1)).await;
-    assert!(
-        matches!(&fetched, Err(FetchError::Store(e)) if matches!(**e, PayloadError::WrongSize { .. })),
-        "{fetched:?}"
-    );
+    assert!(matches!(store_error(&fetched), Some(PayloadError::WrongSize { .. })), "{fetched:?}");
 }
 
 #[tokio::test]
@@ -716,10 +720,7 @@ async fn no_room_is_said_before_anything_is_asked() {
     let limits = Limits { quota: 1000, keep_free: 0, ..Limits::default() };
     let (holder, asker) = (Node::new(1), Node::with(2, |_| {}, limits, Arc::new(|_| true)));
     let fetched = asker.fetch_from(&holder, holder.import(&content(1001))).await;
-    assert!(
-        matches!(&fetched, Err(FetchError::Store(e)) if matches!(**e, PayloadError::NoSpace { .. })),
-        "{fetched:?}"
-    );
+    assert!(matches!(store_error(&fetched), Some(PayloadError::NoSpace { .. })), "{fetched:?}");
     assert_eq!(holder.data.stats().accepted, 0);
     asker.fetch_from(&holder, holder.import(&content(1000))).await.expect("just fits");
 }
@@ -847,4 +848,58 @@ async fn closing_frees_the_port_and_ends_what_waits() {
         Data::start(DataConfig::new(address), [1; 32], holder.store.clone(), Arc::new(|_| true));
     let (again, _arrivals) = again.expect("the port is free");
     assert_eq!(again.local_addr(), address);
+}
+
+#[tokio::test]
+async fn under_many_handshakes_an_address_is_proven_first_and_then_none_is_taken() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let wary = Node::with(1, |config| config.retry_above = 0, limits, Arc::new(|_| true));
+    let asker = Node::new(2);
+    let (root, size) = wary.import(&content(G + 1));
+    asker.fetch_from(&wary, (root, size)).await.expect("proves its address and fetches");
+
+    let full = Node::with(3, |config| config.max_handshakes = 0, limits, Arc::new(|_| true));
+    let quick = |config: &mut DataConfig| config.handshake_timeout = Duration::from_millis(200);
+    let hasty = Node::with(4, quick, limits, Arc::new(|_| true));
+    let fetched = hasty.fetch_from(&full, full.import(&content(1))).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Unreachable { .. }))), "{fetched:?}");
+    assert_eq!(full.data.stats().accepted, 0);
+}
+
+#[tokio::test]
+async fn dialed_connections_are_bounded_and_idle_ones_make_room() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let (first, mut second) = (Node::new(1), Node::new(2));
+    let asker = Node::with(3, |config| config.max_dialed = 1, limits, Arc::new(|_| true));
+    asker.fetch_from(&first, first.import(&content(10))).await.expect("fetches");
+    // Nobody uses the first connection any more: it makes room.
+    let opening = asker.data.open(second.key(), second.addresses(), 5, vec![]);
+    let accepting = async { second.arrivals.recv().await.expect("arrives").accept().await };
+    let (opened, accepted) = tokio::join!(opening, accepting);
+    let (opened, _accepted) = (opened.expect("opens"), accepted.expect("accepts"));
+    until("the first is closed", || first.data.stats().serving == 0).await;
+    // The second is in use as long as a half of its stream is held.
+    let fetched = asker.fetch_from(&first, first.import(&content(11))).await;
+    assert!(matches!(fetched, Err(FetchError::Link(LinkError::Busy(1)))), "{fetched:?}");
+    drop(opened);
+    asker.fetch_from(&first, first.import(&content(11))).await.expect("has room again");
+
+    let brief = |config: &mut DataConfig| config.idle_close = Duration::from_millis(40);
+    let asker = Node::with(4, brief, limits, Arc::new(|_| true));
+    asker.fetch_from(&first, first.import(&content(12))).await.expect("fetches");
+    until("it is closed as idle", || asker.data.stats().dialed == 0).await;
+    asker.fetch_from(&first, first.import(&content(13))).await.expect("dials again");
+}
+
+/// What the node awaits can move between its threads.
+#[tokio::test]
+async fn its_futures_are_send() {
+    fn is_send<T: Send>(future: T) -> T {
+        future
+    }
+    let node = Node::new(1);
+    drop(is_send(node.data.fetch([0; 32], vec![], Root::of(b""), 0, |_| {})));
+    drop(is_send(node.data.open([0; 32], vec![], 0, vec![])));
+    drop(is_send(node.data.close()));
+    drop(is_send(node.store.import_stream(&b""[..], Declared::AtMost(0))));
 }
