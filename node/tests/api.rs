@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use leasehold_keys::armor::{self, Item};
 use leasehold_keys::file::{Protection, Secret};
 use leasehold_node::api::token;
 use leasehold_node::cli::up::NodeFile;
@@ -54,6 +55,28 @@ const ENDLESS: &str = r#"(module
     (i32.store (i32.const 4) (i32.const 6))
     (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))
     (loop $on (br $on))))"#;
+
+/// Says that it began, and six seconds later that it is done, and exits with 3.
+const SLOW: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "clock_time_get" (func $now (param i32 i64 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 64) "begun\n")
+  (data (i32.const 80) "done\n")
+  (func $say (param $at i32) (param $len i32)
+    (i32.store (i32.const 0) (local.get $at))
+    (i32.store (i32.const 4) (local.get $len))
+    (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func (export "_start") (local $until i64)
+    (call $say (i32.const 64) (i32.const 6))
+    (drop (call $now (i32.const 1) (i64.const 1) (i32.const 32)))
+    (local.set $until (i64.add (i64.load (i32.const 32)) (i64.const 6000000000)))
+    (loop $on
+      (drop (call $now (i32.const 1) (i64.const 1) (i32.const 32)))
+      (br_if $on (i64.lt_u (i64.load (i32.const 32)) (local.get $until))))
+    (call $say (i32.const 80) (i32.const 5))
+    (call $exit (i32.const 3))))"#;
 
 // ---------------------------------------------------------------- a fabric of processes
 
@@ -103,15 +126,17 @@ impl Fabric {
         };
         let mandate = mandate(&tenant, &admitted, key.id(), allowance, self.now).expect("mandate");
         home.put("mandate", &mandate).expect("mandate");
-        self.up(&home, name, cpu, join)
+        self.up(&home, name, cpu, join, "127.0.0.1:0".parse().expect("address"))
     }
 
-    fn up(&self, home: &Home, name: &str, cpu: &str, join: &[&Node]) -> Node {
+    fn up(&self, home: &Home, name: &str, cpu: &str, join: &[&Node], api: SocketAddr) -> Node {
         let any: SocketAddr = "127.0.0.1:0".parse().expect("address");
+        // What a killed node left behind says nothing of the next one.
+        let _ = std::fs::remove_file(home.dir().join("node.json"));
         let mut config = Config::default();
         config.node.name = name.into();
         (config.listen.link, config.listen.probe) = (any, any);
-        (config.listen.data, config.listen.api) = (any, any);
+        (config.listen.data, config.listen.api) = (any, api);
         config.fabric.join = join.iter().map(|node| node.file.link[0]).collect();
         config.offer.sell = cpu != "0";
         config.offer.cpu = cpu.into();
@@ -268,10 +293,14 @@ impl Node {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
     }
 
-    fn sees_offers(&self, n: usize) {
-        until("the offers are known", || {
+    fn sees_offer_of(&self, name: &str) {
+        until("the offer is known", || {
             let offers = self.get("/v1/offers").json();
-            (offers["offers"].as_array()?.len() >= n).then_some(())
+            let good = |offer: &&Value| {
+                let free = offer["shapes"].as_array().is_some_and(|shapes| !shapes.is_empty());
+                offer["name"] == name && offer["up"] == true && free
+            };
+            offers["offers"].as_array()?.iter().find(good).map(|_| ())
         });
     }
 }
@@ -292,8 +321,18 @@ fn want() -> Value {
 }
 
 const WANT: [&str; 12] = [
-    "--cpu", "0.5", "--memory", "64M", "--disk", "1M", "--ttl", "60s", "--max-price", "0.05/h",
-    "--budget", "0.01",
+    "--cpu",
+    "0.5",
+    "--memory",
+    "64M",
+    "--disk",
+    "1M",
+    "--ttl",
+    "60s",
+    "--max-price",
+    "0.05/h",
+    "--budget",
+    "0.01",
 ];
 
 // ---------------------------------------------------------------- the API by itself
@@ -405,9 +444,7 @@ fn payloads_go_in_and_out_as_they_are() {
     let chunked = format!("{head}Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n");
     assert_eq!(node.raw(chunked.as_bytes()).json()["root"], blake3::hash(b"abc").to_string());
     let mut stream = TcpStream::connect(node.file.api).expect("connects");
-    stream
-        .write_all(format!("{head}Content-Length: 9\r\n\r\nhalf").as_bytes())
-        .expect("sent");
+    stream.write_all(format!("{head}Content-Length: 9\r\n\r\nhalf").as_bytes()).expect("sent");
     drop(stream);
     until("nothing of a cut body is kept", || {
         let listed = node.get("/v1/payloads").json();
@@ -418,11 +455,77 @@ fn payloads_go_in_and_out_as_they_are() {
 // ---------------------------------------------------------------- the command line
 
 #[test]
+fn a_run_goes_on_over_a_killed_node() {
+    let fabric = Fabric::new();
+    let seller = fabric.node("seller", "1", &[]);
+    let mut buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let slow = program(&fabric, "slow.wasm", SLOW);
+    let mut args = vec!["run", "--yes"];
+    args.extend(WANT);
+    args.push(&slow);
+    let mut run = buyer
+        .command()
+        .args(&args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut begun = [0; 6];
+    run.stdout.as_mut().expect("piped").read_exact(&mut begun).expect("it begins");
+    buyer.process.kill().expect("killed");
+    buyer.process.wait().expect("gone");
+    let (home, api) = (Home::at(&buyer.dir), buyer.file.api);
+    let _buyer = fabric.up(&home, "buyer", "0", &[&seller], api);
+    let output = run.wait_with_output().expect("ends");
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert_eq!(output.stdout, b"done\n", "each byte once");
+    assert!(stderr(&output).contains("cost "), "{output:?}");
+}
+
+#[test]
+fn an_order_signed_on_another_machine_gets_a_lease() {
+    let fabric = Fabric::new();
+    let seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let lessee = Secret::generate().expect("randomness");
+    let certificate =
+        fabric.founder.admit(lessee.id(), Role::Tenant, "elsewhere", fabric.now).expect("admits");
+    let file = |name: &str| fabric.room.path().join(name);
+    let text = |name: &str| file(name).display().to_string();
+    let keep = leasehold_keys::disk::Existing::Keep;
+    armor::write_objects(&file("certificate"), &[Item::Signed(certificate)], keep)
+        .expect("written");
+    let (key, certificate, draft) = (lessee.id().to_string(), text("certificate"), text("draft"));
+    let mut args = vec!["order", "new", "--lessee", &key, "--certificate", &certificate];
+    args.extend(["--out", &draft]);
+    args.extend(WANT);
+    let output = buyer.cli(&args);
+    assert!(output.status.success(), "{output:?}");
+
+    let unsigned = buyer.cli(&["lease", "request", "--order", &draft]);
+    assert_eq!(unsigned.status.code(), Some(2), "{unsigned:?}");
+    assert!(stderr(&unsigned).contains("leasehold-keys sign"), "{unsigned:?}");
+    let items = armor::read_objects(&file("draft")).expect("reads");
+    let [Item::Draft(order)] = items.as_slice() else { panic!("{items:?}") };
+    let signed = lessee.signer().sign(order).expect("signs");
+    armor::write_objects(&file("order"), &[Item::Signed(signed)], keep).expect("written");
+    let order = text("order");
+    let leased = buyer.cli_json(&["lease", "request", "--json", "--order", &order]);
+    assert_eq!(leased["choice"]["lessor"], seller.file.id.to_string());
+    let lease = leased["lease"].as_str().expect("a lease");
+    let shown = seller.cli_json(&["lease", "show", "--json", lease]);
+    assert_eq!((&shown["side"], &shown["lessee"]), (&json!("lent"), &json!(key)));
+    assert!(buyer.cli(&["lease", "release", lease]).status.success());
+}
+
+#[test]
 fn a_program_runs_from_plan_to_proof() {
     let fabric = Fabric::new();
     let seller = fabric.node("seller", "1", &[]);
     let buyer = fabric.node("buyer", "0", &[&seller]);
-    buyer.sees_offers(1);
+    buyer.sees_offer_of("seller");
     let copy = program(&fabric, "copy.wasm", COPY);
     let input = fabric.room.path().join("input");
     std::fs::write(&input, b"what is to be copied").expect("written");
@@ -497,7 +600,7 @@ fn a_detached_job_is_followed_and_ctrl_c_gives_its_lease_back() {
     let fabric = Fabric::new();
     let seller = fabric.node("seller", "1", &[]);
     let buyer = fabric.node("buyer", "0", &[&seller]);
-    buyer.sees_offers(1);
+    buyer.sees_offer_of("seller");
     let endless = program(&fabric, "endless.wasm", ENDLESS);
 
     let mut args = vec!["run", "--yes", "-d", "--on", "seller"];
@@ -514,8 +617,11 @@ fn a_detached_job_is_followed_and_ctrl_c_gives_its_lease_back() {
         let on = |node: &Node| node.cli_json(&["ps", "--json"])["jobs"].as_array().map(Vec::len);
         (on(&buyer) == Some(1) && on(&seller) == Some(1)).then_some(())
     });
-    let twice = buyer.post(&format!("/v1/leases/{lease}/claim"), &json!({ "job": { "program":
-        { "root": blake3::hash(b"abc").to_string(), "size": 3 } } }));
+    let twice = buyer.post(
+        &format!("/v1/leases/{lease}/claim"),
+        &json!({ "job": { "program":
+        { "root": blake3::hash(b"abc").to_string(), "size": 3 } } }),
+    );
     assert_eq!(twice.status, 400, "a payload that is not here: {twice:?}");
     let released = buyer.cli(&["lease", "release", &lease]);
     assert!(released.status.success(), "{released:?}");
