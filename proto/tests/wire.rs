@@ -241,7 +241,7 @@ fn what_is_too_long_is_refused_before_it_is_read() {
 
 #[test]
 fn lists_have_bounds_of_their_own() {
-    let name = RecordName { key: KeyId([0; 32]), kind: Kind::Offer, epoch: 0, seq: 0 };
+    let name = RecordName { key: KeyId([0; 32]), kind: Kind::Offer, epoch: 0, seq: 0, tag: 0 };
     let small = Signed { envelope: vec![], signature: Signature([0; 64]) };
     let round = |message: Message| {
         message::decode(&message::encode(&message).expect("it fits")).map(|_| ())

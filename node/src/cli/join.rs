@@ -200,9 +200,8 @@ impl Join {
         }
         if let Some(path) = &self.mandate {
             let signed = read_one(path, "mandate")?;
-            let mandate: Verified<Mandate> = signed
-                .verify(&fabric)
-                .map_err(|why| JoinError::Verify { what: "mandate", why })?;
+            let mandate: Verified<Mandate> =
+                signed.verify(&fabric).map_err(|why| JoinError::Verify { what: "mandate", why })?;
             if mandate.body().delegate != node {
                 return Err(JoinError::Delegate(mandate.body().delegate));
             }

@@ -4,6 +4,7 @@
 //! is, for scripts; it is gone when the node has stopped. SIGTERM and SIGINT stop it within five
 //! seconds; jobs stay under their wardens.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -197,12 +198,8 @@ impl Up {
         let secret = token::load_or_create(home.dir())?;
         let published = token::publish(api, &secret)?;
         let closing = CancellationToken::new();
-        let served = tokio::spawn(api::serve(
-            listener,
-            node.handle().clone(),
-            secret,
-            closing.clone(),
-        ));
+        let served =
+            tokio::spawn(api::serve(listener, node.handle().clone(), secret, closing.clone()));
         let facts = node.handle().facts().clone();
         let file = NodeFile {
             id: facts.me,
@@ -234,11 +231,13 @@ impl Up {
 fn start_logging(config: &Config) -> Result<(), UpError> {
     let filter = &config.log.filter;
     let parsed = EnvFilter::try_new(filter);
-    let parsed = parsed.map_err(|error| UpError::Filter {
-        filter: filter.clone(),
-        why: error.to_string(),
-    })?;
-    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    let parsed = parsed
+        .map_err(|error| UpError::Filter { filter: filter.clone(), why: error.to_string() })?;
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(parsed)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr);
     // A second start in one process keeps the first one's logs.
     let _ = match config.log.format {
         LogFormat::Human => logs.with_target(false).try_init(),

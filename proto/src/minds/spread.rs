@@ -138,7 +138,9 @@ impl Spread {
         let newer = |name: &&RecordName| {
             self.records.get(&(name.key, name.kind)).is_none_or(|known| {
                 let was = known.said.name();
+                // Of the same version but another body: to be looked at, as proof.
                 (was.epoch, was.seq) < (name.epoch, name.seq)
+                    || (was.epoch, was.seq) == (name.epoch, name.seq) && was.tag != name.tag
             })
         };
         names.iter().filter(newer).take(MAX_NAMES).copied().collect()
@@ -195,9 +197,15 @@ impl Spread {
     #[must_use]
     pub fn ahead_of(&self, buckets: &[u8], theirs: &[RecordName]) -> Vec<RecordName> {
         let known: BTreeMap<_, _> =
-            theirs.iter().map(|n| ((n.key, n.kind), (n.epoch, n.seq))).collect();
+            theirs.iter().map(|n| ((n.key, n.kind), (n.epoch, n.seq, n.tag))).collect();
         self.in_buckets(buckets)
-            .filter(|name| known.get(&(name.key, name.kind)) < Some(&(name.epoch, name.seq)))
+            .filter(|name| match known.get(&(name.key, name.kind)) {
+                None => true,
+                Some((epoch, seq, tag)) => {
+                    (*epoch, *seq) < (name.epoch, name.seq)
+                        || (*epoch, *seq) == (name.epoch, name.seq) && *tag != name.tag
+                }
+            })
             .take(MAX_NAMES)
             .collect()
     }
@@ -275,11 +283,12 @@ impl Spread {
 }
 
 fn fingerprint(name: &RecordName) -> u64 {
-    let mut bytes = Vec::with_capacity(50);
+    let mut bytes = Vec::with_capacity(58);
     bytes.extend_from_slice(&name.key.0);
     bytes.extend_from_slice(&name.kind.number().to_le_bytes());
     bytes.extend_from_slice(&name.epoch.to_le_bytes());
     bytes.extend_from_slice(&name.seq.to_le_bytes());
+    bytes.extend_from_slice(&name.tag.to_le_bytes());
     let hash = Hash::of(&bytes).0;
     u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
 }

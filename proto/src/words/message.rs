@@ -35,6 +35,9 @@ pub struct RecordName {
     pub epoch: u64,
     /// The version within the epoch.
     pub seq: u64,
+    /// The first eight bytes of the object's hash: two records of one version that differ in it
+    /// were signed by an equivocator, or by two nodes with one key.
+    pub tag: u64,
 }
 
 /// What travels in one frame.
@@ -188,7 +191,13 @@ impl RecordSaid {
             Self::Unread(record) => record.header(),
         };
         let (kind, epoch, seq) = (header.kind, header.epoch, header.seq);
-        RecordName { key: header.signer, kind, epoch, seq }
+        let id = match self {
+            Self::Host(record, _) => record.id(),
+            Self::Offer(record) => record.id(),
+            Self::Unread(record) => record.id(),
+        };
+        let tag = id.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        RecordName { key: header.signer, kind, epoch, seq, tag }
     }
 
     /// The bytes as they travelled.

@@ -321,8 +321,8 @@ impl Story {
     pub(crate) fn messages(&self) -> Vec<(&'static str, Message)> {
         let key = Signer::from_seed(&LESSOR).id();
         let names = vec![
-            RecordName { key, kind: Kind::HostRecord, epoch: 7, seq: 1 },
-            RecordName { key, kind: Kind::Unknown(700), epoch: 7, seq: 2 },
+            RecordName { key, kind: Kind::HostRecord, epoch: 7, seq: 1, tag: 9 },
+            RecordName { key, kind: Kind::Unknown(700), epoch: 7, seq: 2, tag: 8 },
         ];
         let buckets = (0..BUCKETS as u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
         vec![
