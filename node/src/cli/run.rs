@@ -139,7 +139,8 @@ impl Run {
             });
             session.out.answer(&object, || format!("{}\n", leased.lease))?;
             session.out.tell(&format!(
-                "it runs on {}: `leasehold logs -f {}` follows it, `leasehold lease release` ends it",
+                "it runs on {}: `leasehold logs -f {}` follows it, `leasehold lease release` ends \
+                 it",
                 shown(&leased.choice.name),
                 leased.lease.get(..12).unwrap_or(&leased.lease),
             ));
