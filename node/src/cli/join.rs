@@ -140,12 +140,7 @@ impl Join {
         }
     }
 
-    fn begin(
-        &self,
-        home: &Home,
-        charter: &Path,
-        expected: FabricId,
-    ) -> Result<Joined, JoinError> {
+    fn begin(&self, home: &Home, charter: &Path, expected: FabricId) -> Result<Joined, JoinError> {
         if home.holds_node() {
             return Err(JoinError::Exists(home.dir().into()));
         }
