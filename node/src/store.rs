@@ -350,6 +350,8 @@ pub struct Stats {
     pub last_seq: u64,
     /// Checkpoints made.
     pub checkpoints: u64,
+    /// One is being made, or tidied up after.
+    pub checkpointing: bool,
     /// Bytes written to checkpoint files.
     pub checkpoint_bytes: u64,
     /// Times the checkpoint file was rewritten whole.
@@ -595,6 +597,17 @@ impl Store {
         self.submit_blocking(batch)?.wait()
     }
 
+    /// [`Store::barrier`] outside async code, where it panics.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn barrier_blocking(&self) -> Result<Durable, CommitError> {
+        let (answer, pending) = oneshot::channel();
+        let sent = self.0.queue.blocking_send(Message::Barrier(answer));
+        sent.map_err(|_| CommitError::Closed)?;
+        Pending(pending).wait()
+    }
+
     fn message(&self, batch: Vec<Write>) -> Result<(Message, Pending), CommitError> {
         batch.iter().try_for_each(Write::check)?;
         let (bytes, most) = (journal::batch_len(&batch), self.0.batch_most);
@@ -641,6 +654,8 @@ impl Store {
             bytes: counters.bytes.load(Ordering::Relaxed),
             last_seq: counters.last_seq.load(Ordering::Relaxed),
             checkpoints: counters.checkpoints.load(Ordering::Relaxed),
+            checkpointing: counters.tidied.load(Ordering::Relaxed)
+                < counters.asked.load(Ordering::Relaxed),
             checkpoint_bytes: counters.checkpoint_bytes.load(Ordering::Relaxed),
             rewrites: counters.rewrites.load(Ordering::Relaxed),
             journal_used: counters.journal_used.load(Ordering::Relaxed),

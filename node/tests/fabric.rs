@@ -14,6 +14,7 @@ use leasehold_node::Node;
 use leasehold_node::attach::Frame;
 use leasehold_node::config::Config;
 use leasehold_node::home::{Allowance, Founder, Founding, Home, mandate};
+use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetEvent};
 use leasehold_node::node::StartError;
 use leasehold_node::payload::Declared;
 use leasehold_node::work::{Exec, hidden};
@@ -21,10 +22,17 @@ use leasehold_proto::base::time::Wall;
 use leasehold_proto::core::{Command, Ended, Failure, Leased, Reply, View};
 use leasehold_proto::proof;
 use leasehold_proto::words::charter::Role;
-use leasehold_proto::words::contract::{Class, EndReason, JobSpec};
+use leasehold_proto::words::contract::{
+    Authority, Class, EndReason, JobSpec, Order, Reason, Refusal,
+};
+use leasehold_proto::words::message::{self, Message};
+use leasehold_proto::words::object::order_subject;
+use leasehold_proto::words::sign::{Draft, HeaderOf, Signed};
 use leasehold_proto::words::usage::Outcome;
 use leasehold_proto::words::want::Want;
-use leasehold_proto::{Amount, Hash, KeyId, LeaseId, Payload, Resources, Span};
+use leasehold_proto::{
+    Amount, FabricId, Hash, KeyId, LeaseId, Payload, RequestId, Resources, Span,
+};
 
 /// Nothing here waits for a fixed time; this is only when to give up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -43,6 +51,11 @@ fn main() -> ExitCode {
         ("a_full_node_refuses_and_another_is_found", || Box::pin(full_node())),
         ("a_restarted_node_keeps_what_it_granted", || Box::pin(restart())),
         ("what_cannot_start_says_why", || Box::pin(cannot_start())),
+        ("bad_orders_get_signed_refusals", || Box::pin(bad_orders())),
+        ("bad_words_cost_the_link_and_nothing_else", || Box::pin(bad_words())),
+        ("a_full_disk_is_met_by_a_refusal", || Box::pin(full_disk())),
+        ("of_two_nodes_with_one_key_the_copy_stops", || Box::pin(twins())),
+        ("strangers_are_turned_away", || Box::pin(strangers())),
     ];
     let filter = args.iter().filter_map(|arg| arg.to_str()).find(|arg| !arg.starts_with('-'));
     let filter = filter.unwrap_or("").to_string();
@@ -365,4 +378,331 @@ async fn cannot_start() {
     let empty = Home::at(fabric.room.path().join("empty"));
     let error = Node::start(&empty, &Config::default(), Exec::default()).await;
     assert!(error.expect_err("empty").to_string().contains("leasehold init"));
+}
+
+// ---------------------------------------------------------------- a peer that misbehaves
+
+/// A member of the fabric that speaks for itself: a key, a certificate, a link, and no manners.
+struct Peer {
+    net: Net,
+    events: tokio::sync::mpsc::Receiver<NetEvent>,
+    secret: Secret,
+    certificate: Signed,
+    fabric: FabricId,
+    charter: Hash,
+    tokens: u64,
+}
+
+impl Peer {
+    async fn linked_to(fabric: &Fabric, node: &Node) -> Self {
+        let secret = Secret::generate().expect("randomness");
+        let admitted = fabric.founder.admit(secret.id(), Role::Node, "peer", fabric.now);
+        let mut peer = Self::alone(fabric, secret, admitted.expect("admits")).await;
+        peer.dial(node).await;
+        let hello = peer.hello();
+        match peer.ask(node, &hello).await {
+            Some(Message::Hello { .. }) => peer,
+            other => panic!("no greeting: {other:?}"),
+        }
+    }
+
+    async fn alone(fabric: &Fabric, secret: Secret, certificate: Signed) -> Self {
+        let seed = *secret.seed();
+        let listen = vec!["127.0.0.1:0".parse().expect("address")];
+        let config = NetConfig { seed, listen, limits: Limits::default() };
+        let (net, events, _) = Net::start(config).await.expect("starts");
+        let charter = fabric.founder.charter.id();
+        let fabric = FabricId(charter);
+        Self { net, events, secret, certificate, fabric, charter, tokens: 0 }
+    }
+
+    fn hello(&self) -> Message {
+        Message::Hello {
+            charter: self.charter,
+            certificate: self.certificate.clone(),
+            epoch: 1,
+            seen: 0,
+        }
+    }
+
+    async fn dial(&mut self, node: &Node) {
+        let facts = node.handle().facts();
+        let (peer, addresses) = (Some(facts.me.0), facts.link.clone());
+        self.net.send(NetCommand::Dial { peer, addresses }).expect("dials");
+        self.until(|event| matches!(event, NetEvent::Linked { .. })).await;
+        self.net.send(NetCommand::Admit { peer: facts.me.0 }).expect("admits");
+    }
+
+    async fn until(&mut self, wanted: impl Fn(&NetEvent) -> bool) -> NetEvent {
+        let waited = tokio::time::timeout(PATIENCE, async {
+            loop {
+                let event = self.events.recv().await.expect("the net lives");
+                // The node greets too; it gets no answer from here, which is not its business.
+                if wanted(&event) {
+                    return event;
+                }
+            }
+        });
+        waited.await.expect("in time")
+    }
+
+    /// Asks in raw bytes; none when the node gave no answer.
+    async fn ask_raw(&mut self, node: &Node, frame: Vec<u8>) -> Option<Message> {
+        self.tokens += 1;
+        let (peer, token) = (node.handle().facts().me.0, self.tokens);
+        self.net.send(NetCommand::Ask { peer, token, frame }).expect("asks");
+        let about = |event: &NetEvent| match event {
+            NetEvent::Answered { token: of, .. } | NetEvent::Unanswered { token: of, .. } => {
+                *of == token
+            }
+            _ => false,
+        };
+        match self.until(about).await {
+            NetEvent::Answered { frame, .. } => Some(message::decode(&frame).expect("decodes")),
+            _ => None,
+        }
+    }
+
+    async fn ask(&mut self, node: &Node, what: &Message) -> Option<Message> {
+        self.ask_raw(node, message::encode(what).expect("encodes")).await
+    }
+
+    /// An order to `node` under its newest offer, changed by `change`, signed by this peer.
+    async fn order(
+        &self,
+        node: &Node,
+        mandate: &Signed,
+        change: impl FnOnce(&mut Order, &mut HeaderOf),
+    ) -> Signed {
+        let view = node.handle().view().await.expect("view");
+        let me = view.nodes.iter().find(|other| other.id == view.me).expect("knows itself");
+        let lessee = mandate.header().expect("header").signer;
+        let now = leasehold_node::clock::now().wall;
+        let want = want(100, "1");
+        let mut order = Order {
+            lessee,
+            delegate: self.secret.id(),
+            authority: Authority::Mandate(mandate.clone()),
+            lessor: view.me,
+            offer: me.offer.expect("offers"),
+            request: RequestId::derive(&[&now.0.to_le_bytes(), &self.tokens.to_le_bytes()]),
+            shape: want.shape,
+            class: want.class,
+            term: want.term,
+            claim_within: want.claim_within,
+            ceiling: want.max_hourly,
+            cap: want.budget,
+            exposure: want.exposure,
+            receipt_every: want.receipt_every,
+            placed: now,
+        };
+        let mut header = HeaderOf {
+            fabric: self.fabric,
+            signer: self.secret.id(),
+            subject: order_subject(&lessee, &order.request),
+            epoch: 1,
+            seq: 0,
+            not_after: now + Span::secs(30),
+        };
+        change(&mut order, &mut header);
+        let draft = Draft::new(header, &order).expect("fits");
+        self.secret.signer().sign(&draft).expect("signs")
+    }
+}
+
+fn mandate_for(fabric: &Fabric, delegate: KeyId, max_hourly: Amount) -> Signed {
+    let tenant = Secret::generate().expect("randomness");
+    let admitted = fabric.founder.admit(tenant.id(), Role::Tenant, "tenant", fabric.now);
+    let allowance =
+        Allowance { max_hourly, max_total: Amount(u64::MAX), max_term: Span::secs(3600) };
+    mandate(&tenant, &admitted.expect("admits"), delegate, allowance, fabric.now).expect("mandate")
+}
+
+async fn bad_orders() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    until(&seller, "it offers", |view| view.nodes.iter().any(|node| node.offer.is_some())).await;
+    let mut peer = Peer::linked_to(&fabric, &seller).await;
+    let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+    let lessor = seller.handle().facts().me;
+    let hour = Span::secs(3600).as_millis();
+    type Change = Box<dyn FnOnce(&mut Order, &mut HeaderOf) + Send>;
+    let cases: Vec<(Reason, Change)> = vec![
+        (Reason::Capacity, Box::new(|order, _| order.shape.disk = 1 << 40)),
+        (Reason::Price, Box::new(|order, _| order.ceiling = Amount(1))),
+        (Reason::Expired, Box::new(move |_, header| header.not_after.0 -= hour)),
+        (Reason::Expired, Box::new(move |_, header| header.not_after.0 += 24 * hour)),
+        (Reason::WrongLessor, Box::new(|order, _| order.lessor = KeyId([9; 32]))),
+        (Reason::StaleOffer, Box::new(|order, _| order.offer = Hash([9; 32]))),
+        (Reason::Mandate, Box::new(|order, _| order.ceiling = Amount(11_000_000_000))),
+        (Reason::NotOffered, Box::new(|order, _| order.class = Class::Slack)),
+        (Reason::NotOffered, Box::new(|order, _| order.term = Span::secs(40 * 24 * 3600))),
+        (Reason::NotAdmitted, Box::new(|order, _| order.lessee = KeyId([9; 32]))),
+    ];
+    for (expected, change) in cases {
+        let order = peer.order(&seller, &mandate, change).await;
+        let answer = peer.ask(&seller, &Message::Order(order.clone())).await;
+        let Some(Message::Refused(refused)) = answer else { panic!("{expected:?}: {answer:?}") };
+        let refusal = refused.verify::<Refusal>(&peer.fabric).expect("signed");
+        assert_eq!((refusal.body().reason, refusal.body().of), (expected, order.id()));
+        assert_eq!(refusal.signer(), lessor);
+    }
+    // One that is right is granted; again it is the same grant; changed under its id a conflict.
+    let request = RequestId([7; 16]);
+    let set = |order: &mut Order, header: &mut HeaderOf| {
+        order.request = request;
+        header.subject = order_subject(&order.lessee, &request);
+    };
+    let order = peer.order(&seller, &mandate, set).await;
+    let first = peer.ask(&seller, &Message::Order(order.clone())).await;
+    assert!(matches!(first, Some(Message::Granted(_))), "{first:?}");
+    assert_eq!(peer.ask(&seller, &Message::Order(order)).await, first, "byte for byte");
+    let other = peer.order(&seller, &mandate, |order, header| {
+        set(order, header);
+        order.shape.memory += 1;
+    });
+    let answer = peer.ask(&seller, &Message::Order(other.await)).await;
+    let Some(Message::Refused(refused)) = answer else { panic!("{answer:?}") };
+    let refusal = refused.verify::<Refusal>(&peer.fabric).expect("signed");
+    assert_eq!(refusal.body().reason, Reason::Conflict);
+    let view = seller.handle().view().await.expect("view");
+    assert_eq!(view.counters.grants, 1);
+    peer.net.close().await;
+    seller.shutdown().await;
+}
+
+async fn bad_words() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    until(&seller, "it offers", |view| view.nodes.iter().any(|node| node.offer.is_some())).await;
+    let good = {
+        let peer = Peer::linked_to(&fabric, &seller).await;
+        let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+        let order = peer.order(&seller, &mandate, |_, _| {}).await;
+        peer.net.close().await;
+        message::encode(&Message::Order(order)).expect("encodes")
+    };
+    let mut trailing = good.clone();
+    trailing.push(0);
+    let mut flipped = good.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    let elsewhere = {
+        let peer = Peer::linked_to(&fabric, &seller).await;
+        let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+        let moved = |_: &mut Order, header: &mut HeaderOf| header.fabric = FabricId(Hash([3; 32]));
+        let order = peer.order(&seller, &mandate, moved).await;
+        peer.net.close().await;
+        message::encode(&Message::Order(order)).expect("encodes")
+    };
+    let bad = [
+        ("garbage", vec![0xff; 64]),
+        ("cut short", good[..good.len() - 1].to_vec()),
+        ("trailing", trailing),
+        ("a flipped bit", flipped),
+        ("another fabric", elsewhere),
+        ("an answer as a question", message::encode(&Message::Done).expect("encodes")),
+    ];
+    for (what, frame) in bad {
+        let mut peer = Peer::linked_to(&fabric, &seller).await;
+        assert_eq!(peer.ask_raw(&seller, frame).await, None, "{what}");
+        peer.until(|event| matches!(event, NetEvent::Unlinked { .. })).await;
+        peer.net.close().await;
+    }
+    // Nothing was lost, and the next one is served.
+    let view = seller.handle().view().await.expect("view");
+    assert_eq!((view.counters.grants, view.halted), (0, None));
+    let mut peer = Peer::linked_to(&fabric, &seller).await;
+    let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+    let order = peer.order(&seller, &mandate, |_, _| {}).await;
+    let answer = peer.ask(&seller, &Message::Order(order)).await;
+    assert!(matches!(answer, Some(Message::Granted(_))), "{answer:?}");
+    peer.net.close().await;
+    seller.shutdown().await;
+}
+
+async fn strangers() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    let stranger = Fabric::new();
+    let secret = Secret::generate().expect("randomness");
+    let admitted = stranger.founder.admit(secret.id(), Role::Node, "x", stranger.now);
+    // A certificate of another fabric, one of the right fabric for another key, and one as tenant.
+    let foreign = admitted.expect("admits");
+    let other = Secret::generate().expect("randomness");
+    let borrowed = fabric.founder.admit(other.id(), Role::Node, "y", fabric.now).expect("admits");
+    let tenant = fabric.founder.admit(secret.id(), Role::Tenant, "z", fabric.now).expect("admits");
+    for certificate in [foreign, borrowed, tenant] {
+        let copy = Secret::from_seed(zeroize::Zeroizing::new(*secret.seed()));
+        let mut peer = Peer::alone(&fabric, copy, certificate).await;
+        peer.dial(&seller).await;
+        let hello = peer.hello();
+        assert_eq!(peer.ask(&seller, &hello).await, None);
+        peer.until(|event| matches!(event, NetEvent::Unlinked { .. })).await;
+        peer.net.close().await;
+    }
+    let view = seller.handle().view().await.expect("view");
+    assert_eq!(view.links, 0);
+    seller.shutdown().await;
+}
+
+async fn full_disk() {
+    let fabric = Fabric::new();
+    let home = fabric.home("seller");
+    let mut selling = config("seller", "1", "0.02", &[]);
+    let seller = start(&home, &selling).await;
+    let buyer = start(&fabric.home("buyer"), &config("buyer", "0", "0.02", &[&seller])).await;
+    until(&buyer, "the offer is known", |view| view.nodes.iter().any(|n| !n.shapes.is_empty()))
+        .await;
+    let leased = lease(&buyer, want(100, "0.05")).await.expect("there is room");
+    seller.shutdown().await;
+    // The same node, with more space wanted than the disk has.
+    selling.offer.min_disk_free = "900T".into();
+    let seller = start(&home, &selling).await;
+    until(&seller, "what was granted is still there", |view| {
+        view.lent.iter().any(|lent| lent.id == leased.lease)
+    })
+    .await;
+    let mut peer = Peer::linked_to(&fabric, &seller).await;
+    let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+    let begun = Instant::now();
+    loop {
+        let order = peer.order(&seller, &mandate, |_, _| {}).await;
+        match peer.ask(&seller, &Message::Order(order)).await {
+            Some(Message::Refused(refused)) => {
+                let refusal = refused.verify::<Refusal>(&peer.fabric).expect("signed");
+                assert_eq!(refusal.body().reason, Reason::DiskFull);
+                break;
+            }
+            // The disk is looked at every other second; until the first look orders are taken.
+            Some(Message::Granted(_)) => assert!(begun.elapsed() < PATIENCE, "never refused"),
+            other => panic!("{other:?}"),
+        }
+    }
+    peer.net.close().await;
+    buyer.shutdown().await;
+    seller.shutdown().await;
+}
+
+async fn twins() {
+    let fabric = Fabric::new();
+    let witness = start(&fabric.home("witness"), &config("witness", "0", "0", &[])).await;
+    let home = fabric.home("original");
+    let copy = Home::at(fabric.room.path().join("copy"));
+    copy.create().expect("home");
+    for file in ["node.key", "charter", "certificate", "mandate"] {
+        std::fs::copy(home.path(file), copy.path(file)).expect("copies");
+    }
+    let original = start(&home, &config("original", "1", "0.02", &[&witness])).await;
+    until(&witness, "the original is known", |view| {
+        view.nodes.iter().any(|node| node.name == "original" && !node.shapes.is_empty())
+    })
+    .await;
+    let twin = start(&copy, &config("copy", "1", "0.01", &[&witness])).await;
+    let view = until(&twin, "the copy finds out", |view| view.halted.is_some()).await;
+    assert!(view.halted.expect("why").contains("two nodes run with one key"));
+    until(&witness, "the proof is kept", |view| view.counters.equivocations > 0).await;
+    twin.shutdown().await;
+    original.shutdown().await;
+    witness.shutdown().await;
 }

@@ -664,7 +664,7 @@ impl LeaseLine {
             worst_case: Some(Money(of.worst_case)),
             decided: of.decided.to_string(),
             term_ms: of.term.as_millis(),
-            left_ms: of.left.as_millis(),
+            left_ms: if of.end.is_some() { 0 } else { of.left.as_millis() },
             running: None,
             used: (&of.usage).into(),
             charge: Money(of.charge),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! request -> Host is ours?  -> token?  -> a place free? -> time limit -> handler
-//!            403 wrong_host    401        429              408 timeout
+//!            403 wrong_host    401        429              504 timeout
 //! ```
 //!
 //! The Host check stops DNS rebinding: a page whose name was made to resolve to this address

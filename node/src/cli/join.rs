@@ -5,7 +5,7 @@
 //! join --certificate FILE [--mandate FILE]                   -> installed: `leasehold up` can run
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use leasehold_keys::armor::{self, Item};
@@ -140,12 +140,7 @@ impl Join {
         }
     }
 
-    fn begin(
-        &self,
-        home: &Home,
-        charter: &PathBuf,
-        expected: FabricId,
-    ) -> Result<Joined, JoinError> {
+    fn begin(&self, home: &Home, charter: &Path, expected: FabricId) -> Result<Joined, JoinError> {
         if home.holds_node() {
             return Err(JoinError::Exists(home.dir().into()));
         }

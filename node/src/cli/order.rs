@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use leasehold_keys::disk::{self, Existing};
 use leasehold_keys::exit::Exit;
+use leasehold_proto::words::charter::Certificate;
 use serde_json::json;
 
 use super::output::short_key;
@@ -27,9 +28,9 @@ pub(super) enum Order {
 pub(super) struct New {
     #[command(flatten)]
     want: WantArgs,
-    /// The key that will sign
+    /// The key that will sign [default: the one that the certificate admits]
     #[arg(long, value_name = "KEY")]
-    lessee: String,
+    lessee: Option<String>,
     /// The certificate that admits it
     #[arg(long, value_name = "FILE")]
     certificate: PathBuf,
@@ -51,10 +52,14 @@ impl Order {
 
 impl New {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let lessee = match self.lessee {
+            Some(lessee) => lessee,
+            None => admitted(&self.certificate)?,
+        };
         let certificate = disk::read(&self.certificate, MAX_CERTIFICATE)?;
         let certificate = String::from_utf8_lossy(&certificate).into_owned();
         let want = self.want.text(session).await?;
-        let request = OrderRequest { want, lessee: self.lessee, certificate };
+        let request = OrderRequest { want, lessee, certificate };
         let draft: OrderDraft = session.client.post("/v1/orders", &request).await?;
         let existing = if self.force { Existing::Replace } else { Existing::Keep };
         disk::write_atomic(&self.out, draft.order.as_bytes(), 0o644, existing)?;
@@ -72,4 +77,14 @@ impl New {
         ));
         Ok(Exit::Ok)
     }
+}
+
+/// The key that the certificate in `path` admits. The node checks the certificate itself.
+fn admitted(path: &std::path::Path) -> Result<String, Failure> {
+    let signed = crate::home::read_one(path, "certificate");
+    let signed = signed.map_err(|error| Failure::new(error.exit(), error))?;
+    let certificate = signed.verify_anywhere::<Certificate>();
+    let certificate = certificate
+        .map_err(|error| Failure::say(Exit::No, format!("{}: {error}", path.display())))?;
+    Ok(certificate.body().key.to_string())
 }

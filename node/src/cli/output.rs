@@ -24,6 +24,9 @@ pub(crate) enum Color {
     Never,
 }
 
+/// The narrowest terminal for which cells are broken into lines, in columns.
+const MIN_WIDTH: u16 = 60;
+
 /// Nobody reads standard output any more: not an error of the command.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("standard output is closed")]
@@ -132,17 +135,24 @@ impl Out {
     /// Rows under a header: with lines on a terminal, plain columns in a pipe.
     pub(crate) fn table(&self, header: &[&str], rows: Vec<Vec<String>>) -> String {
         let mut table = Table::new();
-        if self.terminal {
-            table.load_style(presets::UTF8_NO_BORDERS);
-            table.set_content_arrangement(ContentArrangement::Dynamic);
+        let style = if self.terminal { presets::UTF8_NO_BORDERS } else { presets::NOTHING };
+        table.load_style(style);
+        // A terminal that says no width, or next to none, is not written for.
+        let fits = self.terminal && table.width().is_some_and(|width| width >= MIN_WIDTH);
+        table.set_content_arrangement(if fits {
+            ContentArrangement::Dynamic
         } else {
-            table.load_style(presets::NOTHING);
-            table.set_content_arrangement(ContentArrangement::Disabled);
-        }
+            ContentArrangement::Disabled
+        });
         table.set_header(header.iter().map(ToString::to_string));
         for row in rows {
             // What another node says of itself must not steer this terminal.
             table.add_row(row.iter().map(|cell| text::shown(cell)));
+        }
+        if !self.terminal {
+            table.column_iter_mut().for_each(|column| {
+                column.set_padding((0, 2));
+            });
         }
         table.trim_fmt() + "\n"
     }
@@ -194,7 +204,7 @@ mod tests {
         assert!(table.is_ascii() || table.contains('\u{fffd}'), "{table}");
         assert!(!table.contains('\u{1b}') && !table.contains('│'), "{table}");
         assert_eq!(table.lines().count(), 3, "{table}");
-        assert_eq!(table.lines().next().map(str::trim), Some("NAME    N"), "{table}");
+        assert_eq!(table.lines().next(), Some("NAME   N"), "{table}");
     }
 
     #[test]

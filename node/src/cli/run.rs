@@ -24,9 +24,10 @@ use super::follow::{self, Kept, Sink};
 use super::output::{Out, page, short_key, span};
 use super::transfer::{self, Local};
 use super::want::{WantArgs, pair};
-use super::{Failure, Session};
+use super::{Failure, Session, find};
 use crate::api::body::{
-    ClaimRequest, Claimed, EndLine, LeaseRequest, Leased, OutcomeLine, Plan, PlanRequest, Released,
+    ChoiceLine, ClaimRequest, Claimed, EndLine, LeaseLine, LeaseRequest, Leased, OutcomeLine, Plan,
+    PlanRequest, Released, Side,
 };
 use crate::api::want::{InputText, JobText, PayloadText};
 use crate::attach::End;
@@ -48,7 +49,10 @@ const SIGNALLED: u8 = 128;
 #[derive(Debug, Args)]
 pub(super) struct Run {
     #[command(flatten)]
-    want: WantArgs,
+    want: Option<WantArgs>,
+    /// Use this lease, which was requested before, or its first digits
+    #[arg(long, value_name = "LEASE", conflicts_with = "WantArgs")]
+    lease: Option<String>,
     /// A file that the program finds as /in/NAME; may be repeated
     #[arg(long, value_name = "NAME=FILE", value_parser = pair)]
     input: Vec<(String, String)>,
@@ -97,14 +101,20 @@ impl Run {
         self.check_asking()?;
         let begun = Instant::now();
         let files = self.files().await?;
-        let want = self.want.text(session).await?;
-        let plan: Plan =
-            session.client.post("/v1/plan", &PlanRequest { want: want.clone() }).await?;
-        self.show(session, &plan)?;
-        if !self.yes && !agreed().await {
-            session.out.tell("nothing was leased");
-            return Ok(Exit::No.code());
-        }
+        let want = match &self.want {
+            Some(want) => {
+                let text = want.text(session).await?;
+                let plan: Plan =
+                    session.client.post("/v1/plan", &PlanRequest { want: text.clone() }).await?;
+                show(session, want, &plan)?;
+                if !self.yes && !agreed().await {
+                    session.out.tell("nothing was leased");
+                    return Ok(Exit::No.code());
+                }
+                Some(text)
+            }
+            None => None,
+        };
         // From here on Ctrl-C must not leave a lease behind.
         let stop = stop_signal()?;
         let mut uploaded = transfer::upload(session, &files.all()).await?;
@@ -120,8 +130,12 @@ impl Run {
             return Err(interrupted());
         }
         let ordered = Instant::now();
-        let request = LeaseRequest { want: Some(want), order: None };
-        let leased: Leased = session.client.post("/v1/leases", &request).await?;
+        let leased = match (want, &self.lease) {
+            (None, Some(lease)) => held(session, lease).await?,
+            (want, _) => {
+                session.client.post("/v1/leases", &LeaseRequest { want, order: None }).await?
+            }
+        };
         let lease_ms = millis(ordered);
         let mut running = Running { session, leased: &leased, stop: &stop };
         let job = self.job(&files, stdin);
@@ -139,7 +153,8 @@ impl Run {
             });
             session.out.answer(&object, || format!("{}\n", leased.lease))?;
             session.out.tell(&format!(
-                "it runs on {}: `leasehold logs -f {}` follows it, `leasehold lease release` ends it",
+                "it runs on {}: `leasehold logs -f {}` follows it, `leasehold lease release` ends \
+                 it",
                 shown(&leased.choice.name),
                 leased.lease.get(..12).unwrap_or(&leased.lease),
             ));
@@ -205,7 +220,13 @@ impl Run {
 
     /// Without `--yes` a person must be there to be asked.
     fn check_asking(&self) -> Result<(), Failure> {
-        if self.yes {
+        if self.want.is_none() && self.lease.is_none() {
+            let message = "say what is wanted with --max-price and --budget, or which lease to \
+                use with --lease";
+            return Err(Failure::say(Exit::Usage, message));
+        }
+        // What a lease that was requested before costs was agreed to then.
+        if self.yes || self.want.is_none() {
             return Ok(());
         }
         if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
@@ -244,7 +265,7 @@ impl Run {
             InputText { name: name.clone(), root, size }
         };
         JobText {
-            runtime: self.want.runtime.clone(),
+            runtime: self.want.as_ref().map_or_else(|| "wasm".into(), |want| want.runtime.clone()),
             program: files.program.payload.clone(),
             args: self.args.clone(),
             env: self.env.iter().cloned().collect(),
@@ -252,46 +273,6 @@ impl Run {
             inputs: files.inputs.iter().map(input).collect(),
             outputs: self.output.clone(),
         }
-    }
-
-    /// Shows the plan; without a choice there is none.
-    fn show(&self, session: &Session, plan: &Plan) -> Result<(), Failure> {
-        let against = |against: &crate::api::body::AgainstLine| {
-            format!("{}: {}", shown(&against.name), shown(&against.reasons.join("; ")))
-        };
-        let Some(best) = plan.choices.first() else {
-            let message = "no host that is up offers what is asked for";
-            let more = plan.against.iter().take(20).map(against).collect();
-            return Err(Failure::say(Exit::Policy, message).with_more(more));
-        };
-        if session.out.json {
-            return Ok(());
-        }
-        let currency = &plan.currency;
-        let (max_price, budget) = self.want.limits();
-        let others: Vec<_> = plan
-            .choices
-            .iter()
-            .skip(1)
-            .map(|other| format!("{} at {}", other.name, other.rate))
-            .collect();
-        let mut else_ = if others.is_empty() { "nobody".into() } else { others.join(", ") };
-        if plan.unsampled > 0 {
-            else_.push_str(&format!(", {} more that fit", plan.unsampled));
-        }
-        if !plan.against.is_empty() {
-            let not = plan.against.len();
-            else_.push_str(&format!("; {not} cannot (`leasehold explain` says why)"));
-        }
-        session.out.tell(&session.out.bold("plan"));
-        session.out.tell(&page(&[
-            ("  host", format!("{} (…{})", best.name, short_key(&best.lessor))),
-            ("  price", format!("{} {currency}/h (limit {max_price})", best.rate)),
-            ("  at most", format!("{} {currency} in all (budget {budget})", best.worst_case)),
-            ("  why", best.why.clone()),
-            ("  else", else_),
-        ]));
-        Ok(())
     }
 
     /// Fetches the declared outputs that the job wrote.
@@ -317,6 +298,68 @@ impl Run {
         }
         Ok(fetched)
     }
+}
+
+/// Shows the plan; without a choice there is none.
+fn show(session: &Session, want: &WantArgs, plan: &Plan) -> Result<(), Failure> {
+    let against = |against: &crate::api::body::AgainstLine| {
+        format!("{}: {}", shown(&against.name), shown(&against.reasons.join("; ")))
+    };
+    let Some(best) = plan.choices.first() else {
+        let message = "no host that is up offers what is asked for";
+        let more = plan.against.iter().take(20).map(against).collect();
+        return Err(Failure::say(Exit::Policy, message).with_more(more));
+    };
+    if session.out.json {
+        return Ok(());
+    }
+    let currency = &plan.currency;
+    let (max_price, budget) = want.limits();
+    let others: Vec<_> = plan
+        .choices
+        .iter()
+        .skip(1)
+        .map(|other| format!("{} at {}", other.name, other.rate))
+        .collect();
+    let mut else_ = if others.is_empty() { "nobody".into() } else { others.join(", ") };
+    if plan.unsampled > 0 {
+        else_.push_str(&format!(", {} more that fit", plan.unsampled));
+    }
+    if !plan.against.is_empty() {
+        let not = plan.against.len();
+        else_.push_str(&format!("; {not} cannot (`leasehold explain` says why)"));
+    }
+    session.out.tell(&session.out.bold("plan"));
+    session.out.tell(&page(&[
+        ("  host", format!("{} (…{})", best.name, short_key(&best.lessor))),
+        ("  price", format!("{} {currency}/h (limit {max_price})", best.rate)),
+        ("  at most", format!("{} {currency} in all (budget {budget})", best.worst_case)),
+        ("  why", best.why.clone()),
+        ("  else", else_),
+    ]));
+    Ok(())
+}
+
+/// A lease that this node holds, as if it had just been granted.
+async fn held(session: &Session, lease: &str) -> Result<Leased, Failure> {
+    let id = find::lease(session, lease).await?;
+    let line: LeaseLine = session.client.get(&format!("/v1/leases/{id}")).await?;
+    if line.side != Side::Held {
+        let message = format!("lease {lease} was granted by this node: it is another's to use");
+        return Err(Failure::say(Exit::Policy, message));
+    }
+    let worst_case = line.worst_case.unwrap_or(line.charge);
+    let choice = ChoiceLine {
+        name: short_key(&line.lessor),
+        lessor: line.lessor,
+        offer: String::new(),
+        rate: line.rate,
+        worst_case,
+        score: 0,
+        why: "requested before".into(),
+    };
+    let (order, currency) = (line.order, line.currency);
+    Ok(Leased { lease: id, order, choice, heard: Vec::new(), currency })
 }
 
 /// Asks on the terminal.

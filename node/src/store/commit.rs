@@ -64,6 +64,9 @@ pub(super) struct Counters {
     pub(super) bytes: AtomicU64,
     pub(super) last_seq: AtomicU64,
     pub(super) checkpoints: AtomicU64,
+    /// Checkpoints handed to the checkpointer, and those it is done with altogether.
+    pub(super) asked: AtomicU64,
+    pub(super) tidied: AtomicU64,
     pub(super) checkpoint_bytes: AtomicU64,
     pub(super) rewrites: AtomicU64,
     pub(super) journal_used: AtomicU64,
@@ -113,6 +116,7 @@ pub(super) struct Checkpoints {
     thread: JoinHandle<()>,
     /// Up to here everything is in checkpoint and database.
     covered: u64,
+    counters: Arc<Counters>,
     /// Up to here a checkpoint was asked for.
     asked: u64,
     busy: bool,
@@ -280,6 +284,7 @@ impl Checkpoints {
         }
         self.under_way = Arc::new(std::mem::take(&mut self.changes));
         let job = Job { seq, changes: Arc::clone(&self.under_way) };
+        add(&self.counters.asked, 1);
         self.jobs.send(job).map_err(|_| Halt::Checkpointer)?;
         self.asked = seq;
         self.busy = true;
@@ -402,6 +407,7 @@ impl Checkpointer {
         let (jobs, todo) = sync_channel(1);
         let (finished, done) = sync_channel(1);
         let view = self.tree.view();
+        let counters = Arc::clone(&self.counters);
         let thread = std::thread::Builder::new()
             .name("store-checkpoint".to_owned())
             .spawn(move || self.run(&todo, &finished))?;
@@ -414,6 +420,7 @@ impl Checkpointer {
             done,
             thread,
             covered,
+            counters,
             asked,
             busy,
             wanted,
@@ -445,6 +452,7 @@ impl Checkpointer {
                         self.fatal.call(&fault);
                         return;
                     }
+                    add(&self.counters.tidied, 1);
                 }
                 Err(RecvTimeoutError::Timeout) => self.wake_writer(true),
                 Err(RecvTimeoutError::Disconnected) => return,

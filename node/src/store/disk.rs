@@ -63,7 +63,10 @@ pub enum Fault {
         source: io::Error,
     },
     /// The database failed while it was in use.
-    #[error("the database in {path} failed: {source}; a restart rebuilds it", path = path.display())]
+    #[error(
+        "the database in {path} failed: {source}; a restart rebuilds it",
+        path = path.display()
+    )]
     Tree {
         /// Its directory.
         path: PathBuf,

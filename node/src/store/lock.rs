@@ -12,7 +12,15 @@ use std::path::Path;
 /// Held for as long as it lives.
 #[derive(Debug)]
 pub(super) struct Lock {
-    _file: File,
+    file: File,
+}
+
+/// Unlocks in words. Closing alone would leave the lock to whoever holds a copy of the
+/// descriptor: a child between its fork and its exec.
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
 }
 
 /// Why the lock was not taken.
@@ -40,11 +48,19 @@ impl Lock {
             Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
         }
         match file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())) {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { file }),
             // A full disk must not keep a node from starting: the pid is only for a message.
-            Err(error) if super::disk::is_full(&error) => Ok(Self { _file: file }),
+            Err(error) if super::disk::is_full(&error) => Ok(Self { file }),
             Err(error) => Err(LockError::Io(error)),
         }
+    }
+}
+
+#[cfg(test)]
+impl Lock {
+    /// What a child gets when it is forked.
+    pub(super) fn duplicate_for_test(&self) -> File {
+        self.file.try_clone().expect("a descriptor is free")
     }
 }
 

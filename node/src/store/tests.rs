@@ -181,7 +181,11 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn any_batches_are_there_after_any_restart(
@@ -222,29 +226,15 @@ proptest! {
 
 /// Waits until no checkpoint is under way: the files no longer change.
 fn settle(store: &Store) {
-    let dir = &store.0.dir;
-    let state = || {
-        let mut state = Vec::new();
-        let mut dirs = vec![dir.clone()];
-        while let Some(dir) = dirs.pop() {
-            for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-                let Ok(metadata) = entry.metadata() else { continue };
-                if metadata.is_dir() {
-                    dirs.push(entry.path());
-                }
-                state.push((entry.path(), metadata.len(), metadata.modified().ok()));
-            }
+    eventually("no checkpoint is under way", || {
+        // The second barrier is answered by a writer that has heard of what was finished before
+        // the first, and has asked for what it still wanted.
+        if store.stats().checkpointing {
+            return false;
         }
-        state.sort();
-        (state, store.stats())
-    };
-    let (mut before, mut since) = (state(), Instant::now());
-    eventually("the files rest", || {
-        let now = state();
-        if now != before {
-            (before, since) = (now, Instant::now());
-        }
-        since.elapsed() > Duration::from_millis(60)
+        store.barrier_blocking().unwrap();
+        store.barrier_blocking().unwrap();
+        !store.stats().checkpointing
     });
 }
 
@@ -370,6 +360,18 @@ fn a_second_process_is_told_who_has_it() {
     assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
     store.close_blocking();
     open(dir.path()).0.close_blocking();
+}
+
+#[test]
+fn a_descriptor_that_a_child_inherited_does_not_keep_the_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lock");
+    let lock = Lock::take(&path).unwrap();
+    let inherited = lock.duplicate_for_test();
+    assert!(matches!(Lock::take(&path), Err(LockError::Held(Some(_)))));
+    drop(lock);
+    Lock::take(&path).unwrap();
+    drop(inherited);
 }
 
 #[test]
@@ -570,25 +572,38 @@ fn groups_of_an_earlier_turn_are_not_replayed() {
 
 #[test]
 fn a_value_that_looks_like_a_group_is_not_one() {
-    // A value made of images of a group, with a checksum that holds, at every alignment of 64
-    // bytes: whoever sends it does not know the mark.
+    // A value that carries the image of a group, with a checksum that holds, where a block will
+    // begin; then the circle comes round and overwrites only the front of the real group, so
+    // that a block begins with the image. Whoever sends such a value does not know the mark.
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = open(dir.path());
     let mut forged = Group::new([0; 16]);
     forged.begin(1_000);
     forged.push(&[Write::put("forged", "x")]);
-    let mut image = forged.sealed_for_test().to_vec();
-    image.resize(64, 0);
-    store.commit_blocking(vec![Write::put("seq", image.repeat(200))]).unwrap();
-    for _ in 0..40 {
+    let before_value = 36 + 4 + 5 + "key".len();
+    let mut value = vec![0; 3 * 4096];
+    let image = forged.sealed_for_test();
+    for block in 1..3 {
+        let at = block * 4096 - before_value;
+        value[at..at + image.len()].copy_from_slice(image);
+    }
+    store.commit_blocking(vec![Write::put("key", value.clone())]).unwrap();
+    // The value took 4 blocks of the first segment's 15; 41 more fill the circle.
+    for _ in 0..42 {
         store.commit_blocking(vec![Write::put("small", "")]).unwrap();
     }
     settle(&store);
+    let image_at_block = |block: u64| {
+        let bytes = fs::read(dir.path().join("journal-0")).unwrap();
+        bytes[(block * BLOCK) as usize..].starts_with(image)
+    };
+    assert!(image_at_block(2) && image_at_block(3), "the images are where groups begin");
     let copy = snapshot(dir.path());
     store.close_blocking();
     let (store, opened) = open(copy.path());
-    assert_eq!(opened.entries.len(), 2);
-    assert_eq!(store.commit_blocking(vec![]).unwrap().seq, 42);
+    let expected = [(b"key".to_vec(), value), (b"small".to_vec(), vec![])];
+    assert_eq!(opened.entries, expected);
+    assert_eq!(store.commit_blocking(vec![]).unwrap().seq, 44);
     store.close_blocking();
 }
 
@@ -634,10 +649,11 @@ fn a_broken_database_is_rebuilt_and_nothing_is_lost() {
                     assert!(aside.ends_with("sled.broken-1") && aside.exists(), "{name}");
                 }
                 Some(_) => assert_eq!(name, "gone"),
-                // sled lost its newest part without a word, and the journal still has it.
+                // sled lost its newest part without a word and the journal still has it, or
+                // the flips met only bytes that sled does not use.
                 None => {
-                    assert_eq!(name, "cut");
-                    assert!(opened.recovered.replayed > replayed, "{:?}", opened.recovered);
+                    assert!(["cut", "flips"].contains(&name), "{name}");
+                    assert!(name == "flips" || opened.recovered.replayed > replayed);
                 }
             }
             commit_numbered(&store, 13..=20);
@@ -839,6 +855,8 @@ struct Tape {
     next_file: AtomicU64,
     full: AtomicBool,
     fail_sync: AtomicBool,
+    /// The checkpoint's syncs take so long that the journal overtakes it.
+    slow_checkpoint: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
@@ -951,6 +969,9 @@ impl DiskFile for TapeFile {
     fn sync(&mut self) -> io::Result<()> {
         if self.tape.fail_sync.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(5));
+        }
+        if self.checkpoint && self.tape.slow_checkpoint.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(10));
         }
         self.file.sync()?;
         self.tape.note(Mark::Sync(self.id));
@@ -1069,11 +1090,16 @@ fn land(bytes: &mut Vec<u8>, step: &Mark, mut reaches: impl FnMut(usize) -> bool
 #[test]
 fn a_power_cut_at_any_step_loses_nothing_that_was_answered() {
     let tape = Arc::new(Tape::default());
-    let taped = || Config { disk: Arc::new(TapeDisk(Arc::clone(&tape))), ..small() };
+    tape.slow_checkpoint.store(true, Ordering::Relaxed);
+    let taped = || Config {
+        disk: Arc::new(TapeDisk(Arc::clone(&tape))),
+        rewrite_min: 3 * SEGMENT,
+        ..small()
+    };
     let dir = tempfile::tempdir().unwrap();
     // Two runs, groups of one and of several; enough to turn round, checkpoint and rewrite.
     let mut seq = 0;
-    for until in [60, 130] {
+    for until in [60, 240] {
         let (store, _) = Store::open(dir.path(), taped()).unwrap();
         while seq < until {
             let some = seq % 5 + 1;
@@ -1120,7 +1146,7 @@ fn a_power_cut_at_any_step_loses_nothing_that_was_answered() {
             store.close_blocking();
         }
     }
-    assert!(seen.contains(&0) && seen.len() > 15, "{seen:?}");
+    assert!(seen.contains(&0) && seen.len() > 50, "{seen:?}");
 }
 
 // --- faults ---
