@@ -298,6 +298,13 @@ impl Hand {
     }
 }
 
+/// An envelope whose signature holds.
+struct Opened {
+    header: Header,
+    id: Hash,
+    body: Vec<u8>,
+}
+
 impl Signed {
     /// The object's identity: the hash of the envelope, without the signature.
     #[must_use]
@@ -318,8 +325,8 @@ impl Signed {
     /// # Errors
     /// Says what does not hold; nothing of the object may be believed then.
     pub fn verify<T: Body>(&self, fabric: &FabricId) -> Result<Verified<T>, VerifyError> {
-        let (header, body) = self.open(Some(fabric), None)?;
-        self.read(header, &body)
+        let opened = self.open(fabric, None)?;
+        self.read(opened)
     }
 
     /// The same for what comes again and again: of bytes that held before, the signature is not
@@ -332,20 +339,23 @@ impl Signed {
         fabric: &FabricId,
         papers: &mut Papers,
     ) -> Result<Verified<T>, VerifyError> {
-        let (header, body) = self.open(Some(fabric), Some(papers))?;
-        self.read(header, &body)
+        let opened = self.open(fabric, Some(papers))?;
+        self.read(opened)
     }
 
-    fn read<T: Body>(&self, header: Header, body: &[u8]) -> Result<Verified<T>, VerifyError> {
+    fn read<T: Body>(
+        &self,
+        Opened { header, id, body }: Opened,
+    ) -> Result<Verified<T>, VerifyError> {
         if header.kind != T::KIND {
             return Err(VerifyError::Kind { expected: T::KIND, got: header.kind });
         }
         if header.version != 1 {
             return Err(VerifyError::Version(header.version));
         }
-        let body: T = wire::decode::<MAX_OBJECT, T>(body)?;
+        let body: T = wire::decode::<MAX_OBJECT, T>(&body)?;
         body.validate().map_err(|why| VerifyError::Decode(DecodeError::Invalid(why)))?;
-        Ok(self.verified(header, body))
+        Ok(self.verified(header, id, body))
     }
 
     /// Checks the signature of an object whose kind may be unknown here, and gives its raw body.
@@ -353,8 +363,8 @@ impl Signed {
     /// # Errors
     /// As for [`Signed::verify`], except that any kind and version is taken.
     pub fn verify_opaque(&self, fabric: &FabricId) -> Result<Verified<Vec<u8>>, VerifyError> {
-        let (header, body) = self.open(Some(fabric), None)?;
-        Ok(self.verified(header, body))
+        let Opened { header, id, body } = self.open(fabric, None)?;
+        Ok(self.verified(header, id, body))
     }
 
     /// Checks the signature of an object of any fabric: for charters, which found one, and for
@@ -367,15 +377,11 @@ impl Signed {
         self.verify(&header.fabric)
     }
 
-    fn open(
-        &self,
-        fabric: Option<&FabricId>,
-        papers: Option<&mut Papers>,
-    ) -> Result<(Header, Vec<u8>), VerifyError> {
+    fn open(&self, fabric: &FabricId, papers: Option<&mut Papers>) -> Result<Opened, VerifyError> {
         let envelope = Envelope::decode(&self.envelope)?;
         let header = envelope.header;
-        if let Some(expected) = fabric.filter(|fabric| **fabric != header.fabric) {
-            return Err(VerifyError::Fabric { expected: *expected, got: header.fabric });
+        if *fabric != header.fabric {
+            return Err(VerifyError::Fabric { expected: *fabric, got: header.fabric });
         }
         if let Some(extension) = envelope.extensions.iter().find(|ext| ext.critical) {
             return Err(VerifyError::Extension(extension.tag));
@@ -392,11 +398,11 @@ impl Signed {
                 }
             }
         }
-        Ok((header, envelope.body))
+        Ok(Opened { header, id, body: envelope.body })
     }
 
-    fn verified<T>(&self, header: Header, body: T) -> Verified<T> {
-        Verified { inner: Arc::new(Inner { header, body, id: self.id(), signed: self.clone() }) }
+    fn verified<T>(&self, header: Header, id: Hash, body: T) -> Verified<T> {
+        Verified { inner: Arc::new(Inner { header, body, id, signed: self.clone() }) }
     }
 }
 

@@ -60,6 +60,8 @@ struct CaseLine {
     bench: &'static str,
     nodes: u16,
     full_map_ms: f64,
+    /// Processor time of each node up to then, on average: what a faster machine divides.
+    start_cpu_ms: f64,
     /// From its start to it seeing all and all seeing it.
     late_joiner_ms: f64,
     dead_p50_ms: Option<f64>,
@@ -113,6 +115,7 @@ async fn measure(fleet: &mut Fleet, options: &Options, nodes: u16) -> anyhow::Re
     let mut watch = Watch::over(fleet, None).await?;
     let map = seen(&mut watch, begin, |map| all.iter().all(|id| map.up(id))).await?;
     let full_map_ms = map.last().copied().context("there are no nodes")?;
+    let start_cpu_ms = cpu(fleet)?.as_secs_f64() * 1e3 / f64::from(nodes - 1);
     eprintln!("{nodes} nodes: all see all after {full_map_ms:.0} ms");
 
     let late = fleet.add(config("late"))?;
@@ -145,6 +148,7 @@ async fn measure(fleet: &mut Fleet, options: &Options, nodes: u16) -> anyhow::Re
         bench: "membership",
         nodes,
         full_map_ms: rounded(full_map_ms, 0),
+        start_cpu_ms: rounded(start_cpu_ms, 1),
         late_joiner_ms: rounded(late_joiner_ms, 0),
         dead_p50_ms: of(0.5),
         dead_max_ms: of(1.0),
@@ -284,16 +288,9 @@ struct Idle {
 async fn idle(fleet: &Fleet, seconds: u64) -> anyhow::Result<Idle> {
     sleep(SETTLE).await;
     let count = fleet.members().len() as f64;
-    let cpu = || -> anyhow::Result<Duration> {
-        let mut all = Duration::ZERO;
-        for member in fleet.members() {
-            all += member.usage()?.cpu;
-        }
-        Ok(all)
-    };
-    let (start, cpu_before, sent_before) = (Instant::now(), cpu()?, loopback_bytes());
+    let (start, cpu_before, sent_before) = (Instant::now(), cpu(fleet)?, loopback_bytes());
     sleep(Duration::from_secs(seconds)).await;
-    let (sent_after, cpu_after) = (loopback_bytes(), cpu()?);
+    let (sent_after, cpu_after) = (loopback_bytes(), cpu(fleet)?);
     let span = start.elapsed().as_secs_f64();
     let sent = sent_before.zip(sent_after).map(|(before, after)| after.saturating_sub(before));
     let pids: Vec<u32> = fleet
@@ -319,6 +316,15 @@ async fn idle(fleet: &Fleet, seconds: u64) -> anyhow::Result<Idle> {
             line.trim().parse().ok()
         }),
     })
+}
+
+/// Processor time of all running nodes so far.
+fn cpu(fleet: &Fleet) -> anyhow::Result<Duration> {
+    let mut all = Duration::ZERO;
+    for member in fleet.members().iter().filter(|member| member.file().is_ok()) {
+        all += member.usage()?.cpu;
+    }
+    Ok(all)
 }
 
 /// A field in kB of a file in /proc, in bytes.
