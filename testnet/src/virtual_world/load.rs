@@ -26,7 +26,7 @@ pub(super) enum Purpose {
     /// To get an order to sign elsewhere.
     Draft,
     /// To use a lease, or end it, or see its end.
-    Act(LeaseId),
+    Act(LeaseId, &'static str),
     /// To look.
     Look,
 }
@@ -153,7 +153,12 @@ fn use_lease(
     let mut plan = Vec::new();
     let mut later = |after: Span, command: Command| {
         let after_us = after.as_millis() * 1000;
-        plan.push(Later { after_us, purpose: Purpose::Act(lease), command });
+        let act = match &command {
+            Command::Claim { .. } => "claim",
+            Command::Release(_) => "release",
+            _ => "await its end",
+        };
+        plan.push(Later { after_us, purpose: Purpose::Act(lease, act), command });
     };
     if dice.chance(1, 2) {
         later(Span::millis(dice.below(500)), Command::AwaitEnd(lease));
