@@ -54,6 +54,8 @@ pub struct Facts {
     pub data: SocketAddr,
     /// The fabric's first charter.
     pub charter: Signed,
+    /// The currency of every amount: a fabric's never changes.
+    pub currency: String,
     /// The mandate under which this node orders, if any.
     pub mandate: Option<Signed>,
 }

@@ -174,6 +174,7 @@ impl Node {
             probe: probe_at,
             data: data.local_addr(),
             charter: identity.charter,
+            currency: core.admission().charter().currency.clone(),
             mandate: identity.mandate,
         };
         let parts = Parts { store, payloads, data, net, probe, work, admitted, min_disk_free };

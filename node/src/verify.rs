@@ -6,7 +6,7 @@
 
 use leasehold_proto::core::{Ticket, Token};
 use leasehold_proto::words::message::{self, Said};
-use leasehold_proto::words::sign::{Signature, verify_packet};
+use leasehold_proto::words::sign::{Papers, Signature, verify_packet};
 use leasehold_proto::{FabricId, KeyId};
 use tokio::sync::mpsc;
 
@@ -55,8 +55,9 @@ impl Verifiers {
                 let (sender, mut receiver) = mpsc::channel(QUEUE);
                 let checked = checked.clone();
                 tokio::spawn(async move {
+                    let mut papers = Papers::default();
                     while let Some(frame) = receiver.recv().await {
-                        if checked.send(check(&fabric, frame)).await.is_err() {
+                        if checked.send(check(&fabric, frame, &mut papers)).await.is_err() {
                             return;
                         }
                         // A long run of checks must not keep this thread from its other tasks.
@@ -105,18 +106,19 @@ impl Verifiers {
     }
 }
 
-fn said(fabric: &FabricId, frame: &[u8]) -> Result<Box<Said>, String> {
+fn said(fabric: &FabricId, frame: &[u8], papers: &mut Papers) -> Result<Box<Said>, String> {
     let message = message::decode(frame).map_err(|error| error.to_string())?;
-    message::verify(&message, fabric).map(Box::new).map_err(|error| error.to_string())
+    let said = message::verify_among(&message, fabric, papers);
+    said.map(Box::new).map_err(|error| error.to_string())
 }
 
-fn check(fabric: &FabricId, unchecked: Unchecked) -> Checked {
+fn check(fabric: &FabricId, unchecked: Unchecked, papers: &mut Papers) -> Checked {
     match unchecked {
-        Unchecked::Asked { from, ticket, frame } => match said(fabric, &frame) {
+        Unchecked::Asked { from, ticket, frame } => match said(fabric, &frame, papers) {
             Ok(said) => Checked::Asked { from, ticket, said },
             Err(why) => Checked::BadQuestion { from, ticket, why },
         },
-        Unchecked::Answered { from, token, frame } => match said(fabric, &frame) {
+        Unchecked::Answered { from, token, frame } => match said(fabric, &frame, papers) {
             Ok(said) => Checked::Answered { from, token, said },
             Err(why) => Checked::BadAnswer { token, why },
         },

@@ -4,11 +4,13 @@
 //! scenario      who is there, what they ask, what goes wrong: plain data from one seed
 //! check         the invariants of the design, over a history of what was seen
 //! virtual_world many cores in virtual time in one process
+//! bench         the subcommand that measures, with real processes
 //! fleet         real node processes on loopback, and nothing of them left behind
 //! up            the subcommand that runs a fleet until it is told to stop
 //! sim           the subcommand that runs scenarios in the virtual world
 //! ```
 
+pub mod bench;
 pub mod check;
 pub mod fleet;
 pub mod report;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::{fleet, sim, up};
+use leasehold_testnet::{bench, fleet, sim, up};
 
 /// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
@@ -17,6 +17,8 @@ struct Cli {
 enum Command {
     /// Run many nodes in virtual time, with faults, and check the invariants after every step.
     Sim(sim::Args),
+    /// Measure this machine, as JSON lines: one a case, the first about the machine.
+    Bench(bench::Bench),
     /// Run a fleet of real nodes on this machine until Ctrl-C or SIGTERM
     Up(up::Args),
 }
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
     }
     match Cli::parse().command {
         Command::Sim(args) => sim::main(&args),
+        Command::Bench(bench) => bench.main(),
         Command::Up(args) => up::main(&args),
     }
 }

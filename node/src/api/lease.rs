@@ -54,8 +54,8 @@ fn unfitting(reply: &Reply) -> ApiError {
     ApiError::internal("answering a command", &format!("{reply:?}"))
 }
 
-async fn currency(app: &App) -> Result<String, ApiError> {
-    Ok(app.handle.view().await?.currency)
+fn currency(app: &App) -> String {
+    app.handle.facts().currency.clone()
 }
 
 /// Rank the hosts for what is wanted
@@ -68,7 +68,7 @@ pub(super) async fn plan(
 ) -> Result<Json<Plan>, ApiError> {
     let want = request.want.parse()?;
     match app.handle.ask(Command::Plan(want)).await? {
-        Reply::Plan(ranking) => Ok(Json(Plan::of(&ranking, currency(&app).await?))),
+        Reply::Plan(ranking) => Ok(Json(Plan::of(&ranking, currency(&app)))),
         other => Err(unfitting(&other)),
     }
 }
@@ -89,7 +89,7 @@ pub(super) async fn order(
         Reply::Drafted(draft, choice) => Ok(Json(OrderDraft {
             order: armor::encode(&Item::Draft(draft))?,
             choice: (&choice).into(),
-            currency: currency(&app).await?,
+            currency: currency(&app),
         })),
         other => Err(unfitting(&other)),
     }
@@ -134,7 +134,7 @@ pub(super) async fn request(
                 order: leased.order.to_string(),
                 choice: ChoiceLine::from(&leased.choice),
                 heard: leased.heard.iter().map(HeardLine::from).collect(),
-                currency: currency(&app).await?,
+                currency: currency(&app),
             };
             Ok((StatusCode::CREATED, Json(body)).into_response())
         }
@@ -257,7 +257,7 @@ pub(super) async fn end(
     Params(params): Params<EndParams>,
 ) -> Result<Json<EndLine>, ApiError> {
     let lease = lease_id(&lease)?;
-    let currency = currency(&app).await?;
+    let currency = currency(&app);
     let wait = Duration::from_secs(params.timeout_s.unwrap_or(WAIT_S).min(MAX_WAIT_S));
     tokio::select! {
         () = app.shutdown.cancelled() => Err(ApiError::stopping()),

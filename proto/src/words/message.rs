@@ -12,7 +12,7 @@ use super::contract::Termination;
 use super::contract::{Acceptance, Authority, Claim, Grant, Mandate, Order, Refusal, Release};
 use super::object::Kind;
 use super::record::{HostRecord, Offer};
-use super::sign::{Draft, Signed, Verified, VerifyError};
+use super::sign::{Draft, Papers, Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
 use super::wire::{self, DecodeError, EncodeError, MAX_MESSAGE};
 use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
@@ -304,24 +304,36 @@ pub fn decode(frame: &[u8]) -> Result<Message, DecodeError> {
 /// # Errors
 /// At the first that does not hold; nothing of the message may be believed then.
 pub fn verify(message: &Message, fabric: &FabricId) -> Result<Said, VerifyError> {
+    verify_among(message, fabric, &mut Papers::default())
+}
+
+/// The same, with certificates and mandates that were met before not checked again.
+///
+/// # Errors
+/// As for [`verify`].
+pub fn verify_among(
+    message: &Message,
+    fabric: &FabricId,
+    papers: &mut Papers,
+) -> Result<Said, VerifyError> {
     Ok(match message {
         Message::Hello { charter, certificate, epoch, seen } => Said::Hello {
             charter: *charter,
-            certificate: certificate.verify(fabric)?,
+            certificate: certificate.verify_among(fabric, papers)?,
             epoch: *epoch,
             seen: *seen,
         },
         Message::Announce(names) => Said::Announce(names.clone()),
         Message::Pull(names) => Said::Pull(names.clone()),
         Message::Records(records) => Said::Records(
-            records.iter().map(|record| verify_record(record, fabric)).collect::<Result<_, _>>()?,
+            records.iter().map(|r| record(r, fabric, papers)).collect::<Result<_, _>>()?,
         ),
         Message::Digest(buckets) => Said::Digest(buckets.clone()),
         Message::Differ { buckets, names } => {
             Said::Differ { buckets: buckets.clone(), names: names.clone() }
         }
-        Message::Order(signed) => Said::Order(Box::new(verify_order(signed, fabric)?)),
-        Message::Granted(signed) => Said::Granted(Box::new(verify_grant(signed, fabric)?)),
+        Message::Order(signed) => Said::Order(Box::new(order(signed, fabric, papers)?)),
+        Message::Granted(signed) => Said::Granted(Box::new(grant(signed, fabric, papers)?)),
         Message::Refused(signed) => {
             let refusal: Verified<Refusal> = signed.verify(fabric)?;
             let offer = refusal.body().offer.as_ref().map(|offer| offer.verify(fabric));
@@ -344,10 +356,18 @@ pub fn verify(message: &Message, fabric: &FabricId) -> Result<Said, VerifyError>
 /// # Errors
 /// When one does not hold, or a known kind breaks its rules.
 pub fn verify_record(signed: &Signed, fabric: &FabricId) -> Result<RecordSaid, VerifyError> {
+    record(signed, fabric, &mut Papers::default())
+}
+
+fn record(
+    signed: &Signed,
+    fabric: &FabricId,
+    papers: &mut Papers,
+) -> Result<RecordSaid, VerifyError> {
     match signed.header()?.kind {
         Kind::HostRecord => {
             let record: Verified<HostRecord> = signed.verify(fabric)?;
-            let certificate = record.body().certificate.verify(fabric)?;
+            let certificate = record.body().certificate.verify_among(fabric, papers)?;
             Ok(RecordSaid::Host(record, certificate))
         }
         Kind::Offer => signed.verify(fabric).map(RecordSaid::Offer),
@@ -361,14 +381,22 @@ pub fn verify_record(signed: &Signed, fabric: &FabricId) -> Result<RecordSaid, V
 /// # Errors
 /// When one does not hold, or the signer is neither the delegate nor the lessee.
 pub fn verify_order(signed: &Signed, fabric: &FabricId) -> Result<OrderPapers, VerifyError> {
+    order(signed, fabric, &mut Papers::default())
+}
+
+fn order(
+    signed: &Signed,
+    fabric: &FabricId,
+    papers: &mut Papers,
+) -> Result<OrderPapers, VerifyError> {
     let order: Verified<Order> = signed.verify(fabric)?;
     let (mandate, certificate) = match &order.body().authority {
         Authority::Mandate(mandate) => {
-            let mandate: Verified<Mandate> = mandate.verify(fabric)?;
-            let certificate = mandate.body().certificate.verify(fabric)?;
+            let mandate: Verified<Mandate> = mandate.verify_among(fabric, papers)?;
+            let certificate = mandate.body().certificate.verify_among(fabric, papers)?;
             (Some(mandate), certificate)
         }
-        Authority::Lessee(certificate) => (None, certificate.verify(fabric)?),
+        Authority::Lessee(certificate) => (None, certificate.verify_among(fabric, papers)?),
     };
     Ok(OrderPapers { order, mandate, certificate })
 }
@@ -378,7 +406,15 @@ pub fn verify_order(signed: &Signed, fabric: &FabricId) -> Result<OrderPapers, V
 /// # Errors
 /// When one does not hold.
 pub fn verify_grant(signed: &Signed, fabric: &FabricId) -> Result<GrantPapers, VerifyError> {
+    grant(signed, fabric, &mut Papers::default())
+}
+
+fn grant(
+    signed: &Signed,
+    fabric: &FabricId,
+    papers: &mut Papers,
+) -> Result<GrantPapers, VerifyError> {
     let grant: Verified<Grant> = signed.verify(fabric)?;
-    let certificate = grant.body().certificate.verify(fabric)?;
+    let certificate = grant.body().certificate.verify_among(fabric, papers)?;
     Ok(GrantPapers { grant, certificate })
 }

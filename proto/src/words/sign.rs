@@ -12,6 +12,7 @@
 //! Ed25519 is checked by `verify_strict` only (it refuses small-order points and non-canonical
 //! scalars); `tests/ed25519.rs` pins that with the public edge cases.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -187,6 +188,46 @@ pub fn is_usable(key: &KeyId) -> bool {
     VerifyingKey::from_bytes(&key.0).is_ok_and(|key| !key.is_weak())
 }
 
+/// Papers whose signature was checked before: certificates and mandates come with every order and
+/// grant, byte for byte the same. Holds at most two times [`Papers::MOST`] hashes.
+#[derive(Debug, Default)]
+pub struct Papers {
+    recent: BTreeSet<Hash>,
+    before: BTreeSet<Hash>,
+}
+
+impl Papers {
+    /// After so many new papers, those that were not seen since are forgotten.
+    pub const MOST: usize = 2_048;
+
+    /// The exact bytes, signature included: what was changed by one bit is checked again.
+    fn name(id: &Hash, signature: &Signature) -> Hash {
+        let mut bytes = [0; 96];
+        let (first, second) = bytes.split_at_mut(32);
+        first.copy_from_slice(&id.0);
+        second.copy_from_slice(&signature.0);
+        Hash::of(&bytes)
+    }
+
+    fn hold(&mut self, name: Hash) {
+        if self.recent.len() >= Self::MOST {
+            self.before = std::mem::take(&mut self.recent);
+        }
+        self.recent.insert(name);
+    }
+
+    fn knows(&mut self, name: &Hash) -> bool {
+        if self.recent.contains(name) {
+            return true;
+        }
+        let known = self.before.contains(name);
+        if known {
+            self.hold(*name);
+        }
+        known
+    }
+}
+
 impl Draft {
     /// Puts `body` into an envelope.
     ///
@@ -277,14 +318,32 @@ impl Signed {
     /// # Errors
     /// Says what does not hold; nothing of the object may be believed then.
     pub fn verify<T: Body>(&self, fabric: &FabricId) -> Result<Verified<T>, VerifyError> {
-        let (header, body) = self.open(Some(fabric))?;
+        let (header, body) = self.open(Some(fabric), None)?;
+        self.read(header, &body)
+    }
+
+    /// The same for what comes again and again: of bytes that held before, the signature is not
+    /// checked again.
+    ///
+    /// # Errors
+    /// As for [`Signed::verify`].
+    pub fn verify_among<T: Body>(
+        &self,
+        fabric: &FabricId,
+        papers: &mut Papers,
+    ) -> Result<Verified<T>, VerifyError> {
+        let (header, body) = self.open(Some(fabric), Some(papers))?;
+        self.read(header, &body)
+    }
+
+    fn read<T: Body>(&self, header: Header, body: &[u8]) -> Result<Verified<T>, VerifyError> {
         if header.kind != T::KIND {
             return Err(VerifyError::Kind { expected: T::KIND, got: header.kind });
         }
         if header.version != 1 {
             return Err(VerifyError::Version(header.version));
         }
-        let body: T = wire::decode::<MAX_OBJECT, T>(&body)?;
+        let body: T = wire::decode::<MAX_OBJECT, T>(body)?;
         body.validate().map_err(|why| VerifyError::Decode(DecodeError::Invalid(why)))?;
         Ok(self.verified(header, body))
     }
@@ -294,7 +353,7 @@ impl Signed {
     /// # Errors
     /// As for [`Signed::verify`], except that any kind and version is taken.
     pub fn verify_opaque(&self, fabric: &FabricId) -> Result<Verified<Vec<u8>>, VerifyError> {
-        let (header, body) = self.open(Some(fabric))?;
+        let (header, body) = self.open(Some(fabric), None)?;
         Ok(self.verified(header, body))
     }
 
@@ -308,7 +367,11 @@ impl Signed {
         self.verify(&header.fabric)
     }
 
-    fn open(&self, fabric: Option<&FabricId>) -> Result<(Header, Vec<u8>), VerifyError> {
+    fn open(
+        &self,
+        fabric: Option<&FabricId>,
+        papers: Option<&mut Papers>,
+    ) -> Result<(Header, Vec<u8>), VerifyError> {
         let envelope = Envelope::decode(&self.envelope)?;
         let header = envelope.header;
         if let Some(expected) = fabric.filter(|fabric| **fabric != header.fabric) {
@@ -317,7 +380,18 @@ impl Signed {
         if let Some(extension) = envelope.extensions.iter().find(|ext| ext.critical) {
             return Err(VerifyError::Extension(extension.tag));
         }
-        check(&header.signer, &signed_text(&header, &self.id()), &self.signature)?;
+        let id = self.id();
+        let text = signed_text(&header, &id);
+        match papers {
+            None => check(&header.signer, &text, &self.signature)?,
+            Some(papers) => {
+                let name = Papers::name(&id, &self.signature);
+                if !papers.knows(&name) {
+                    check(&header.signer, &text, &self.signature)?;
+                    papers.hold(name);
+                }
+            }
+        }
         Ok((header, envelope.body))
     }
 
@@ -411,5 +485,61 @@ impl<'de> Deserialize<'de> for Signature {
         bytes[..32].copy_from_slice(&r.0);
         bytes[32..].copy_from_slice(&s.0);
         Ok(Self(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::id::{LeaseId, RequestId};
+    use crate::words::contract::Acceptance;
+
+    const FABRIC: FabricId = FabricId(Hash([7; 32]));
+
+    fn signed(act: u8) -> Signed {
+        let signer = Signer::from_seed(&[1; 32]);
+        let hand = Hand { fabric: FABRIC, me: signer.id(), epoch: 1 };
+        let (lease, of) = (LeaseId(Hash([2; 32])), Hash([4; 32]));
+        let body = Acceptance { lease, act: RequestId([act; 16]), of };
+        let draft = hand.draft(Hash([3; 32]), 0, Wall(u64::MAX), &body).expect("fits");
+        signer.sign(&draft).expect("signs")
+    }
+
+    #[test]
+    fn papers_that_are_known_are_known_to_the_bit() {
+        let mut papers = Papers::default();
+        let sound = signed(1);
+        let verify = |signed: &Signed, papers: &mut Papers| {
+            signed.verify_among::<Acceptance>(&FABRIC, papers).map(|verified| verified.id())
+        };
+        for _ in 0..2 {
+            assert_eq!(verify(&sound, &mut papers), Ok(sound.id()));
+        }
+        let mut forged = sound.clone();
+        forged.signature.0[5] ^= 1;
+        assert_eq!(verify(&forged, &mut papers), Err(VerifyError::Signature));
+        let mut changed = sound.clone();
+        let last = changed.envelope.len() - 1;
+        changed.envelope[last] ^= 1;
+        assert_eq!(verify(&changed, &mut papers), Err(VerifyError::Signature));
+        let other = FabricId(Hash([8; 32]));
+        let elsewhere = sound.verify_among::<Acceptance>(&other, &mut papers);
+        assert!(matches!(elsewhere, Err(VerifyError::Fabric { .. })));
+        // What did not hold is not remembered as if it had.
+        assert_eq!(verify(&forged, &mut papers), Err(VerifyError::Signature));
+    }
+
+    #[test]
+    fn papers_forget_what_is_not_seen_again() {
+        let mut papers = Papers::default();
+        let name = |n: usize| Hash::of(&n.to_le_bytes());
+        papers.hold(name(0));
+        for n in 1..10 * Papers::MOST {
+            papers.hold(name(n));
+            // The first one is in use all the time.
+            assert!(papers.knows(&name(0)));
+            assert!(papers.recent.len() + papers.before.len() <= 2 * Papers::MOST);
+        }
+        assert!(!papers.knows(&name(1)));
     }
 }
