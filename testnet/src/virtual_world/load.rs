@@ -170,7 +170,7 @@ fn use_lease(
             _ => Some(Span::millis(claim_within.as_millis() * (80 + dice.below(60)) / 100)),
         }
     } else {
-        Some(Span::millis(dice.below(claim_within.as_millis().min(1_000).max(1))))
+        Some(Span::millis(dice.below(claim_within.as_millis().clamp(1, 1_000))))
     };
     if let Some(after) = claims {
         let job = job(dice);
