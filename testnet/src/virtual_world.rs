@@ -208,7 +208,7 @@ fn address(host: usize, port: u16) -> SocketAddr {
 
 impl<'a> World<'a> {
     fn new(scenario: &'a Scenario) -> Result<Self, WorldError> {
-        let mut dice = Dice::new(scenario.seed ^ 0x5eed_0f_a_11);
+        let mut dice = Dice::new(scenario.seed ^ 0x0005_eed0_fa11);
         let fabric = Fabric::found(&mut dice)?;
         let twins = scenario.steps.iter().filter(|(_, step)| matches!(step, Step::Twin { .. }));
         let count = scenario.nodes + twins.count();
