@@ -382,6 +382,9 @@ impl Core {
         if ahead || forged {
             self.twin(name.epoch, out);
             self.last_word(now, name, out);
+            if self.halted.is_some() {
+                self.membership.mute();
+            }
         }
     }
 

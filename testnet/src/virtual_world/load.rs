@@ -76,7 +76,7 @@ fn want(load: &Load, dice: &mut Dice) -> Want {
         shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
         class: Class::Firm,
         term,
-        claim_within: span(dice, load.claim_within).scale(1, 1).min(term),
+        claim_within: span(dice, load.claim_within).min(term),
         max_hourly: Amount(10 * UNIT),
         budget: Amount(budget),
         exposure: Amount(exposure),
