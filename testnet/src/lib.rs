@@ -5,11 +5,13 @@
 //! check         the invariants of the design, over a history of what was seen
 //! virtual_world many cores in virtual time in one process
 //! fleet         real node processes on loopback, and nothing of them left behind
+//! demo          the subcommand that shows one lease from end to end
 //! up            the subcommand that runs a fleet until it is told to stop
 //! sim           the subcommand that runs scenarios in the virtual world
 //! ```
 
 pub mod check;
+pub mod demo;
 pub mod fleet;
 pub mod report;
 pub mod scenario;
