@@ -110,10 +110,13 @@ fn a_request_makes_one_lease_whatever_comes_after() {
     assert!(book.promised().is_nothing());
 }
 
+/// Brings a granted lease into a stage.
+type Reach = fn(&People, &mut Book, LeaseId);
+
 #[test]
 fn acts_by_stage() {
     let people = People::new();
-    let reach: [(&str, fn(&People, &mut Book, LeaseId)); 4] = [
+    let reach: [(&str, Reach); 4] = [
         ("granted", |_, _, _| {}),
         ("active", |people, book, lease| {
             assert!(matches!(book.claim(now(10), &claim(people, lease), true), Acted::Accepted(_)));
