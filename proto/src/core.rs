@@ -7,6 +7,8 @@
 //! - For every question asked by [`Effect::Ask`] the shell hands back exactly one
 //!   [`Event::Answered`] or [`Event::Unanswered`]; for every [`Effect::StartJob`] one
 //!   [`Event::JobEnded`], once nothing of the job is left.
+//! - Every [`Effect::Dial`] that names a peer is followed by [`Event::Linked`] or
+//!   [`Event::DialFailed`], unless there is a link already.
 //! - [`Core::next_wake`] says when [`Event::Woke`] is due; waking early is harmless.
 //!
 //! The core is a `match`, not a mind: it hands one mind what it needs of another. `links` does
@@ -197,6 +199,8 @@ pub struct Core {
     history: VecDeque<view::LentView>,
     records: BTreeMap<KeyId, Record>,
     halted: Option<String>,
+    /// The highest epoch in which the last word about this key was said.
+    last_word: u64,
     disk_full: bool,
     leaving: bool,
     tokens: u64,
@@ -270,6 +274,7 @@ impl Core {
             history: VecDeque::new(),
             records: BTreeMap::new(),
             halted: None,
+            last_word: 0,
             disk_full: false,
             leaving: false,
             tokens: 0,

@@ -19,8 +19,9 @@ use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::exit;
 
-/// Longer runs of letters are data, not words.
-const LONGEST_WORD: usize = 40;
+/// Runs of letters that count as words, by length: a single letter is mostly part of something
+/// else, and what is longer is data.
+const WORD: std::ops::RangeInclusive<usize> = 2..=40;
 
 fn main() {
     let top = match arguments() {
@@ -131,7 +132,7 @@ impl Counted {
                 word.push(byte.to_ascii_lowercase() as char);
                 continue;
             }
-            if (1..=LONGEST_WORD).contains(&word.len()) {
+            if WORD.contains(&word.len()) {
                 let id = match ids.get(&word) {
                     Some(&id) => id,
                     None => {

@@ -178,8 +178,8 @@ pub struct Settled {
     pub key: KeyId,
     /// How things stand there; `None` when it does not run.
     pub view: Option<View>,
-    /// How many of its commands were never answered.
-    pub unanswered: usize,
+    /// Its commands that were never answered, in words.
+    pub unanswered: Vec<String>,
 }
 
 /// The history, as far as it is needed.
@@ -583,16 +583,19 @@ impl Check {
             let at = At { us, host: node.host, boot: Boot(0) };
             if let Some(host) = self.hosts.get(&node.host).filter(|host| host.copied) {
                 let newer = self.epochs.get(&host.key).copied().unwrap_or(0) > host.epoch;
-                if (newer || host.outdated) && view.halted.is_none() && view.links > 0 {
-                    let what = "a newer life of its key was seen, it goes on granting".to_string();
+                let same = |other: &&Settled| other.key == node.key && other.view.is_some();
+                let shared = nodes.iter().filter(same).count() > 1;
+                let must = newer || host.outdated || shared;
+                if must && view.halted.is_none() && view.links > 0 {
+                    let what = "another life of its key was seen, it goes on granting".to_string();
                     self.found("8 (epochs)", at, what);
                 }
                 continue;
             }
             let mut wrong = self.members(view, nodes);
             wrong.extend(self.leases_of(view, nodes));
-            if node.unanswered > 0 {
-                wrong.push(format!("{} commands were never answered", node.unanswered));
+            if !node.unanswered.is_empty() {
+                wrong.push(format!("never answered: {}", node.unanswered.join(", ")));
             }
             if !view.promised.is_nothing() {
                 wrong.push(format!("{} is promised still", view.promised));

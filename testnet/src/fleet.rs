@@ -13,17 +13,19 @@
 //!
 //! Nothing stays behind, however this process ends: [`Fleet::stop`] ends everything in order,
 //! dropping a fleet ends it too, and where this process is killed, the guard does it. Each of them
-//! ends only processes of this executable that were told to work under ROOT.
+//! ends only nodes and jobs whose command lines say that they work under ROOT.
 
-use std::ffi::{OsStr, OsString};
+mod guard;
+
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use leasehold_keys::file::Protection;
@@ -35,21 +37,18 @@ use leasehold_node::client::{self, Client, ClientError};
 use leasehold_node::clock;
 use leasehold_node::config::{Config, FILE};
 use leasehold_node::home::{Allowance, Founder, Founding, Home, HomeError, mandate};
-use leasehold_node::work::{self, Exec, Process, Work};
+use leasehold_node::work::{self, Exec};
 use leasehold_proto::words::charter::Role;
 use leasehold_proto::{Amount, Span};
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::sync::mpsc;
 use tokio::time::sleep;
+
+use self::guard::{Guard, end_processes, guard_main};
 
 /// The first argument that makes this executable a node.
 pub const NODE: &str = "node";
 /// The first argument that makes this executable the guard of a fleet.
 const GUARD: &str = "__fleet";
-/// What the guard is told when the fleet has ended in order.
-const DONE: &[u8] = b"done";
-/// What it is told when it should end the fleet for one that still holds the lock.
-const ENDS: &[u8] = b"ends";
 /// How many nodes may be starting at once: each takes a core for a while, and a node lets only 16
 /// strangers shake hands at a time.
 const STARTING: usize = 8;
@@ -812,166 +811,6 @@ async fn stop_members(members: &mut [Member]) -> usize {
     }
 }
 
-// ---------------------------------------------------------------- ending what works under a root
-
-/// What a process of this executable does under a fleet's directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    Node,
-    Job,
-}
-
-/// What a command line says that the process does under `root`, if anything.
-fn part_of<'a>(mut args: impl Iterator<Item = &'a [u8]>, root: &Path) -> Option<Part> {
-    let under = |path: Option<&[u8]>| {
-        path.is_some_and(|path| Path::new(OsStr::from_bytes(path)).starts_with(root))
-    };
-    if args.nth(1)? != NODE.as_bytes() {
-        return None;
-    }
-    match args.next()? {
-        b"up" => (args.next()? == b"--dir" && under(args.next())).then_some(Part::Node),
-        b"__warden" | b"__runner" => under(args.next()).then_some(Part::Job),
-        _ => None,
-    }
-}
-
-/// The processes of this executable that work under `root`.
-fn processes(root: &Path) -> Vec<(Process, Part)> {
-    let same = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let me = same(Path::new("/proc/self/exe"));
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter_map(|pid| {
-        // First who it is, then what it does: a pid that changes hands between is not meant.
-        let process = Process::of(pid).filter(Process::alive)?;
-        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        let part = part_of(line.split(|byte| *byte == 0), root)?;
-        let mine = me.is_some() && same(Path::new(&format!("/proc/{pid}/exe"))) == me;
-        (mine && Process::of(pid) == Some(process)).then_some((process, part))
-    })
-    .collect()
-}
-
-/// Ends whatever works under `root`: nodes first, then what jobs they left. Gives how many jobs.
-async fn end_processes(root: &Path) -> Result<usize, FleetError> {
-    let nodes = || processes(root).into_iter().filter(|(_, part)| *part == Part::Node);
-    for (process, _) in nodes() {
-        if let Some(pid) = Pid::from_raw(process.pid).filter(|_| process.alive()) {
-            let _ = kill_process(pid, Signal::TERM);
-        }
-    }
-    let begun = Instant::now();
-    while nodes().next().is_some() && begun.elapsed() < STOPS {
-        sleep(LOOK / 2).await;
-    }
-    for (process, _) in nodes() {
-        let _ = process.kill();
-    }
-    // Through the node's own way, which also removes the jobs' cgroups.
-    let mut ended = 0;
-    for entry in fs::read_dir(root).map_err(io_at(root))?.flatten() {
-        let jobs = entry.path().join("jobs");
-        if fs::read_dir(&jobs).is_ok_and(|mut entries| entries.next().is_some()) {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            ended += end_jobs(jobs).await.map_err(|source| FleetError::Jobs { name, source })?;
-        }
-    }
-    for (process, _) in processes(root) {
-        let _ = process.kill();
-    }
-    let begun = Instant::now();
-    loop {
-        let left: Vec<i32> = processes(root).iter().map(|(process, _)| process.pid).collect();
-        if left.is_empty() {
-            return Ok(ended);
-        }
-        if begun.elapsed() > STOPS {
-            return Err(FleetError::Stays(left));
-        }
-        sleep(LOOK / 2).await;
-    }
-}
-
-/// Ends what jobs an ended node left, and gives how many still ran.
-async fn end_jobs(jobs: PathBuf) -> Result<usize, work::OpenError> {
-    let (events, _receiver) = mpsc::channel(16);
-    let exec = Exec { prefix: vec![NODE.into()], ..Exec::default() };
-    let work = Work::open(jobs, exec, events)?;
-    let running = work.orphans().iter().filter(|orphan| orphan.live).count();
-    work.reap_orphans().await?;
-    Ok(running)
-}
-
-/// The process that ends the fleet when this one cannot any more.
-#[derive(Debug)]
-struct Guard {
-    process: Child,
-    pipe: Option<ChildStdin>,
-}
-
-impl Guard {
-    fn start(program: &Path, root: &Path, temporary: bool) -> Result<Self, FleetError> {
-        let mut command = Command::new(program);
-        command.arg0("leasehold-testnet").arg(GUARD).arg(root).arg(if temporary {
-            "temporary"
-        } else {
-            "kept"
-        });
-        // Signals of the terminal are not for it.
-        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        let spawned = command.spawn();
-        let spawned = spawned
-            .map_err(|source| FleetError::Spawn { what: "the fleet's guard".into(), source });
-        let mut process = spawned?;
-        let pipe = process.stdin.take();
-        Ok(Self { process, pipe })
-    }
-
-    /// All has ended: it may go.
-    fn dismiss(&mut self) {
-        if let Some(mut pipe) = self.pipe.take() {
-            let _ = pipe.write_all(DONE);
-            drop(pipe);
-            let _ = self.process.wait();
-        }
-    }
-
-    /// Lets it end what still runs, if anything, and waits for it. Once only.
-    fn alarm(&mut self) {
-        if let Some(mut pipe) = self.pipe.take() {
-            let _ = pipe.write_all(ENDS);
-            drop(pipe);
-            let _ = self.process.wait();
-        }
-    }
-}
-
-/// The guard's whole life.
-fn guard_main<'a>(mut args: impl Iterator<Item = &'a OsString>) -> ExitCode {
-    let Some(root) = args.next().map(PathBuf::from).filter(|root| root.is_absolute()) else {
-        return ExitCode::from(2);
-    };
-    let temporary = args.next().is_some_and(|kind| kind == "temporary");
-    let mut said = Vec::new();
-    let heard = io::stdin().take(DONE.len() as u64).read_to_end(&mut said);
-    if heard.is_ok() && said == DONE {
-        return ExitCode::SUCCESS;
-    }
-    // Where its process is gone another fleet may have the directory by now, and has ended what
-    // was left there before it began.
-    let held = if said == ENDS { None } else { lock(&root).map(Some).unwrap_or(None) };
-    if said != ENDS && held.is_none() {
-        return ExitCode::SUCCESS;
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let ended = runtime.is_ok_and(|runtime| runtime.block_on(end_processes(&root)).is_ok());
-    if temporary && ended {
-        let _ = fs::remove_dir_all(&root);
-    }
-    if ended { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
 /// If this process was started as a part of a fleet (a node or one of its commands, a job's warden
 /// or runner, the guard), does that work and returns its exit code; otherwise returns none. To be
 /// called first thing in `main`, before any thread is started; `args` are the process's arguments
@@ -996,32 +835,6 @@ pub fn hidden(args: &[OsString]) -> Option<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn part(line: &str) -> Option<Part> {
-        part_of(line.split(' ').map(str::as_bytes), Path::new("/tmp/fleet"))
-    }
-
-    #[test]
-    fn only_what_works_under_the_root_is_meant() {
-        assert_eq!(part("testnet node up --dir /tmp/fleet/a"), Some(Part::Node));
-        assert_eq!(part("testnet node __warden /tmp/fleet/a/jobs/1"), Some(Part::Job));
-        assert_eq!(part("testnet node __runner /tmp/fleet/a/jobs/1"), Some(Part::Job));
-        for other in [
-            "",
-            "testnet",
-            "testnet node",
-            "testnet node up",
-            "testnet node up --dir",
-            "testnet node up --dir /tmp/fleet2/a",
-            "testnet node up --dir /home/tmp/fleet/a",
-            "testnet node nodes --dir /tmp/fleet/a",
-            "testnet up --dir /tmp/fleet/a",
-            "testnet __fleet /tmp/fleet",
-            "less /tmp/fleet/a/node.log",
-        ] {
-            assert_eq!(part(other), None, "{other}");
-        }
-    }
 
     #[test]
     fn a_process_is_measured_whatever_it_calls_itself() {

@@ -6,12 +6,14 @@
 //! virtual_world many cores in virtual time in one process
 //! bench         the subcommand that measures, with real processes
 //! fleet         real node processes on loopback, and nothing of them left behind
+//! demo          the subcommand that shows one lease from end to end
 //! up            the subcommand that runs a fleet until it is told to stop
 //! sim           the subcommand that runs scenarios in the virtual world
 //! ```
 
 pub mod bench;
 pub mod check;
+pub mod demo;
 pub mod fleet;
 pub mod report;
 pub mod scenario;

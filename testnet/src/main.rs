@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::{bench, fleet, sim, up};
+use leasehold_testnet::{bench, demo, fleet, sim, up};
 
 /// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
@@ -15,6 +15,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run one lease end to end between five real nodes, and tell what happens
+    Demo(demo::Args),
     /// Run many nodes in virtual time, with faults, and check the invariants after every step.
     Sim(sim::Args),
     /// Measure this machine, as JSON lines: one a case, the first about the machine.
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         return code;
     }
     match Cli::parse().command {
+        Command::Demo(args) => demo::main(&args),
         Command::Sim(args) => sim::main(&args),
         Command::Bench(bench) => bench.main(),
         Command::Up(args) => up::main(&args),

@@ -74,6 +74,8 @@ pub enum Step {
         node: usize,
         /// How long until it is started.
         down: Span,
+        /// Whether it is killed in the middle of the next sync, not at once.
+        syncing: bool,
     },
     /// The host loses power and boots.
     Reboot {
@@ -187,7 +189,9 @@ impl Scenario {
         };
         let sync_us = (300, between(800, 3_000));
         let steps = faults(&mut dice, nodes, length);
-        let quiet = Span::secs(longest + 60);
+        let copies = steps.iter().any(|(_, step)| matches!(step, Step::Twin { .. }));
+        // Two holders of one key hear of each other by the comparison that is made every minute.
+        let quiet = Span::secs(longest + if copies { 140 } else { 60 });
         Self { seed, nodes, length, quiet, plant, network, sync_us, load, steps }
     }
 
@@ -239,7 +243,9 @@ fn fault(dice: &mut Dice, nodes: usize, at: Span, last: Span) -> Step {
     let left = last.saturating_sub(at).as_millis().max(200);
     let mut lasts = |low: u64, high: u64| Span::millis((low + dice.below(high - low)).min(left));
     match lasts(0, 100).as_millis() {
-        0..25 => Step::Crash { node, down: lasts(50, 15_000) },
+        0..25 => {
+            Step::Crash { node, down: lasts(50, 15_000), syncing: lasts(0, 100).as_millis() < 60 }
+        }
         25..33 => Step::Reboot { node, down: lasts(2_000, 20_000) },
         33..50 => Step::Pause { node, lasts: lasts(50, 15_000) },
         50..65 => {

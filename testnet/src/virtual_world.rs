@@ -120,6 +120,7 @@ enum What {
     /// Something arrives over a link, if that is still there.
     Arrives(LinkId, usize, Input),
     Start(usize),
+    Dies(usize, u64, Span),
     Dialled {
         from: usize,
         life: u64,
@@ -207,8 +208,8 @@ fn address(host: usize, port: u16) -> SocketAddr {
 
 impl<'a> World<'a> {
     fn new(scenario: &'a Scenario) -> Result<Self, WorldError> {
-        let mut dice = Dice::new(scenario.seed ^ 0x5eed_0f_a_11);
-        let fabric = Fabric::found(&mut dice, host::START)?;
+        let mut dice = Dice::new(scenario.seed ^ 0x0005_eed0_fa11);
+        let fabric = Fabric::found(&mut dice)?;
         let twins = scenario.steps.iter().filter(|(_, step)| matches!(step, Step::Twin { .. }));
         let count = scenario.nodes + twins.count();
         let mut identities = Vec::new();
@@ -346,6 +347,11 @@ impl<'a> World<'a> {
                 }
             }
             What::Start(host) => self.start(host),
+            What::Dies(host, life, down) => {
+                if self.life(host) == Some(life) && self.kill(host) {
+                    self.push(self.now + down.as_millis() * 1000, What::Start(host));
+                }
+            }
             What::Dialled { from, life, to, peer } => self.dialled(from, life, to, peer),
             What::LinkDies(link) => self.link_dies(link),
             What::LinkIdles(link) => {
@@ -480,9 +486,13 @@ impl<'a> World<'a> {
         let (low, high) = self.scenario.sync_us;
         let Some(process) = self.process(host) else { return };
         if process.begin_sync() {
-            let life = process.life;
-            let at = self.now + low + self.dice.below(high - low + 1);
-            self.push(at, What::Input(host, life, Input::Synced));
+            let (life, doomed) = (process.life, process.doomed);
+            let takes = low + self.dice.below(high - low + 1);
+            if let Some(down) = doomed {
+                let dies = self.now + self.dice.below(takes);
+                self.push(dies, What::Dies(host, life, down));
+            }
+            self.push(self.now + takes, What::Input(host, life, Input::Synced));
         }
     }
 
@@ -739,9 +749,9 @@ impl<'a> World<'a> {
         let Some(process) = self.process(host) else { return };
         let life = process.life;
         let wait = match to {
-            Some(to) if process.dialling.contains(&to) => return,
+            Some(to) if process.dialling.contains(&(to, peer)) => return,
             Some(to) => {
-                process.dialling.push(to);
+                process.dialling.push((to, peer));
                 let reached = self.life(to).is_some() && !self.network.blocked(host, to);
                 let there = self.network.delay(host, to, &mut self.dice);
                 // A handshake is three ways; who is not there is waited for.
@@ -757,10 +767,12 @@ impl<'a> World<'a> {
             return;
         }
         if let Some(process) = self.process(from) {
-            process.dialling.retain(|host| Some(*host) != to);
+            process.dialling.retain(|(host, whom)| (Some(*host), *whom) != (to, peer));
         }
         let other = to.filter(|to| !self.network.blocked(from, *to));
         let other = other.filter(|to| peer.is_none_or(|peer| self.key(*to) == peer));
+        // Nobody links with who shows the very same key.
+        let other = other.filter(|to| self.key(*to) != self.key(from));
         let paused = |host: &Host| host.process.as_ref().is_some_and(|process| process.paused);
         let other = other.filter(|to| !self.hosts.get(*to).is_some_and(paused));
         let Some((to, there)) = other.and_then(|to| Some((to, self.life(to)?))) else {
@@ -915,9 +927,14 @@ impl<'a> World<'a> {
         let at = at.as_millis() * 1000;
         let undo = |lasts: &Span| at + lasts.as_millis() * 1000;
         match step {
-            Step::Crash { node, down } => {
+            Step::Crash { node, down, syncing: false } => {
                 if self.kill(*node) {
                     self.push(undo(down), What::Start(*node));
+                }
+            }
+            Step::Crash { node, down, syncing: true } => {
+                if let Some(process) = self.process(*node) {
+                    process.doomed = Some(*down);
                 }
             }
             Step::Reboot { node, down } => {
@@ -1166,12 +1183,17 @@ impl<'a> World<'a> {
             host,
             key: self.identities.get(known.identity).map(|who| who.key).unwrap_or_default(),
             view: known.process.as_ref().map(|process| process.core.view(known.clock.now(us))),
-            unanswered: known.process.as_ref().map_or(0, |process| process.commands.len()),
+            unanswered: known.process.iter().flat_map(Process::unanswered).collect(),
         });
         let nodes: Vec<_> =
             nodes.filter(|node| node.host < self.scenario.nodes || node.view.is_some()).collect();
         self.check.settled(us, &nodes);
         self.prove();
+    }
+
+    fn is_copied(&self, key: &KeyId) -> bool {
+        let mut who = self.identities.iter().enumerate();
+        who.any(|(nth, who)| who.key == *key && self.scenario.copied(nth))
     }
 
     fn prove(&mut self) {
@@ -1199,6 +1221,7 @@ impl<'a> World<'a> {
         let mut proofs = BTreeMap::new();
         for kept in kept {
             let proof = match kept {
+                Kept::Held(_, held) if self.is_copied(&held.lessor) => None,
                 Kept::Lent(id, lent) => Some((
                     (0, *id),
                     lent.offer.as_ref().and_then(sign),

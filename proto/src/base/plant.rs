@@ -12,16 +12,20 @@ impl Plant {
     pub const NONE: Self = Self(None);
 
     /// Every bug that can be planted, with the invariant of the design that it breaks.
-    pub const ALL: [(&'static str, &'static str); 9] = [
+    pub const ALL: [(&'static str, &'static str); 13] = [
         ("oversell", "1: promised <= capacity"),
         ("send-before-durable", "2: what was seen outside survives a crash"),
         ("forget-conflicts", "3: one (lessee, request id) makes at most one lease"),
         ("outlive-term", "4: a job ends before term + grace"),
+        ("reword-repeats", "3: a repeat gets the same bytes"),
+        ("rely-from-grant", "5: the lessee stops relying before the lessor stops honouring"),
         ("claim-after-lapse", "6: ended is final"),
         ("never-lapse", "6: an unclaimed grant lapses"),
         ("free-at-term", "7: capacity returns when the runner is reaped"),
         ("same-epoch", "8: the epoch rises at every start"),
+        ("ignore-twin", "8: of two nodes with one key neither goes on granting"),
         ("inflate-receipts", "9: receipts never exceed what was leased"),
+        ("hide-freed", "liveness: what is free again is advertised again"),
     ];
 
     /// Plants the bug called `name`; `None` when there is no such bug.

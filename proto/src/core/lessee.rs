@@ -304,6 +304,11 @@ impl Core {
             return;
         };
         let Some(lease) = self.holdings.granted(order, grant) else { return };
+        if self.config.plant.is("rely-from-grant")
+            && let Some(holding) = self.holdings.get_mut(&lease)
+        {
+            holding.kept.sent = now.boot;
+        }
         self.records.entry(lessor).or_default().all += 1;
         self.keep_held(order, out);
         let Some(pursuit) = self.pursuits.remove(&command) else { return };

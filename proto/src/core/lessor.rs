@@ -235,7 +235,9 @@ impl Core {
         let Some(_) = self.book.finish(now, lease) else { return };
         self.counters.ended += 1;
         self.keep_lent(lease, out);
-        self.pricing.changed();
+        if !self.config.plant.is("hide-freed") {
+            self.pricing.changed();
+        }
         let reason = self.book.get(lease).and_then(|known| known.kept.end);
         let reason = reason.map_or(EndReason::Lapsed, |(reason, _)| reason);
         self.untold.insert(*lease, (now.boot, 0));

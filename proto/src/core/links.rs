@@ -7,15 +7,17 @@ use crate::minds::member::{Peer, Sign};
 use crate::minds::spread::Taken;
 use crate::words::charter::{Certificate, Role};
 use crate::words::message::{Message, RecordName, RecordSaid, Said, Utterance};
-use crate::words::object::key_subject;
+use crate::words::object::{Kind, key_subject};
 use crate::words::record::HostRecord;
-use crate::words::sign::Verified;
+use crate::words::sign::{Hand, Verified};
 
 /// How often everything known is compared with one neighbour.
 const RECONCILE: Span = Span::secs(60);
 /// How often an unchanged host record is signed anew, and how long it is valid.
 const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
+/// The number of the offer that ends a key with two holders.
+const LAST_WORD: u64 = u64::MAX;
 /// How many records are pulled by one question: their answer must fit one message.
 const PULL_AT_ONCE: usize = 100;
 /// The most links kept; those beyond were dialled for one order and are closed when idle.
@@ -185,7 +187,7 @@ impl Core {
 
     /// Another node has this key, or this directory is an older copy: nothing is granted again.
     fn twin(&mut self, seen: u64, out: &mut Vec<Effect>) {
-        if self.halted.is_none() {
+        if self.halted.is_none() && !self.config.plant.is("ignore-twin") {
             let mine = self.hand.epoch;
             self.halted = Some(format!(
                 "a node with this key was seen in epoch {seen}, this one is in epoch {mine}: \
@@ -328,7 +330,7 @@ impl Core {
     ) {
         let name = said.name();
         if name.key == self.config.me {
-            self.heard_of_myself(&said, name, out);
+            self.heard_of_myself(now, &said, name, out);
             return;
         }
         match &said {
@@ -345,7 +347,7 @@ impl Core {
         }
         self.saw_epoch(&name.key, name.epoch);
         match self.spread.take(now.boot, now.wall, said, from.as_ref()) {
-            Taken::New if name.kind == crate::words::object::Kind::HostRecord => {
+            Taken::New if name.kind == Kind::HostRecord => {
                 self.learn_member(now, &name.key, out);
             }
             Taken::Equivocation(a, b) => {
@@ -358,9 +360,15 @@ impl Core {
     }
 
     /// A record that this very key signed came back over a link.
-    fn heard_of_myself(&mut self, said: &RecordSaid, name: RecordName, out: &mut Vec<Effect>) {
+    fn heard_of_myself(
+        &mut self,
+        now: Now,
+        said: &RecordSaid,
+        name: RecordName,
+        out: &mut Vec<Effect>,
+    ) {
         let mine = match name.kind {
-            crate::words::object::Kind::Offer => {
+            Kind::Offer => {
                 self.spread.offer(&name.key).map(|(offer, _)| (offer.header().seq, offer.id()))
             }
             _ => self.spread.host(&name.key).map(|host| (host.header().seq, host.id())),
@@ -373,6 +381,26 @@ impl Core {
             });
         if ahead || forged {
             self.twin(name.epoch, out);
+            self.last_word(now, name, out);
+            if self.halted.is_some() {
+                self.membership.mute();
+            }
+        }
+    }
+
+    /// The other holder of this key may live in a newer epoch and would never hear of this one: an
+    /// empty offer above everything it can say halts it as well, and ends both in everybody's map.
+    fn last_word(&mut self, now: Now, name: RecordName, out: &mut Vec<Effect>) {
+        let heard = name.seq == LAST_WORD && name.kind == Kind::Offer;
+        if heard || self.last_word >= name.epoch || self.config.plant.is("ignore-twin") {
+            return;
+        }
+        self.last_word = name.epoch;
+        let hand = Hand { epoch: name.epoch, ..self.hand.clone() };
+        let not_after = now.wall + crate::minds::pricing::HONOUR;
+        let offer = self.pricing.nothing();
+        if let Ok(draft) = hand.draft(key_subject(&hand.me), LAST_WORD, not_after, &offer) {
+            out.push(Effect::Record(draft));
         }
     }
 

@@ -427,13 +427,18 @@ impl Book {
 
     /// Finds the lease an act is about, unless the act is answered already.
     fn act(&mut self, id: &LeaseId, act: ActId, of: Hash, by: KeyId) -> Result<&mut Lease, Acted> {
+        let rewords = self.plant.is("reword-repeats");
         let unknown = Acted::Refused(Reason::UnknownLease);
         let Some(lease) = self.leases.get_mut(id) else { return Err(unknown) };
         if by != lease.terms.delegate && by != lease.terms.lessee {
             return Err(Acted::Refused(Reason::NotAdmitted));
         }
         if let Some(done) = lease.kept.acts.iter().find(|done| done.id == act) {
-            return Err(if done.of == of {
+            return Err(if done.of == of && rewords {
+                let body = Acceptance { lease: *id, act, of };
+                let answer = self.hand.draft(of, 0, Wall(u64::MAX), &body);
+                Acted::Repeat(answer.unwrap_or_else(|_| done.answer.clone()))
+            } else if done.of == of {
                 Acted::Repeat(done.answer.clone())
             } else {
                 Acted::Refused(Reason::Conflict)

@@ -106,6 +106,9 @@ pub struct Holding {
     pub kept: Held,
     /// The lease's id and the grant, decoded, once granted.
     pub terms: Option<(LeaseId, Grant)>,
+    /// The last objection with the receipt it is about, and how many there were: a repeat of a
+    /// receipt gets the same bytes, another one gets another number.
+    objected: Option<(Hash, Draft, u64)>,
     /// How its job ended, by the termination.
     pub ended: Option<(EndReason, Option<Outcome>, Amount)>,
 }
@@ -143,12 +146,13 @@ impl Holdings {
         let lost =
             (kept.stage == Stage::Ended).then_some((EndReason::Lost, None, kept.chain.charge));
         let ended = ended.or(lost);
-        self.orders.insert(order, Holding { kept, terms, ended });
+        self.orders.insert(order, Holding { kept, terms, objected: None, ended });
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
-        self.orders.insert(kept.order.id(), Holding { kept, terms: None, ended: None });
+        self.orders
+            .insert(kept.order.id(), Holding { kept, terms: None, objected: None, ended: None });
     }
 
     /// A grant answers an order. `None` when no such order is out.
@@ -244,11 +248,21 @@ impl Holdings {
                 Judged::Agreed(draft, true)
             }
             Err(reason) => {
+                let count = match &holding.objected {
+                    Some((of, answer, _)) if *of == receipt.id() => {
+                        return Judged::Objected(answer.clone());
+                    }
+                    Some((_, _, count)) => count + 1,
+                    None => 1,
+                };
                 kept.objection = Some(reason);
                 let charge = kept.chain.charge;
                 let objection = Objection { lease, receipt: receipt.id(), reason, charge };
-                match hand.draft(lease.0, body.number, not_after, &objection) {
-                    Ok(draft) => Judged::Objected(draft),
+                match hand.draft(lease.0, count, not_after, &objection) {
+                    Ok(draft) => {
+                        holding.objected = Some((receipt.id(), draft.clone(), count));
+                        Judged::Objected(draft)
+                    }
                     Err(_) => Judged::Foreign,
                 }
             }

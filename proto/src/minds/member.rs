@@ -26,6 +26,9 @@ use crate::words::wire::{self, DecodeError, EncodeError, MAX_PACKET};
 /// The room for a foca packet inside a signed datagram: the rest is signer and signature.
 const MAX_INNER: usize = MAX_PACKET - 112;
 
+/// How often a node that is held down comes back at most.
+const REJOIN: Span = Span::secs(1);
+
 /// How liveness is watched. The defaults notice a dead host within some 4 s at any size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Timing {
@@ -99,6 +102,9 @@ pub struct Membership {
     scheduled: u64,
     up: BTreeMap<KeyId, u64>,
     refused: u64,
+    /// When this node last found itself held down and came back in another identity.
+    rejoined: Option<Boot>,
+    muted: bool,
 }
 
 impl std::fmt::Debug for Membership {
@@ -160,6 +166,7 @@ struct Wishes<'a> {
     timers: &'a mut BTreeMap<(Boot, u64), Timer<Peer>>,
     scheduled: &'a mut u64,
     up: &'a mut BTreeMap<KeyId, u64>,
+    rejoined: &'a mut Option<Boot>,
     out: &'a mut Vec<Sign>,
 }
 
@@ -179,6 +186,7 @@ impl foca::Runtime<Peer> for Wishes<'_> {
                     *epoch = peer.epoch;
                 }
             }
+            Notification::Rejoin(_) => *self.rejoined = Some(self.now),
             _ => {}
         }
     }
@@ -204,7 +212,16 @@ impl Membership {
             scheduled: 0,
             up: BTreeMap::new(),
             refused: 0,
+            rejoined: None,
+            muted: false,
         }
+    }
+
+    /// Says and hears nothing any more: another node holds this key, and each would find itself
+    /// held down for the other's sake and come back, for ever.
+    pub fn mute(&mut self) {
+        self.muted = true;
+        self.timers.clear();
     }
 
     /// Runs `act` on foca with a runtime that collects its wishes into `out`.
@@ -217,8 +234,11 @@ impl Membership {
             Wishes<'_>,
         ) -> Result<(), foca::Error>,
     ) {
-        let Self { foca, timers, scheduled, up, .. } = self;
-        let wishes = Wishes { now, timers, scheduled, up, out };
+        if self.muted {
+            return;
+        }
+        let Self { foca, timers, scheduled, up, rejoined, .. } = self;
+        let wishes = Wishes { now, timers, scheduled, up, rejoined, out };
         if act(foca, wishes).is_err() {
             self.refused += 1;
         }
@@ -227,8 +247,13 @@ impl Membership {
     /// Hears a packet that `signer` signed. One whose source is another key is refused.
     pub fn hear(&mut self, now: Boot, signer: &KeyId, packet: &[u8], out: &mut Vec<Sign>) {
         let source = wire::decode_prefix::<MAX_INNER, Header<Peer>>(packet);
-        if !source.is_ok_and(|(header, _)| header.src.key == *signer) {
+        let Some((header, _)) = source.ok().filter(|(header, _)| header.src.key == *signer) else {
             self.refused += 1;
+            return;
+        };
+        // Everybody it speaks to answers one who is held down: coming back once is enough for all.
+        let lately = self.rejoined.is_some_and(|at| now < at + REJOIN);
+        if lately && matches!(header.message, foca::Message::TurnUndead) {
             return;
         }
         self.with(now, out, |foca, wishes| foca.handle_data(packet, wishes));

@@ -136,6 +136,12 @@ impl Pricing {
         Ok(Some(draft))
     }
 
+    /// An offer of nothing.
+    #[must_use]
+    pub fn nothing(&self) -> Offer {
+        self.offer(&Resources::default())
+    }
+
     fn offer(&self, free: &Resources) -> Offer {
         let sells = self.policy.selling && free.cpu_milli > 0 && free.memory > 0;
         Offer {

@@ -42,6 +42,8 @@ pub struct Spread {
 struct Held {
     said: RecordSaid,
     heard: Boot,
+    /// Over version and content: whoever knows another content under this version is noticed.
+    print: u64,
 }
 
 /// What became of a record.
@@ -70,6 +72,9 @@ impl Spread {
             return Taken::Refused;
         }
         let slot = (name.key, name.kind);
+        // A new life is told back to its own link as well: should it be another's, it must hear.
+        let before = self.records.get(&slot).map(|known| known.said.name().epoch);
+        let reborn = before.is_some_and(|epoch| epoch < name.epoch);
         if let Some(known) = self.records.get(&slot) {
             let was = known.said.name();
             match (name.epoch, name.seq).cmp(&(was.epoch, was.seq)) {
@@ -89,9 +94,10 @@ impl Spread {
             }
             self.unread += 1;
         }
-        self.records.insert(slot, Held { said, heard: now });
+        let print = fingerprint(&name);
+        self.records.insert(slot, Held { said, heard: now, print });
         for (link, news) in &mut self.news {
-            if Some(link) != from {
+            if Some(link) != from || reborn {
                 news.insert(slot);
                 self.due.get_or_insert(now + BATCH);
             }
@@ -175,7 +181,7 @@ impl Spread {
         for held in self.records.values() {
             let name = held.said.name();
             if let Some(bucket) = buckets.get_mut(usize::from(name.key.0[0])) {
-                *bucket ^= fingerprint(&name);
+                *bucket ^= held.print;
             }
         }
         buckets
@@ -193,7 +199,8 @@ impl Spread {
     }
 
     /// Names here in `buckets` that `theirs`, which is all that is known there in them, lacks or
-    /// has older.
+    /// has older, or under the same version with another tag: then somebody said two things under
+    /// one version, and what is known here is shown, so that both are seen side by side.
     #[must_use]
     pub fn ahead_of(&self, buckets: &[u8], theirs: &[RecordName]) -> Vec<RecordName> {
         let known: BTreeMap<_, _> =
@@ -212,8 +219,15 @@ impl Spread {
 
     fn in_buckets(&self, buckets: &[u8]) -> impl Iterator<Item = RecordName> {
         let wanted: BTreeSet<u8> = buckets.iter().copied().collect();
-        let names = self.records.values().map(|held| held.said.name());
-        names.filter(move |name| wanted.contains(&name.key.0[0]))
+        wanted.into_iter().flat_map(|bucket| {
+            let edge = |byte: u8| {
+                let mut key = [byte; 32];
+                key[0] = bucket;
+                KeyId(key)
+            };
+            let range = (edge(0), Kind::from_number(0))..=(edge(u8::MAX), Kind::Unknown(u16::MAX));
+            self.records.range(range).map(|(_, held)| held.said.name())
+        })
     }
 
     /// Forgets records that are over.

@@ -90,9 +90,7 @@ pub(super) fn file_system(dir: &Path) -> String {
         (0x2FC1_2FC1, "zfs"),
     ];
     let Ok(found) = rustix::fs::statfs(dir) else { return "an unknown file system".into() };
-    // Of another width on some architectures.
-    #[allow(clippy::useless_conversion)]
-    let kind = i64::from(found.f_type);
+    let kind = found.f_type;
     let known = NAMES.iter().find(|(magic, _)| *magic == kind);
     known.map_or_else(|| format!("file system {kind:#x}"), |(_, name)| (*name).to_owned())
 }

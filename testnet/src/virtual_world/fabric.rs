@@ -9,6 +9,8 @@ use leasehold_proto::words::contract::Mandate;
 use leasehold_proto::words::object::{Body, key_subject};
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, Signer, VerifyError};
 
+use super::host::START;
+
 /// How long what founds the fabric is valid.
 const LIFE: Span = Span::secs(365 * 24 * 3600);
 
@@ -52,7 +54,9 @@ fn signer(dice: &mut Dice) -> Signer {
 }
 
 impl Fabric {
-    pub(super) fn found(dice: &mut Dice, from: Wall) -> Result<Self, FabricError> {
+    pub(super) fn found(dice: &mut Dice) -> Result<Self, FabricError> {
+        // It was founded longer ago than any clock is set back.
+        let from = Wall(START.0.saturating_sub(24 * 3_600_000));
         let root = signer(dice);
         let charter = Charter {
             name: "virtual".into(),

@@ -26,7 +26,7 @@ pub(super) enum Purpose {
     /// To get an order to sign elsewhere.
     Draft,
     /// To use a lease, or end it, or see its end.
-    Act(LeaseId),
+    Act(LeaseId, &'static str),
     /// To look.
     Look,
 }
@@ -76,7 +76,7 @@ fn want(load: &Load, dice: &mut Dice) -> Want {
         shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
         class: Class::Firm,
         term,
-        claim_within: span(dice, load.claim_within).scale(1, 1).min(term),
+        claim_within: span(dice, load.claim_within).min(term),
         max_hourly: Amount(10 * UNIT),
         budget: Amount(budget),
         exposure: Amount(exposure),
@@ -153,7 +153,12 @@ fn use_lease(
     let mut plan = Vec::new();
     let mut later = |after: Span, command: Command| {
         let after_us = after.as_millis() * 1000;
-        plan.push(Later { after_us, purpose: Purpose::Act(lease), command });
+        let act = match &command {
+            Command::Claim { .. } => "claim",
+            Command::Release(_) => "release",
+            _ => "await its end",
+        };
+        plan.push(Later { after_us, purpose: Purpose::Act(lease, act), command });
     };
     if dice.chance(1, 2) {
         later(Span::millis(dice.below(500)), Command::AwaitEnd(lease));
@@ -165,7 +170,7 @@ fn use_lease(
             _ => Some(Span::millis(claim_within.as_millis() * (80 + dice.below(60)) / 100)),
         }
     } else {
-        Some(Span::millis(dice.below(claim_within.as_millis().min(1_000).max(1))))
+        Some(Span::millis(dice.below(claim_within.as_millis().clamp(1, 1_000))))
     };
     if let Some(after) = claims {
         let job = job(dice);

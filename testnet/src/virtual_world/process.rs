@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use leasehold_proto::base::id::{Hash, KeyId};
+use leasehold_proto::base::time::Span;
 use leasehold_proto::core::{Core, Effect, Event, Token};
 use leasehold_proto::words::message::Message;
 
@@ -79,6 +80,8 @@ pub(super) struct Process {
     /// Which process this is, of all that ever ran: what is meant for an earlier one is void.
     pub(super) life: u64,
     pub(super) paused: bool,
+    /// It is killed in the middle of its next sync, and started after this long.
+    pub(super) doomed: Option<Span>,
     /// What arrived while it stood still.
     pub(super) inbox: VecDeque<Input>,
     /// Questions that wait for their answers, with the links they went over.
@@ -93,8 +96,8 @@ pub(super) struct Process {
     pub(super) wake_us: u64,
     /// How often it was woken within one millisecond.
     pub(super) spins: (u64, u32),
-    /// Hosts that it is dialling.
-    pub(super) dialling: Vec<usize>,
+    /// Hosts that it is dialling, and whom it expects there.
+    pub(super) dialling: Vec<(usize, Option<KeyId>)>,
     pipe: VecDeque<Item>,
     unsynced: VecDeque<Write>,
     syncing: usize,
@@ -107,6 +110,7 @@ impl Process {
             core,
             life,
             paused: false,
+            doomed: None,
             inbox: VecDeque::new(),
             asked: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -121,6 +125,11 @@ impl Process {
             syncing: 0,
             synced: 0,
         }
+    }
+
+    /// Commands that wait for their replies still.
+    pub(super) fn unanswered(&self) -> Vec<String> {
+        self.commands.values().map(|purpose| format!("{purpose:?}")).collect()
     }
 
     /// Something is to be made durable.
