@@ -378,7 +378,7 @@ fn comparison_finds_what_is_missing_older_or_contradicted() {
         ("nothing there", None, false, true),
         ("older there", Some(offer(&people, 1, 1, soon, 1)), false, true),
         ("newer there", Some(offer(&people, 2, 1, soon, 1)), true, false),
-        ("another body there", Some(offer(&people, 1, 2, soon, 2)), false, true),
+        ("another body there", Some(offer(&people, 1, 2, soon, 2)), true, true),
     ];
     for (what, theirs, pulls, sends) in table {
         let (ours, theirs) = (with(Some(newer())), with(theirs));
