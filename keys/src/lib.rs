@@ -15,7 +15,7 @@
 //! ```
 //!
 //! No network code. Time comes in as an argument; only the binary reads a clock. The node uses
-//! [`file`] for its own key and [`armor`], [`judge`] and [`view`] for its commands.
+//! [`mod@file`] for its own key and [`armor`], [`judge`] and [`view`] for its commands.
 
 pub mod armor;
 pub mod disk;
