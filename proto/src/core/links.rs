@@ -20,8 +20,10 @@ const HOST_LIFE: Span = Span::secs(90 * 60);
 const LAST_WORD: u64 = u64::MAX;
 /// How many records are pulled by one question: their answer must fit one message.
 const PULL_AT_ONCE: usize = 100;
-/// The most links kept; those beyond were dialled for one order and are closed when idle.
-const MAX_LINKS: usize = 64;
+/// The most links kept; those beyond were dialled for one order and are closed when idle. Every
+/// link carries every change of the map, so more than a few times [`DEGREE`] cost more than they
+/// are worth.
+const MAX_LINKS: usize = 24;
 
 impl Core {
     pub(super) fn admitted_links(&self) -> usize {
@@ -100,6 +102,7 @@ impl Core {
         }
         match said {
             Said::Announce(names) => {
+                self.spread.known_to(&from, &names);
                 out.push(reply(Message::Pull(self.spread.lacking(&names))));
             }
             Said::Records(records) => {
