@@ -640,8 +640,8 @@ impl<'a> World<'a> {
         }
         self.agenda.plan_timeout(self.now + ANSWER_US, host, life, token);
         let back = Back { host, life, link, token: Some(token), about };
-        for _ in 0..=u8::from(twice) {
-            let what = what.clone();
+        let again = twice.then(|| what.clone());
+        for what in [Some(what), again].into_iter().flatten() {
             let question = Input::Question(Box::new(Question { from: me, back, what }));
             match link {
                 None => self.push(self.now + 20, What::Input(host, life, question)),
@@ -1183,7 +1183,7 @@ impl<'a> World<'a> {
 
     /// Looks at how things stand at some nodes, and makes a backup now and then.
     fn look(&mut self) {
-        let count = self.hosts.len().div_ceil(50).max(self.hosts.len().min(4));
+        let count = self.hosts.len().div_ceil(100).max(self.hosts.len().min(4));
         for _ in 0..count {
             self.looked = (self.looked + 1) % self.hosts.len();
             let host = self.looked;
