@@ -209,6 +209,7 @@ pub struct Core {
     /// Both clocks at the last tick.
     clocks: Now,
     reconcile_at: Boot,
+    expire_at: Boot,
     host_record_at: Boot,
     counters: Counters,
     /// Keys whose certificate was shown on a link or in a host record, and judged.
@@ -282,6 +283,7 @@ impl Core {
             tick_at: now.boot,
             clocks: now,
             reconcile_at: now.boot + Span::secs(60),
+            expire_at: now.boot,
             host_record_at: now.boot,
             counters: Counters::default(),
             admitted: BTreeSet::from([config.me]),

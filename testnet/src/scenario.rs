@@ -177,9 +177,9 @@ impl Scenario {
             twice: 30,
             frames: between(0, 3) == 0,
         };
-        let longest = if large { 120 } else { 30 };
+        let longest = if large { 60 } else { 30 };
         let load = Load {
-            every: Span::millis(if large { 15_000 } else { between(800, 4_000) }),
+            every: Span::millis(if large { 60_000 } else { between(800, 4_000) }),
             term: (Span::secs(2), Span::secs(longest)),
             claim_within: (Span::secs(1), Span::secs(between(3, 10))),
             offline: between(50, 200),

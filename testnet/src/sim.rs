@@ -57,6 +57,10 @@ pub struct Summary {
     pub violations: usize,
     /// Events that a core handled.
     pub events: u64,
+    /// Messages over links.
+    pub messages: u64,
+    /// Liveness packets.
+    pub packets: u64,
     /// Leases granted.
     pub leases: u64,
     /// Leases whose proof was checked.
@@ -162,6 +166,8 @@ pub fn run(args: &Args) -> Result<Summary, SimError> {
         real_s: 0.0,
         violations: 0,
         events: 0,
+        messages: 0,
+        packets: 0,
         leases: 0,
         proofs: 0,
         failed: Vec::new(),
@@ -240,11 +246,13 @@ fn planted(name: &'static str) -> Result<Plant, SimError> {
 
 impl Summary {
     fn add(&mut self, report: &Report) {
-        let Counts { events, leases, proofs, .. } = report.counts;
+        let Counts { events, messages, packets, leases, proofs, .. } = report.counts;
         self.seeds += 1;
         self.simulated_s += report.simulated.duration().as_secs_f64();
         self.violations += report.violations.len();
         self.events += events;
+        self.messages += messages;
+        self.packets += packets;
         self.leases += leases;
         self.proofs += proofs;
     }

@@ -13,6 +13,7 @@
 //! signed and verified with real keys, once each; only liveness packets are taken on trust, since
 //! their signatures are the edge's business and would cost more than all the rest together.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
@@ -138,27 +139,51 @@ enum What {
     Look,
 }
 
-struct Entry {
-    us: u64,
-    order: u64,
-    what: What,
+/// Everything that will happen, by time and, within one instant, by order of planning.
+#[derive(Debug, Default)]
+struct Agenda {
+    /// What is due when, by its place below: entries are small, since they move a lot.
+    heap: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    /// What is planned; the free places are listed.
+    places: Vec<Option<What>>,
+    free: Vec<usize>,
+    /// When questions have waited long enough: all equally long, so in order by themselves.
+    timeouts: VecDeque<(u64, u64, usize, u64, Token)>,
+    planned: u64,
 }
 
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        (self.us, self.order) == (other.us, other.order)
+impl Agenda {
+    fn plan(&mut self, us: u64, what: What) {
+        self.planned += 1;
+        let place = match self.free.pop() {
+            Some(place) => place,
+            None => {
+                self.places.push(None);
+                self.places.len() - 1
+            }
+        };
+        if let Some(slot) = self.places.get_mut(place) {
+            *slot = Some(what);
+        }
+        self.heap.push(Reverse((us, self.planned, place)));
     }
-}
-impl Eq for Entry {}
-impl PartialOrd for Entry {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
+
+    fn plan_timeout(&mut self, us: u64, host: usize, life: u64, token: Token) {
+        self.planned += 1;
+        self.timeouts.push_back((us, self.planned, host, life, token));
     }
-}
-impl Ord for Entry {
-    /// The earliest is the greatest: the heap gives that first.
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (other.us, other.order).cmp(&(self.us, self.order))
+
+    fn next(&mut self) -> Option<(u64, What)> {
+        let heap = self.heap.peek().map(|Reverse((us, order, _))| (*us, *order));
+        let timeout = self.timeouts.front().map(|(us, order, ..)| (*us, *order));
+        if timeout.is_some_and(|timeout| heap.is_none_or(|heap| timeout < heap)) {
+            let (us, _, host, life, token) = self.timeouts.pop_front()?;
+            return Some((us, What::Input(host, life, Input::Timeout(token))));
+        }
+        let Reverse((us, _, place)) = self.heap.pop()?;
+        self.free.push(place);
+        let what = self.places.get_mut(place)?.take()?;
+        Some((us, what))
     }
 }
 
@@ -182,8 +207,7 @@ struct World<'a> {
     scenario: &'a Scenario,
     now: u64,
     end: u64,
-    heap: BinaryHeap<Entry>,
-    pushed: u64,
+    agenda: Agenda,
     dice: Dice,
     fabric: Fabric,
     identities: Vec<Identity>,
@@ -240,8 +264,7 @@ impl<'a> World<'a> {
             scenario,
             now: 0,
             end: (scenario.length + scenario.quiet).as_millis() * 1000,
-            heap: BinaryHeap::new(),
-            pushed: 0,
+            agenda: Agenda::default(),
             network: Network::new(scenario.network.clone(), count, &mut dice),
             places: places.collect(),
             dice,
@@ -272,17 +295,16 @@ impl<'a> World<'a> {
     }
 
     fn push(&mut self, us: u64, what: What) {
-        self.pushed += 1;
-        self.heap.push(Entry { us: us.max(self.now), order: self.pushed, what });
+        self.agenda.plan(us.max(self.now), what);
     }
 
     fn run(&mut self) {
-        while let Some(entry) = self.heap.pop() {
-            if entry.us > self.end || !self.check.violations().is_empty() {
+        while let Some((us, what)) = self.agenda.next() {
+            if us > self.end || !self.check.violations().is_empty() {
                 break;
             }
-            self.now = entry.us;
-            self.happen(entry.what);
+            self.now = us;
+            self.happen(what);
             self.check.passed(self.now);
         }
         if self.check.violations().is_empty() {
@@ -397,6 +419,10 @@ impl<'a> World<'a> {
         let now = self.now;
         let boot = self.hosts[host].clock.boot(now);
         let Some(process) = self.process(host) else { return };
+        if process.wake_us > now {
+            // An earlier wake-up was planned since, and has planned the next.
+            return;
+        }
         process.wake_us = u64::MAX;
         if process.core.next_wake().is_some_and(|at| at > boot) {
             self.plan_wake(host);
@@ -612,10 +638,10 @@ impl<'a> World<'a> {
         if let Some(process) = self.process(host) {
             process.asked.insert(token, link);
         }
-        self.push(self.now + ANSWER_US, What::Input(host, life, Input::Timeout(token)));
+        self.agenda.plan_timeout(self.now + ANSWER_US, host, life, token);
         let back = Back { host, life, link, token: Some(token), about };
-        for _ in 0..=u8::from(twice) {
-            let what = what.clone();
+        let again = twice.then(|| what.clone());
+        for what in [Some(what), again].into_iter().flatten() {
             let question = Input::Question(Box::new(Question { from: me, back, what }));
             match link {
                 None => self.push(self.now + 20, What::Input(host, life, question)),
@@ -1157,7 +1183,7 @@ impl<'a> World<'a> {
 
     /// Looks at how things stand at some nodes, and makes a backup now and then.
     fn look(&mut self) {
-        let count = self.hosts.len().div_ceil(20).max(self.hosts.len().min(4));
+        let count = self.hosts.len().div_ceil(100).max(self.hosts.len().min(4));
         for _ in 0..count {
             self.looked = (self.looked + 1) % self.hosts.len();
             let host = self.looked;

@@ -13,6 +13,8 @@ use crate::words::sign::{Hand, Verified};
 
 /// How often everything known is compared with one neighbour.
 const RECONCILE: Span = Span::secs(60);
+/// How often the map is searched for what is over.
+const EXPIRE: Span = Span::secs(10);
 /// How often an unchanged host record is signed anew, and how long it is valid.
 const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
@@ -20,8 +22,10 @@ const HOST_LIFE: Span = Span::secs(90 * 60);
 const LAST_WORD: u64 = u64::MAX;
 /// How many records are pulled by one question: their answer must fit one message.
 const PULL_AT_ONCE: usize = 100;
-/// The most links kept; those beyond were dialled for one order and are closed when idle.
-const MAX_LINKS: usize = 64;
+/// The most links kept; those beyond were dialled for one order and are closed when idle. Every
+/// link carries every change of the map, so more than twice [`DEGREE`] cost more than they are
+/// worth.
+const MAX_LINKS: usize = 16;
 
 impl Core {
     pub(super) fn admitted_links(&self) -> usize {
@@ -100,6 +104,7 @@ impl Core {
         }
         match said {
             Said::Announce(names) => {
+                self.spread.known_to(&from, &names);
                 out.push(reply(Message::Pull(self.spread.lacking(&names))));
             }
             Said::Records(records) => {
@@ -489,7 +494,10 @@ impl Core {
     }
 
     fn tick(&mut self, now: Now, out: &mut Vec<Effect>) {
-        self.spread.expire(now.wall);
+        if self.expire_at <= now.boot {
+            self.expire_at = now.boot + EXPIRE;
+            self.spread.expire(now.wall);
+        }
         self.watch_clock(now);
         self.seek_links(out);
         if self.reconcile_at <= now.boot {

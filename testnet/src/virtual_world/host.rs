@@ -56,21 +56,20 @@ impl Clock {
         Now { boot: self.boot(us), wall: Wall(wall) }
     }
 
+    /// How fast the boot clock runs, in millionths of true time.
+    fn rate(&self) -> u64 {
+        1_000_000u64.saturating_add_signed(self.ppm)
+    }
+
+    /// Exact in 64 bits for some five thousand hours.
     pub(super) fn boot(&self, us: u64) -> Boot {
-        let up = i128::from(us.saturating_sub(self.booted_us));
-        let up = up * (1_000_000 + i128::from(self.ppm)) / 1_000_000_000;
-        Boot(u64::try_from(up).unwrap_or(0))
+        Boot(us.saturating_sub(self.booted_us).saturating_mul(self.rate()) / 1_000_000_000)
     }
 
     /// The earliest true time at which the boot clock reads at least `boot`.
     pub(super) fn when(&self, boot: Boot) -> u64 {
-        let up = i128::from(boot.0) * 1_000_000_000;
-        let up = up.div_euclid(1_000_000 + i128::from(self.ppm));
-        let mut us = self.booted_us.saturating_add(u64::try_from(up).unwrap_or(u64::MAX));
-        while us < u64::MAX && self.boot(us) < boot {
-            us += 1;
-        }
-        us
+        let up = boot.0.saturating_mul(1_000_000_000).div_ceil(self.rate());
+        self.booted_us.saturating_add(up)
     }
 }
 
