@@ -2,11 +2,11 @@
 //!
 //! | file | what it measures |
 //! |---|---|
-//! | [`lease`] | order to verified, durable grant between two nodes |
-//! | [`membership`] | a fleet that finds itself, loses one, spreads an offer, stands by |
-//! | [`payload`] | memory to verified file over the data plane, beside raw QUIC |
-//! | [`machine`] | the machine that the figures are of |
-//! | [`api`] | how nodes are asked |
+//! | `lease` | order to verified, durable grant between two nodes |
+//! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
+//! | `payload` | memory to verified file over the data plane, beside raw QUIC |
+//! | `machine` | the machine that the figures are of |
+//! | `api` | how nodes are asked |
 //!
 //! Every benchmark starts real processes of this same binary, bounds what it does in count and
 //! time, and leaves nothing running: a process that it starts ends when its standard input does,
