@@ -9,11 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
-use crate::base::time::{SKEW, Wall};
-use crate::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled, departure};
+use crate::base::time::Wall;
+use crate::minds::admission::{
+    Admission, CharterError, NotAdmitted, NotEntitled, NotTimely, departure,
+};
 use crate::words::chain::Chain;
 use crate::words::charter::Role;
-use crate::words::contract::{EndReason, Grant, Order, Termination};
+use crate::words::contract::{EndReason, Grant, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
 use crate::words::record::Offer;
 use crate::words::sign::{Signed, Verified, VerifyError};
@@ -100,7 +102,7 @@ pub enum ProofError {
     Order(NotEntitled),
     /// The order was not one to be granted when it was.
     #[error("order: {0}")]
-    Terms(&'static str),
+    Terms(NotTimely),
     /// The grant departs from its order.
     #[error("grant: {0}")]
     Grant(&'static str),
@@ -170,7 +172,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     if let Some(how) = departure((order.id(), asked), &grant) {
         return Err(ProofError::Grant(how));
     }
-    check_times(&admission, &order, given.decided)?;
+    admission.timely(&order, given.decided).map_err(ProofError::Terms)?;
     let price_checked = match &proof.offer {
         None => false,
         Some(offer) => {
@@ -207,27 +209,6 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
         end,
         price_checked,
     })
-}
-
-/// An order is granted while it is valid, within the limits of the charter.
-fn check_times(
-    admission: &Admission,
-    order: &Verified<Order>,
-    decided: Wall,
-) -> Result<(), ProofError> {
-    let limits = &admission.charter().limits;
-    let (not_after, placed) = (order.header().not_after, order.body().placed);
-    for (broken, how) in [
-        (not_after + SKEW < decided, "it had expired when it was granted"),
-        (placed > decided + SKEW, "it was placed after it was granted"),
-        (not_after > placed + limits.max_order_life + SKEW, "it is valid for too long"),
-        (order.body().term > limits.max_term, "its term is longer than the charter allows"),
-    ] {
-        if broken {
-            return Err(ProofError::Terms(how));
-        }
-    }
-    Ok(())
 }
 
 /// What a checked receipt is remembered by: its hash, its charge, and the end it names.

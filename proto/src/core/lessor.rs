@@ -3,7 +3,7 @@
 use super::{Core, Effect, Kept, Notice, Pending, StartJob, Ticket};
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::time::{Now, Span};
-use crate::minds::admission::NotEntitled;
+use crate::minds::admission::{NotEntitled, NotTimely};
 use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
 use crate::words::chain;
 use crate::words::contract::{
@@ -66,15 +66,10 @@ impl Core {
         if body.lessor != self.config.me {
             return Err(Reason::WrongLessor);
         }
-        let limits = &self.admission.charter().limits;
-        let not_after = order.header().not_after;
-        let skew = crate::base::time::SKEW;
-        if not_after + skew < now.wall || not_after > now.wall + limits.max_order_life + skew {
-            return Err(Reason::Expired);
-        }
-        if body.term > limits.max_term {
-            return Err(Reason::NotOffered);
-        }
+        self.admission.timely(order, now.wall).map_err(|why| match why {
+            NotTimely::Expired | NotTimely::Future | NotTimely::TooLong => Reason::Expired,
+            NotTimely::Term => Reason::NotOffered,
+        })?;
         if !self.admitted.contains(&body.delegate) {
             return Err(Reason::NotAdmitted);
         }

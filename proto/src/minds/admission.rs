@@ -76,6 +76,23 @@ pub enum NotEntitled {
     Exceeds(&'static str),
 }
 
+/// Why an order may not be granted at a time, or not at all under this charter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotTimely {
+    /// Its validity was over.
+    #[error("it had expired when it was granted")]
+    Expired,
+    /// It was placed later, by the lessee's clock.
+    #[error("it was placed after it was granted")]
+    Future,
+    /// It is valid for longer than the charter allows.
+    #[error("it is valid for too long")]
+    TooLong,
+    /// Its term is longer than the charter allows.
+    #[error("its term is longer than the charter allows")]
+    Term,
+}
+
 impl Admission {
     /// Takes a first charter as the foundation of a fabric. Whether it is the right one is for
     /// the caller to know, by its fingerprint.
@@ -145,6 +162,29 @@ impl Admission {
         }
         if certificate.header().not_after + SKEW < at {
             return Err(NotAdmitted::Expired);
+        }
+        Ok(())
+    }
+
+    /// Whether `order` may be granted at `decided`, by the lessor's wall clock. The lessor judges
+    /// by this before it grants, and whoever checks the proof judges by it again.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn timely(&self, order: &Verified<Order>, decided: Wall) -> Result<(), NotTimely> {
+        let limits = &self.charter().limits;
+        let (not_after, placed) = (order.header().not_after, order.body().placed);
+        if not_after + SKEW < decided {
+            return Err(NotTimely::Expired);
+        }
+        if placed > decided + SKEW {
+            return Err(NotTimely::Future);
+        }
+        if not_after > placed + limits.max_order_life + SKEW {
+            return Err(NotTimely::TooLong);
+        }
+        if order.body().term > limits.max_term {
+            return Err(NotTimely::Term);
         }
         Ok(())
     }
