@@ -143,6 +143,8 @@ enum Pending {
 #[derive(Debug, Default)]
 struct Link {
     admitted: bool,
+    /// The peer's epoch, as it last greeted.
+    epoch: u64,
 }
 
 /// A question that waits for a link.

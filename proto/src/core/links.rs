@@ -170,11 +170,15 @@ impl Core {
         }
         self.admitted.insert(from);
         let Some(link) = self.links.get_mut(&from) else { return true };
-        if !std::mem::replace(&mut link.admitted, true) {
+        // A peer that was killed and came back greets over a link that is still up here, since its
+        // old connection has not timed out yet. It has forgotten the map: all begins anew.
+        let restarted = link.admitted && link.epoch < epoch;
+        link.epoch = link.epoch.max(epoch);
+        if !std::mem::replace(&mut link.admitted, true) || restarted {
             out.push(Effect::Admit(from));
             self.spread.linked(from);
             // One side starts the comparison; it goes both ways.
-            if self.config.me < from {
+            if self.config.me < from || restarted {
                 self.reconcile_with(from, out);
             }
             for Waiting { token, what } in self.waiting.remove(&from).unwrap_or_default() {
@@ -297,7 +301,11 @@ impl Core {
                     out.push(Effect::Disconnect(peer, "it did not show its certificate"));
                 }
             }
-            Pending::Announce(_) | Pending::Pull | Pending::Records | Pending::Digest(_) => {}
+            Pending::Announce(_) | Pending::Pull | Pending::Records | Pending::Digest(_) => {
+                // What went astray, such as over a connection to a peer that has restarted since,
+                // is made up for soon and not in a minute.
+                self.reconcile_at = self.reconcile_at.min(now.boot + Span::secs(1));
+            }
             Pending::Order(order) => self.order_silent(now, &order, why, out),
             Pending::Claim(lease) => self.claim_silent(&lease, why, out),
             Pending::Release(lease) => self.release_silent(&lease, why, out),
