@@ -18,6 +18,8 @@ use crate::words::want::{Choice, Want};
 const SAMPLE: usize = 64;
 /// How much noise is added to a score, in thousandths of the cheapest price.
 const NOISE: u64 = 80;
+/// What having refused or failed a moment ago adds to a score: more than any difference in price.
+const AVOIDED: u64 = 1_000_000;
 
 /// A host as the map shows it.
 #[derive(Debug)]
@@ -99,9 +101,6 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     if !candidate.up {
         reasons.push("it is down".into());
     }
-    if candidate.avoided {
-        reasons.push("it refused or failed a moment ago".into());
-    }
     if !want.lessors.is_empty() && !want.lessors.contains(&candidate.key) {
         reasons.push("it is not among the hosts asked for".into());
     }
@@ -151,12 +150,17 @@ fn score(want: &Want, fit: &Fit<'_>, cheapest: u64, dice: &mut Dice) -> Choice {
     // With no history nothing is known: one failure in two is assumed as if once observed.
     let risk = bad * 400 / (all + 2);
     let noise = dice.below(NOISE);
+    // Not a veto: where nobody else fits, it is asked again.
+    let avoided = if candidate.avoided { AVOIDED } else { 0 };
     let mut why = vec![format!("{rate}/h")];
     if price > 1000 {
         let percent = (price - 1000).div_ceil(10);
         why.push(format!("{percent}% above the cheapest"));
     } else {
         why.push("the cheapest that fits".into());
+    }
+    if candidate.avoided {
+        why.push("it refused or failed a moment ago".into());
     }
     if all > 0 {
         why.push(format!("{} of {all} leases there went well", all - bad.min(all)));
@@ -167,7 +171,7 @@ fn score(want: &Want, fit: &Fit<'_>, cheapest: u64, dice: &mut Dice) -> Choice {
         offer: offer.id(),
         rate: *rate,
         worst_case: rate.per_hour_over(want.term).min(want.budget),
-        score: price.saturating_add(spare + risk + noise),
+        score: price.saturating_add(spare + risk + noise + avoided),
         why: why.join(", "),
     }
 }
