@@ -109,6 +109,8 @@ pub struct Offer {
     pub gpu_hour: BTreeMap<String, String>,
     /// The longest term of one lease.
     pub max_term: String,
+    /// How long a lease may be held without being claimed, and so without being paid.
+    pub max_claim_within: String,
     /// How long a job may take to end after its lease before it is killed.
     pub grace: String,
     /// Free disk space below which nothing new is promised.
@@ -162,6 +164,7 @@ impl Default for Offer {
             disk_gib_hour: text("0.0001"),
             gpu_hour: BTreeMap::new(),
             max_term: text("24h"),
+            max_claim_within: text("5m"),
             grace: text("5s"),
             min_disk_free: text("256M"),
         }
@@ -298,6 +301,7 @@ impl Config {
                 gpu_hour,
             },
             max_term: self.span("offer.max_term", &offer.max_term)?,
+            max_claim_within: self.span("offer.max_claim_within", &offer.max_claim_within)?,
             runtimes: vec!["wasm".to_string()],
             isolation,
         })

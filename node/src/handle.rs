@@ -147,10 +147,11 @@ impl Handle {
         stdout: u64,
         stderr: u64,
     ) -> Result<Attached, AttachError> {
-        let view = self.view().await.map_err(|_| AttachError::Stopped)?;
-        let held = view.held.iter().find(|held| held.id == Some(lease));
-        let lessor = held.ok_or(AttachError::NotHeld(lease))?.lessor;
-        let addresses = data_addresses(&view, &lessor);
+        let (lessor, addresses) = match self.ask(Command::Lessor(lease)).await {
+            Ok(Reply::Reached(lessor, addresses)) => (lessor, addresses),
+            Err(AskError::Failed(_)) => return Err(AttachError::NotHeld(lease)),
+            _ => return Err(AttachError::Stopped),
+        };
         attach::open(&self.inner.data, lessor, addresses, lease, stdout, stderr).await
     }
 
@@ -165,9 +166,9 @@ impl Handle {
         root: Root,
         size: u64,
     ) -> Result<FetchStats, FetchError> {
-        let addresses = match self.view().await {
-            Ok(view) => data_addresses(&view, &holder),
-            Err(_) => Vec::new(),
+        let addresses = match self.ask(Command::Reach(holder)).await {
+            Ok(Reply::Reached(_, addresses)) => addresses,
+            _ => Vec::new(),
         };
         self.inner.data.fetch(holder.0, addresses, root, size, |_| {}).await
     }
@@ -180,10 +181,4 @@ impl Handle {
         let Inner { store, signer, facts, .. } = &*self.inner;
         records::proof(store, signer, &facts.charter, lease).await
     }
-}
-
-/// Where `key` serves its data plane, by the map.
-fn data_addresses(view: &View, key: &KeyId) -> Vec<SocketAddr> {
-    let node = view.nodes.iter().find(|node| node.id == *key);
-    node.map(|node| node.addresses.data.clone()).unwrap_or_default()
 }

@@ -18,7 +18,7 @@ use crate::data::{self, Data, DataConfig};
 use crate::handle::{Facts, Handle};
 use crate::home::{Home, HomeError, Identity};
 use crate::jobs::Jobs;
-use crate::net::{Limits, Net, NetConfig, NetError};
+use crate::net::{Limits, Net, NetConfig, NetError, NetEvent};
 use crate::payload::{self, PayloadError, PayloadStore};
 use crate::probe::{Probe, ProbeBindError, ProbeLimits};
 use crate::run::{Admitted, Counts, Inputs, Loop};
@@ -95,14 +95,27 @@ impl StartError {
     }
 }
 
-/// What holds a node's identity and state.
-struct Opened {
+/// A node that has its directory, its ports and its papers, and has changed nothing yet: what else
+/// may be taken or wrong can still be found out at no cost.
+#[derive(Debug)]
+pub struct Bound {
+    home: Home,
+    exec: Exec,
+    identity: Identity,
+    core: core::Config,
+    min_disk_free: u64,
     store: Store,
     saved: Vec<Kept>,
     payloads: PayloadStore,
-    work: Work,
-    orphans: core::Orphans,
-    work_events: mpsc::Receiver<work::WorkEvent>,
+    net: Net,
+    net_events: mpsc::Receiver<NetEvent>,
+    link: Vec<SocketAddr>,
+    probe: Probe,
+    packets: mpsc::Receiver<(SocketAddr, Vec<u8>)>,
+    probe_at: SocketAddr,
+    data: Data,
+    arrivals: mpsc::Receiver<data::Arriving>,
+    admitted: Admitted,
 }
 
 impl Node {
@@ -111,6 +124,14 @@ impl Node {
     /// # Errors
     /// When anything it needs is missing, unusable or taken.
     pub async fn start(home: &Home, config: &Config, exec: Exec) -> Result<Self, StartError> {
+        Self::bind(home, config, exec).await?.start().await
+    }
+
+    /// Takes the directory of the node that lives in `home`, its ports and its papers.
+    ///
+    /// # Errors
+    /// When anything it needs is missing, unusable or taken. Nothing was changed.
+    pub async fn bind(home: &Home, config: &Config, exec: Exec) -> Result<Bound, StartError> {
         let identity = home.identity()?;
         let measured = host::measure(home.dir()).map_err(StartError::Host)?;
         let capacity = config.capacity(&measured)?;
@@ -118,8 +139,10 @@ impl Node {
         let (grace, min_disk_free) = (config.grace()?, config.min_disk_free()?);
         let labels = config.labels()?;
         // The store's lock is taken first: of two processes in one directory the second stops
-        // here, before it binds or ends anything.
-        let opened = open(home, &identity, exec, min_disk_free).await?;
+        // here, with the reason that helps.
+        let (store, saved) = open_store(home, &identity, min_disk_free).await?;
+        let limits = payload::Limits { keep_free: min_disk_free, ..payload::Limits::default() };
+        let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
         let seed = *identity.secret.seed();
         let (net, net_events, link) = Net::start(NetConfig {
             seed,
@@ -136,16 +159,15 @@ impl Node {
             })
         };
         let data_config = DataConfig::new(config.listen.data);
-        let (data, arrivals) = Data::start(data_config, seed, opened.payloads.clone(), admit)?;
+        let (data, arrivals) = Data::start(data_config, seed, payloads.clone(), admit)?;
         let addresses = config.addresses(&link, probe_at, data.local_addr())?;
-        let signer = identity.secret.signer();
         let mut dice = [0; 8];
         getrandom::fill(&mut dice).map_err(StartError::Randomness)?;
         let name =
             if config.node.name.is_empty() { host::name() } else { config.node.name.clone() };
-        let core_config = core::Config {
-            me: signer.id(),
-            name: name.clone(),
+        let core = core::Config {
+            me: identity.secret.id(),
+            name,
             boot: clock::boot_id(),
             charter: identity.charter.clone(),
             certificate: identity.certificate.clone(),
@@ -163,25 +185,63 @@ impl Node {
             seed: u64::from_le_bytes(dice),
             plant: leasehold_proto::base::plant::Plant::NONE,
         };
-        let mut first = Vec::new();
-        let Opened { store, saved, payloads, work, orphans, work_events } = opened;
-        let core = Core::new(core_config, saved, &orphans, clock::now(), &mut first)?;
-        let facts = Facts {
-            me: signer.id(),
-            name,
-            version: env!("CARGO_PKG_VERSION"),
+        core.standing(clock::now())?;
+        Ok(Bound {
+            home: home.clone(),
+            exec,
+            identity,
+            core,
+            min_disk_free,
+            store,
+            saved,
+            payloads,
+            net,
+            net_events,
             link,
-            probe: probe_at,
+            probe,
+            packets,
+            probe_at,
+            data,
+            arrivals,
+            admitted,
+        })
+    }
+}
+
+impl Bound {
+    /// Ends what an earlier run left behind, and goes to work.
+    ///
+    /// # Errors
+    /// When jobs of an earlier run cannot be looked at or ended, or what was kept does not read.
+    pub async fn start(self) -> Result<Node, StartError> {
+        let (events, work_events) = mpsc::channel(256);
+        let work = Work::open(self.home.path("jobs"), self.exec.clone(), events)?;
+        let orphans = Jobs::bury_orphans(&work).await?;
+        let mut first = Vec::new();
+        let Self { home, identity, store, payloads, net, probe, data, admitted, .. } = self;
+        let core = Core::new(self.core, self.saved, &orphans, clock::now(), &mut first)?;
+        let me = core.hand().me;
+        let facts = Facts {
+            me,
+            name: core.name().to_string(),
+            version: env!("CARGO_PKG_VERSION"),
+            link: self.link,
+            probe: self.probe_at,
             data: data.local_addr(),
             charter: identity.charter,
             currency: core.admission().charter().currency.clone(),
             mandate: identity.mandate,
         };
+        let min_disk_free = self.min_disk_free;
         let parts = Parts { store, payloads, data, net, probe, work, admitted, min_disk_free };
+        let (net_events, packets, arrivals) = (self.net_events, self.packets, self.arrivals);
         let streams = Streams { net_events, packets, work_events, arrivals };
-        Ok(Self::assemble(home, core, first, &seed, facts, parts, streams))
+        let seed = identity.secret.seed();
+        Ok(Node::assemble(&home, core, first, seed, facts, parts, streams))
     }
+}
 
+impl Node {
     fn assemble(
         home: &Home,
         core: Core,
@@ -280,18 +340,17 @@ struct Parts {
 
 /// What the edges tell.
 struct Streams {
-    net_events: mpsc::Receiver<crate::net::NetEvent>,
+    net_events: mpsc::Receiver<NetEvent>,
     packets: mpsc::Receiver<(SocketAddr, Vec<u8>)>,
     work_events: mpsc::Receiver<work::WorkEvent>,
     arrivals: mpsc::Receiver<data::Arriving>,
 }
 
-async fn open(
+async fn open_store(
     home: &Home,
     identity: &Identity,
-    exec: Exec,
     min_disk_free: u64,
-) -> Result<Opened, StartError> {
+) -> Result<(Store, Vec<Kept>), StartError> {
     let mut config = store::Config::new(identity.secret.id().0);
     config.min_disk_free = min_disk_free;
     let dir: PathBuf = home.path("store");
@@ -301,10 +360,5 @@ async fn open(
     tracing::info!(entries = opened.entries.len(), recovered = ?opened.recovered, "the store is open");
     let entries = opened.entries.iter();
     let saved = entries.map(|(key, value)| Kept::read(key, value)).collect::<Result<_, _>>()?;
-    let limits = payload::Limits { keep_free: min_disk_free, ..payload::Limits::default() };
-    let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
-    let (events, work_events) = mpsc::channel(256);
-    let work = Work::open(home.path("jobs"), exec, events)?;
-    let orphans = Jobs::bury_orphans(&work).await?;
-    Ok(Opened { store, saved, payloads, work, orphans, work_events })
+    Ok((store, saved))
 }

@@ -98,11 +98,13 @@ struct State {
     commands: u64,
     queue: VecDeque<Behind>,
     unsent: VecDeque<NetCommand>,
+    /// Questions that were not asked, of which the core is told next.
+    lost: VecDeque<(Token, String)>,
     /// Tickets at or above this are of questions that this node asked itself.
     own_tickets: u64,
     own: BTreeMap<u64, u64>,
     disk_full: bool,
-    admitted_known: usize,
+    admissions: u64,
 }
 
 /// Tickets of links stay below this; those of questions to oneself begin here.
@@ -116,19 +118,37 @@ impl Loop {
             commands: 0,
             queue: VecDeque::new(),
             unsent: VecDeque::new(),
+            lost: VecDeque::new(),
             own_tickets: OWN,
             own: BTreeMap::new(),
             disk_full: false,
-            admitted_known: 0,
+            admissions: 0,
         };
         let mut look = tokio::time::interval(LOOK_AT_DISK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.take_care(&mut state, first).await;
+        let mut first = first;
+        self.look_at_disk(&mut state, &mut first);
+        // The epoch is on disk before anything is signed in it, liveness packets included.
+        let (kept, rest) = first.into_iter().partition(|effect| matches!(effect, Effect::Keep(_)));
+        self.take_care(&mut state, kept).await;
+        while !state.queue.is_empty() {
+            if front(&mut state.queue).await.is_err() {
+                tracing::error!("the store has closed: nothing can be promised any more");
+                return;
+            }
+        }
+        self.take_care(&mut state, rest).await;
         loop {
             let mut out = Vec::new();
             let room = state.queue.len() < MAX_QUEUED;
             let idle = state.unsent.is_empty();
             let wake = self.sleep();
+            let lost = state.lost.pop_front();
+            if let Some((token, why)) = lost {
+                self.handle(Event::Unanswered { token, why }, &mut out);
+                self.take_care(&mut state, out).await;
+                continue;
+            }
             tokio::select! {
                 durable = front(&mut state.queue) => match durable {
                     Ok(effects) => {
@@ -304,7 +324,7 @@ impl Loop {
             None
         } else {
             self.counts.batches.fetch_add(1, Ordering::Relaxed);
-            match self.store.submit(writes).await {
+            match self.store.submit_all(writes).await {
                 Ok(pending) => Some(pending),
                 Err(error) => {
                     tracing::error!(%error, "the store takes nothing: stopping");
@@ -335,10 +355,10 @@ impl Loop {
 
     /// Lets the data plane know who is admitted, when that changed.
     fn share_admitted(&self, state: &mut State) {
-        let admitted = self.core.admitted();
-        if admitted.len() != state.admitted_known {
-            state.admitted_known = admitted.len();
-            let keys = admitted.iter().map(|key| key.0).collect();
+        let admissions = self.core.admissions();
+        if admissions != state.admissions {
+            state.admissions = admissions;
+            let keys = self.core.admitted().map(|key| key.0).collect();
             *self.admitted.write().unwrap_or_else(PoisonError::into_inner) = keys;
         }
     }
@@ -383,7 +403,7 @@ impl Loop {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::error!(%error, "a question could not be signed");
-                self.verifiers.unasked(token, error.to_string()).await;
+                state.lost.push_back((token, error.to_string()));
                 return;
             }
         };
@@ -433,15 +453,18 @@ impl Loop {
             return;
         }
         match self.net.send(command) {
-            Ok(()) | Err(SendError::Closed(_)) => {}
+            Ok(()) => {}
+            Err(SendError::Closed(command)) => not_sent(state, command, "the links are closed"),
             Err(SendError::Busy(command)) => self.keep_unsent(state, command),
         }
     }
 
     fn keep_unsent(&self, state: &mut State, command: NetCommand) {
         if state.unsent.len() >= MAX_UNSENT {
-            // The peer asks again, or its patience ends: what was promised is on disk.
+            // Of a reply: the peer asks again, or its patience ends. What was promised is on disk.
+            // Of a question that was not asked the core is told.
             self.counts.dropped.fetch_add(1, Ordering::Relaxed);
+            not_sent(state, command, "the links are too busy");
             return;
         }
         state.unsent.push_back(command);
@@ -476,6 +499,13 @@ impl Loop {
         state.waiting.clear();
         self.net.close().await;
         self.store.close().await;
+    }
+}
+
+/// The core is told of every question that will not be asked.
+fn not_sent(state: &mut State, command: NetCommand, why: &str) {
+    if let NetCommand::Ask { token, .. } = command {
+        state.lost.push_back((Token(token), why.into()));
     }
 }
 

@@ -56,6 +56,7 @@ mod tests;
 mod tree;
 mod write;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -529,6 +530,39 @@ impl Store {
         let (message, pending) = self.message(batch)?;
         self.0.queue.send(message).await.map_err(|_| CommitError::Closed)?;
         Ok(pending)
+    }
+
+    /// Queues any number of writes in their order, as few batches as hold them; the result says
+    /// when the last of them is durable, and with it all before. After a crash some first part of
+    /// them may be kept. Of several writes to one key in one batch only the last is kept.
+    ///
+    /// # Errors
+    /// [`CommitError`]; then some first part of them was queued.
+    pub async fn submit_all(&self, writes: Vec<Write>) -> Result<Pending, CommitError> {
+        let mut batch: Vec<Write> = Vec::with_capacity(writes.len());
+        let mut places: HashMap<Vec<u8>, usize> = HashMap::new();
+        let mut bytes = journal::batch_len(&[]);
+        for write in writes {
+            let more = write.encoded_len() as u64;
+            if bytes + more > self.0.batch_most && !batch.is_empty() {
+                // The writer keeps batches in order: the last one's answer is enough.
+                drop(self.submit(std::mem::take(&mut batch)).await?);
+                places.clear();
+                bytes = journal::batch_len(&[]);
+            }
+            match places.get(&write.key).and_then(|place| batch.get_mut(*place)) {
+                Some(place) => {
+                    bytes = bytes + more - place.encoded_len() as u64;
+                    *place = write;
+                }
+                None => {
+                    bytes += more;
+                    places.insert(write.key.clone(), batch.len());
+                    batch.push(write);
+                }
+            }
+        }
+        self.submit(batch).await
     }
 
     /// [`Store::submit`], then waits until it is durable.

@@ -37,7 +37,6 @@ pub(crate) enum Checked {
 enum Unchecked {
     Asked { from: KeyId, ticket: Ticket, frame: Vec<u8> },
     Answered { from: KeyId, token: Token, frame: Vec<u8> },
-    Unasked { token: Token, why: String },
 }
 
 /// The workers.
@@ -95,11 +94,6 @@ impl Verifiers {
         self.give(&from, Unchecked::Answered { from, token, frame }).await;
     }
 
-    /// A question that could not be asked: its answer is that there is none.
-    pub(crate) async fn unasked(&self, token: Token, why: String) {
-        self.give(&KeyId::default(), Unchecked::Unasked { token, why }).await;
-    }
-
     /// Gives a packet to be checked, or drops it when too many wait.
     pub(crate) fn packet(&self, packet: Vec<u8>) {
         let _ = self.packets.try_send(packet);
@@ -122,7 +116,6 @@ fn check(fabric: &FabricId, unchecked: Unchecked, papers: &mut Papers) -> Checke
             Ok(said) => Checked::Answered { from, token, said },
             Err(why) => Checked::BadAnswer { token, why },
         },
-        Unchecked::Unasked { token, why } => Checked::BadAnswer { token, why },
     }
 }
 

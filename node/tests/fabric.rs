@@ -423,7 +423,7 @@ impl Peer {
             charter: self.charter,
             certificate: self.certificate.clone(),
             epoch: 1,
-            seen: 0,
+            seen: None,
         }
     }
 

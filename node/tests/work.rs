@@ -417,7 +417,7 @@ async fn every_bad_end_has_its_name(mut room: Room) {
 
     let code = program("", "(call $exit (i32.const 200))");
     let (outcome, _) = room.run(room.spec("00000012", &code)).await;
-    assert!(matches!(outcome, Outcome::Trapped { .. }), "{outcome:?}");
+    assert!(matches!(outcome, Outcome::Exited { code: 200 }), "{outcome:?}");
     let status = room.work.status("00000012").expect("known");
     assert_eq!(status.state, State::Failed);
 }

@@ -31,10 +31,11 @@ pub use kept::Kept;
 pub use view::View;
 
 use crate::base::dice::Dice;
+use crate::base::due::Due;
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::plant::Plant;
 use crate::base::resource::Resources;
-use crate::base::time::{Boot, BootId, Now, Span};
+use crate::base::time::{Boot, BootId, Now, Span, Wall};
 use crate::minds::admission::{Admission, CharterError, NotAdmitted};
 use crate::minds::book::{self, Book, Lent};
 use crate::minds::holdings::{self, Held, Holdings};
@@ -95,6 +96,31 @@ pub struct Config {
     pub seed: u64,
     /// A planted bug; none outside the simulation.
     pub plant: Plant,
+}
+
+/// By what right a node acts.
+#[derive(Debug)]
+pub struct Standing {
+    admission: Admission,
+    certificate: Verified<Certificate>,
+    mandate: Option<Verified<Mandate>>,
+}
+
+impl Config {
+    /// Checks the papers, as [`Core::new`] does: for a shell that must know before it touches
+    /// anything.
+    ///
+    /// # Errors
+    /// When charter, certificate or mandate do not hold.
+    pub fn standing(&self, now: Now) -> Result<Standing, StartError> {
+        let admission = Admission::found(&self.charter)?;
+        let fabric = admission.fabric();
+        let certificate = self.certificate.verify(&fabric).map_err(StartError::Certificate)?;
+        admission.admits(&certificate, &self.me, Role::Node, now.wall)?;
+        let mandate = self.mandate.as_ref().map(|mandate| mandate.verify(&fabric));
+        let mandate = mandate.transpose().map_err(StartError::Mandate)?;
+        Ok(Standing { admission, certificate, mandate })
+    }
 }
 
 /// Why a core cannot start. Nothing was changed.
@@ -161,6 +187,13 @@ struct Acting {
     tries: u32,
 }
 
+/// An ended lease that was dropped from memory.
+#[derive(Debug)]
+struct Past {
+    view: view::LentView,
+    termination: Option<Draft>,
+}
+
 /// What is known about a host's behaviour towards this node.
 #[derive(Clone, Copy, Debug, Default)]
 struct Record {
@@ -185,7 +218,9 @@ pub struct Core {
     holdings: Holdings,
     pursuits: BTreeMap<CommandId, Pursuit>,
     links: BTreeMap<KeyId, Link>,
-    epochs: BTreeMap<KeyId, u64>,
+    /// For each key the host record of its newest epoch, also when it is no longer valid: what
+    /// shows a node that was set up from an older copy that it is one.
+    lives: BTreeMap<KeyId, (u64, Signed)>,
     waiting: BTreeMap<KeyId, Vec<Waiting>>,
     pending: BTreeMap<Token, Pending>,
     claims: BTreeMap<LeaseId, Acting>,
@@ -193,14 +228,17 @@ pub struct Core {
     awaiting_end: BTreeMap<LeaseId, Vec<CommandId>>,
     /// Held leases whose end is overdue: when to ask next, and how often that failed.
     inquiries: BTreeMap<LeaseId, (Boot, u32)>,
-    /// Terminations that the delegate has not confirmed, with the time of the next try.
-    untold: BTreeMap<LeaseId, (Boot, u32)>,
+    /// Terminations that the delegate has not confirmed, with the tries so far.
+    untold: BTreeMap<LeaseId, u32>,
+    untold_due: Due<LeaseId>,
     /// Leases with a receipt on its way, or the time before which none is sent again.
     receipts_out: BTreeMap<LeaseId, Option<Boot>>,
     /// Ended leases dropped from memory are remembered by their last view.
-    history: VecDeque<view::LentView>,
+    history: VecDeque<Past>,
     records: BTreeMap<KeyId, Record>,
     halted: Option<String>,
+    /// Keys of whose equivocation a proof is kept.
+    equivocators: BTreeSet<KeyId>,
     /// The highest epoch in which the last word about this key was said.
     last_word: u64,
     disk_full: bool,
@@ -214,8 +252,10 @@ pub struct Core {
     expire_at: Boot,
     host_record_at: Boot,
     counters: Counters,
-    /// Keys whose certificate was shown on a link or in a host record, and judged.
-    admitted: BTreeSet<KeyId>,
+    /// Keys whose certificate was shown on a link or in a host record, and judged, with its end.
+    admitted: BTreeMap<KeyId, Wall>,
+    /// Rises with every change of who is admitted.
+    admissions: u64,
 }
 
 impl Core {
@@ -230,12 +270,8 @@ impl Core {
         now: Now,
         out: &mut Vec<Effect>,
     ) -> Result<Self, StartError> {
-        let admission = Admission::found(&config.charter)?;
+        let Standing { admission, certificate, mandate } = config.standing(now)?;
         let fabric = admission.fabric();
-        let certificate = config.certificate.verify(&fabric).map_err(StartError::Certificate)?;
-        admission.admits(&certificate, &config.me, Role::Node, now.wall)?;
-        let mandate = config.mandate.as_ref().map(|mandate| mandate.verify(&fabric));
-        let mandate = mandate.transpose().map_err(StartError::Mandate)?;
         let probe = *config.addresses.probe.first().ok_or(StartError::NoProbe)?;
         let saved = Saved::sort(saved);
         let epoch = saved.epoch + u64::from(!config.plant.is("same-epoch"));
@@ -265,7 +301,7 @@ impl Core {
             holdings: Holdings::default(),
             pursuits: BTreeMap::new(),
             links: BTreeMap::new(),
-            epochs: BTreeMap::new(),
+            lives: BTreeMap::new(),
             waiting: BTreeMap::new(),
             pending: BTreeMap::new(),
             claims: BTreeMap::new(),
@@ -273,10 +309,12 @@ impl Core {
             awaiting_end: BTreeMap::new(),
             inquiries: BTreeMap::new(),
             untold: BTreeMap::new(),
+            untold_due: Due::default(),
             receipts_out: BTreeMap::new(),
             history: VecDeque::new(),
             records: BTreeMap::new(),
             halted: None,
+            equivocators: saved.equivocators.clone(),
             last_word: 0,
             disk_full: false,
             leaving: false,
@@ -288,7 +326,8 @@ impl Core {
             expire_at: now.boot,
             host_record_at: now.boot,
             counters: Counters::default(),
-            admitted: BTreeSet::from([config.me]),
+            admitted: BTreeMap::from([(config.me, Wall(u64::MAX))]),
+            admissions: 1,
             config,
         };
         out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
@@ -307,7 +346,10 @@ impl Core {
         let Saved { lent, held, mut receipts, .. } = saved;
         for (id, kept) in lent {
             let receipts = receipts.remove(&id).unwrap_or_default();
-            let restored = self.book.restore(kept, receipts);
+            if book::is_past(&kept, now.wall) {
+                continue;
+            }
+            let restored = self.book.restore(now.boot, kept, receipts);
             restored.ok_or(StartError::Kept(id))?;
             self.resume_lent(now, &id, orphans.get(&id), out);
         }
@@ -364,6 +406,7 @@ impl Core {
             self.membership.next_wake(),
             self.spread.next_wake(),
             self.book.next_wake(),
+            self.untold_due.next(),
             Some(self.pricing.next_wake().max(self.last_publish_floor())),
             self.next_pursuit(),
         ]
@@ -389,7 +432,22 @@ impl Core {
                 out.push(Effect::Answer(command, Ok(Reply::Plan(ranking))));
                 return;
             }
+            Command::Reach(node) => {
+                let reached = Reply::Reached(node, self.data_addresses(&node));
+                out.push(Effect::Answer(command, Ok(reached)));
+                return;
+            }
+            Command::Lessor(lease) => match self.holdings.get(&lease) {
+                Some(holding) => {
+                    let lessor = holding.kept.lessor;
+                    let reached = Reply::Reached(lessor, self.data_addresses(&lessor));
+                    out.push(Effect::Answer(command, Ok(reached)));
+                    return;
+                }
+                None => Err(Failure::UnknownLease),
+            },
             _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
+            Command::Lease(_) | Command::LeaseBy(_) if self.disk_full => Err(Failure::DiskFull),
             Command::Lease(want) => self.seek(now, command, want, out),
             Command::LeaseBy(papers) => self.lease_by(now, command, &papers, out),
             Command::DraftOrder { want, lessee, certificate } => {
@@ -454,6 +512,12 @@ impl Core {
         &self.hand
     }
 
+    /// What this node is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
     /// The fabric it belongs to.
     #[must_use]
     pub const fn admission(&self) -> &Admission {
@@ -463,13 +527,18 @@ impl Core {
     /// Whether `key` has shown a certificate that admits it as a node.
     #[must_use]
     pub fn is_admitted(&self, key: &KeyId) -> bool {
-        self.admitted.contains(key)
+        self.admitted.contains_key(key)
     }
 
-    /// Every key that has shown such a certificate.
+    /// Every key that has shown such a certificate, while that is valid.
+    pub fn admitted(&self) -> impl Iterator<Item = &KeyId> {
+        self.admitted.keys()
+    }
+
+    /// A number that rises with every change of [`Core::admitted`].
     #[must_use]
-    pub const fn admitted(&self) -> &BTreeSet<KeyId> {
-        &self.admitted
+    pub const fn admissions(&self) -> u64 {
+        self.admissions
     }
 
     /// The data-plane addresses of `key`, as its host record says.
@@ -487,6 +556,7 @@ struct Saved {
     lent: BTreeMap<LeaseId, Lent>,
     held: BTreeMap<Hash, Held>,
     receipts: BTreeMap<LeaseId, VecDeque<(u64, Draft)>>,
+    equivocators: BTreeSet<KeyId>,
 }
 
 impl Saved {
@@ -504,11 +574,13 @@ impl Saved {
                 Kept::Receipt(lease, number, draft) => {
                     sorted.receipts.entry(lease).or_default().push_back((number, draft));
                 }
+                Kept::Equivocation(signed, _) => {
+                    sorted.equivocators.extend(signed.header().map(|header| header.signer));
+                }
                 Kept::DropHeld(_)
                 | Kept::Acknowledged(..)
                 | Kept::Countersigned(..)
-                | Kept::Objected(..)
-                | Kept::Equivocation(..) => {}
+                | Kept::Objected(..) => {}
             }
         }
         sorted

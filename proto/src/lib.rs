@@ -21,6 +21,7 @@
 pub mod base {
     //! Quantities and names: the vocabulary that everything else counts in.
     pub mod dice;
+    pub mod due;
     pub mod id;
     pub mod money;
     pub mod plant;

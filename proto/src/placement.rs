@@ -80,7 +80,11 @@ pub fn rank(want: &Want, candidates: &[Candidate<'_>], dice: &mut Dice) -> Ranki
     fitting.truncate(SAMPLE);
     let cheapest = fitting.iter().map(|fit| fit.rate).min().unwrap_or_default().0.max(1);
     ranking.choices = fitting.iter().map(|fit| score(want, fit, cheapest, dice)).collect();
-    ranking.choices.sort_by_key(|choice| choice.score);
+    // Who names hosts has chosen already: their order counts, and one that failed comes last.
+    let place = |key: &KeyId| want.lessors.iter().position(|named| named == key);
+    ranking
+        .choices
+        .sort_by_key(|choice| (choice.score >= AVOIDED, place(&choice.lessor), choice.score));
     ranking
 }
 

@@ -9,7 +9,7 @@ use leasehold_proto::base::id::LeaseId;
 use leasehold_proto::base::money::Amount;
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{BootId, Now, Span, Wall};
-use leasehold_proto::minds::book::{Acted, Book, Lent, Placed, Quote, Stage, Turn};
+use leasehold_proto::minds::book::{self, Acted, Book, Lent, Placed, Quote, Stage, Turn};
 use leasehold_proto::minds::holdings::act_id;
 use leasehold_proto::words::contract::{Claim, EndReason, Order, Reason, Release, Termination};
 use leasehold_proto::words::sign::{Draft, Verified};
@@ -41,25 +41,25 @@ fn orders_are_judged_by_price_room_and_request() {
     let base = people.order_body(1, 1, Span::secs(10), SECOND);
     let offer = people.offer();
     let rate = Some(Amount(36_000_000_000));
-    let good = Quote { offer: Some((&offer, rate)), sold: true };
+    let good = Quote { offer: Some((&offer, rate)), sold: Ok(()) };
     let table = [
-        ("no such offer", base.clone(), Quote { offer: None, sold: true }, Reason::StaleOffer),
+        ("no such offer", base.clone(), Quote { offer: None, sold: Ok(()) }, Reason::StaleOffer),
         (
             "not sold",
             base.clone(),
-            Quote { offer: Some((&offer, rate)), sold: false },
+            Quote { offer: Some((&offer, rate)), sold: Err(Vec::new()) },
             Reason::NotOffered,
         ),
         (
             "no price",
             base.clone(),
-            Quote { offer: Some((&offer, None)), sold: true },
+            Quote { offer: Some((&offer, None)), sold: Ok(()) },
             Reason::NotOffered,
         ),
         (
             "too dear",
             Order { ceiling: Amount(1), ..base.clone() },
-            Quote { offer: Some((&offer, rate)), sold: true },
+            Quote { offer: Some((&offer, rate)), sold: Ok(()) },
             Reason::Price,
         ),
         ("too large", people.order_body(1, 5, Span::secs(10), SECOND), good, Reason::Capacity),
@@ -217,6 +217,72 @@ fn the_end_of_a_term_is_due_once_and_billing_stops_there() {
 }
 
 #[test]
+fn exposure_ends_nobody_who_answers_and_everybody_who_does_not() {
+    let people = People::new();
+    let cent = Amount(10_000_000);
+    // One receipt in the whole term is all that was asked for.
+    let body = Order {
+        exposure: Amount(cent.0 * 4),
+        receipt_every: Span::secs(60),
+        ..people.order_body(1, 1, Span::secs(60), SECOND)
+    };
+    for answers in [true, false] {
+        let mut book = people.book(4, 1);
+        let (lease, _) = people.granted(&mut book, now(0), &people.order(&body));
+        book.claim(now(0), &claim(&people, lease), true);
+        let (mut receipts, mut ended) = (0, None);
+        let mut at = 0;
+        while let Some(next) = book.next_wake().filter(|next| next.0 < 100_000) {
+            at = next.0.max(at);
+            for turn in book.due(now(at).boot) {
+                match turn {
+                    Turn::Receipt(_) => {
+                        let (number, draft) = book.receipt(now(at), &lease).expect("a receipt");
+                        receipts += 1;
+                        if answers {
+                            let charge = body_of::<Receipt>(&draft).charge;
+                            let receipt = draft.id();
+                            let ack = Acknowledgement { lease, number, receipt, charge };
+                            let ack = people.acts(lease.0, &ack);
+                            assert!(book.acknowledge(now(at + 1_500).boot, &ack));
+                        }
+                    }
+                    Turn::Drain(_, reason) => {
+                        book.drain(now(at), &lease, reason, people.lessor.id());
+                        ended = Some((reason, at));
+                    }
+                    Turn::Lapsed(_) => panic!("it was claimed"),
+                }
+            }
+        }
+        if answers {
+            assert_eq!(ended, Some((EndReason::Term, 60_000)), "{receipts} receipts");
+            assert!((25..40).contains(&receipts), "one for each half of the limit: {receipts}");
+        } else {
+            let (reason, at) = ended.expect("it ends");
+            assert_eq!((reason, receipts), (EndReason::Exposure, 8), "no more are written");
+            assert!((4_000..5_000).contains(&at), "at {at}");
+        }
+    }
+}
+
+#[test]
+fn a_lease_whose_last_receipt_nobody_countersigns_is_not_remembered_for_ever() {
+    let people = People::new();
+    let mut book = people.book(4, 1);
+    let (lease, _) = people.granted(&mut book, now(0), &ten_seconds(&people, 1));
+    book.claim(now(0), &claim(&people, lease), true);
+    book.drain(now(1_000), &lease, EndReason::Released, people.delegate.id());
+    book.reaped(&lease, Outcome::Exited(0));
+    book.receipt(now(1_000), &lease).expect("the final one");
+    book.finish(now(1_000), &lease).expect("a termination");
+    assert!(book.prune(now(600_000), |_| true).is_empty(), "its countersignature may come");
+    let kept = &book.get(&lease).expect("known").kept;
+    assert!(!book::is_past(kept, now(2_000_000).wall), "a restart asks for it again");
+    assert_eq!(book.prune(now(2_000_000), |_| true).len(), 1);
+}
+
+#[test]
 fn budget_and_exposure_end_a_lease_before_its_term() {
     let people = People::new();
     let base = people.order_body(1, 1, Span::secs(60), SECOND);
@@ -270,7 +336,7 @@ fn a_restart_knows_everything_that_was_kept() {
     let torn = book.receipt(now(2_010), &lease).expect("another");
     let mut book = people.book(4, 2);
     let receipts = VecDeque::from([torn, first.clone()]);
-    assert_eq!(book.restore(kept, receipts), Some(lease));
+    assert_eq!(book.restore(now(0).boot, kept, receipts), Some(lease));
     assert_eq!(*book.promised(), Resources::new(1000, 1 << 30, 0));
     let known = book.get(&lease).expect("known");
     assert_eq!(known.unacknowledged, [first], "what never left is not sent now");
@@ -289,7 +355,7 @@ fn a_restart_knows_everything_that_was_kept() {
     // What does not decode is said, not skipped.
     let mut broken: Lent = book.get(&lease).expect("known").kept.clone();
     broken.order.envelope.truncate(10);
-    assert_eq!(people.book(4, 3).restore(broken, VecDeque::new()), None);
+    assert_eq!(people.book(4, 3).restore(now(0).boot, broken, VecDeque::new()), None);
 }
 
 #[test]
@@ -301,7 +367,7 @@ fn after_a_reboot_a_lease_is_lost_and_billed_to_its_last_receipt() {
     let receipt = book.receipt(now(104_000), &lease).expect("a receipt");
     let kept = book.get(&lease).expect("known").kept.clone();
     let mut book = people.book(4, 2);
-    book.restore(kept, VecDeque::from([receipt]));
+    book.restore(now(0).boot, kept, VecDeque::from([receipt]));
     // The new boot's clock starts from nothing.
     book.rebase(&lease, BootId([8; 16]), now(300).boot);
     book.reaped(&lease, Outcome::Lost);
@@ -397,7 +463,7 @@ fn act_on(people: &People, book: &mut Book, said: &mut Said, at: Now, happens: H
             };
             let charge = body_of::<Receipt>(draft).charge;
             let ack = Acknowledgement { lease, number: *number, receipt: draft.id(), charge };
-            book.acknowledge(&people.acts(lease.0, &ack));
+            book.acknowledge(at.boot, &people.acts(lease.0, &ack));
         }
         Happens::Passed(_) => {
             for turn in book.due(at.boot) {
@@ -423,7 +489,7 @@ fn act_on(people: &People, book: &mut Book, said: &mut Said, at: Now, happens: H
             let mut again = people.book(4, 1);
             for (id, lease) in book.leases() {
                 let receipts = said.receipts.get(id).cloned().unwrap_or_default();
-                assert_eq!(again.restore(lease.kept.clone(), receipts.into()), Some(*id));
+                assert_eq!(again.restore(at.boot, lease.kept.clone(), receipts.into()), Some(*id));
             }
             assert_eq!(again.promised(), book.promised());
             *book = again;
@@ -476,7 +542,7 @@ proptest! {
                 prop_assert_eq!(chain.check(&grant_of(grant), &receipt), Ok(()));
                 chain.advance(&receipt, draft.id());
             }
-            prop_assert!(!chain.closed || stage(&book, lease) == Stage::Ended);
+            prop_assert!(!chain.closed() || stage(&book, lease) == Stage::Ended);
         }
     }
 }

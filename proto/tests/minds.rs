@@ -50,7 +50,7 @@ fn held(people: &People) -> (Holdings, LeaseId, Grant) {
         termination: None,
     });
     assert_eq!(holdings.granted(&order.id(), &grant), Some(lease));
-    holdings.get_mut(&lease).expect("held").kept.claim_sent = Some(Boot(2_000));
+    holdings.get_mut(&lease).expect("held").kept.claim_sent = Some((Boot(2_000), Wall(2_000)));
     (holdings, lease, grant_of(&draft))
 }
 
@@ -77,6 +77,39 @@ fn the_lessee_counts_from_its_own_sending() {
     let until = holdings.get(&lease).and_then(|held| held.relied_until()).expect("granted");
     // 60 s from the sending, less 50 ms and 200 ppm; the lessor honours it until 61.5 s.
     assert_eq!(until, Boot(1_000 + 60_000 - 50 - 12));
+}
+
+#[test]
+fn nothing_is_countersigned_that_was_never_claimed_or_cannot_have_passed() {
+    let people = People::new();
+    let (mut holdings, lease, grant) = held(&people);
+    let whole = receipt(lease, &grant, &Chain::default(), 60_000);
+    let short = receipt(lease, &grant, &Chain::default(), 1_000);
+    let hand = Hand { me: people.delegate.id(), ..people.hand(1) };
+    let other = leasehold_proto::base::time::BootId([8; 16]);
+    let time = |judged: &Judged| match judged {
+        Judged::Objected(answer) => {
+            let objection: leasehold_proto::words::usage::Objection = body_of(answer);
+            objection.reason == ObjectionReason::Time
+        }
+        _ => false,
+    };
+    // This host has rebooted 20 s after the claim was sent: its boot clock says nothing about it.
+    let kept = &mut holdings.get_mut(&lease).expect("held").kept;
+    let sent = now(2_000).wall;
+    kept.claim_sent = Some((Boot(2_000), sent));
+    let later = Now { boot: Boot(900_000), wall: sent + Span::secs(20) };
+    assert!(time(&holdings.judge(later, &hand, other, &says(&people, &whole))));
+    let agreed = holdings.judge(later, &hand, other, &says(&people, &short));
+    assert!(matches!(agreed, Judged::Agreed(_, true)), "{agreed:?}");
+
+    let (mut holdings, ..) = held(&people);
+    holdings.get_mut(&lease).expect("held").kept.claim_sent = None;
+    for receipt in [&short, &receipt(lease, &grant, &Chain::default(), 0)] {
+        let judged = holdings.judge(now(50_000), &hand, BOOT, &says(&people, receipt));
+        assert!(time(&judged), "never claimed: {judged:?}");
+    }
+    assert_eq!(holdings.get(&lease).expect("held").kept.stage, Stage::Granted);
 }
 
 #[test]
@@ -262,6 +295,7 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
         selling: true,
         rates: People::rates(),
         max_term: Span::secs(60),
+        max_claim_within: Span::secs(60),
         runtimes: vec!["wasm".into()],
         isolation: Vec::new(),
     };
@@ -300,7 +334,7 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
         (Order { receipt_every: Span::millis(1), ..order }, false),
     ];
     for (order, expected) in sold {
-        assert_eq!(pricing.sells(&order), expected, "{order:?}");
+        assert_eq!(pricing.sells(&order).is_ok(), expected, "{order:?}");
     }
     assert!(pricing.nothing().shapes.is_empty());
 }

@@ -240,6 +240,27 @@ fn what_is_too_long_is_refused_before_it_is_read() {
 }
 
 #[test]
+fn a_kind_has_a_bound_that_no_padding_passes() {
+    let story = Story::new();
+    for (name, signed) in story.objects() {
+        let mut envelope = Envelope::decode(&signed.envelope).expect("an envelope");
+        let limit = envelope.header.kind.max_len();
+        assert!(signed.envelope.len() * 4 <= limit * 3, "{name}: there is room to grow");
+        let padded = |envelope: &mut Envelope, len: usize| {
+            envelope.extensions = vec![Extension { tag: 9, critical: false, bytes: vec![] }];
+            let bare = wire::encode::<MAX_OBJECT>(envelope).expect("it fits").len();
+            envelope.extensions[0].bytes = vec![0; len - bare];
+            wire::encode::<MAX_OBJECT>(envelope).expect("it fits")
+        };
+        let at = padded(&mut envelope, limit);
+        assert!(Envelope::decode(&at).is_ok(), "{name}: {limit} bytes are allowed");
+        let got = limit + 1;
+        let beyond = Envelope::decode(&padded(&mut envelope, got));
+        assert_eq!(beyond, Err(DecodeError::TooLong { got, limit }), "{name}");
+    }
+}
+
+#[test]
 fn lists_have_bounds_of_their_own() {
     let name = RecordName { key: KeyId([0; 32]), kind: Kind::Offer, epoch: 0, seq: 0, tag: 0 };
     let small = Signed { envelope: vec![], signature: Signature([0; 64]) };

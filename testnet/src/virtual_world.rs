@@ -692,7 +692,11 @@ impl<'a> World<'a> {
     fn verify(&mut self, message: &Message) -> Result<Said, VerifyError> {
         match message {
             Message::Hello { charter, certificate, epoch, seen } => {
-                let (charter, epoch, seen) = (*charter, *epoch, *seen);
+                let (charter, epoch) = (*charter, *epoch);
+                let seen = match seen {
+                    Some(seen) => Some(Box::new(self.verify_record(seen)?)),
+                    None => None,
+                };
                 let id = certificate.id();
                 let known = self.certificates.get(&id);
                 let certificate = match known.filter(|known| known.signed() == certificate) {
@@ -1263,7 +1267,7 @@ impl<'a> World<'a> {
                         }
                     };
                     let id = LeaseId(grant.id());
-                    let end = held.termination.clone().filter(|_| held.chain.closed);
+                    let end = held.termination.clone().filter(|_| held.chain.closed());
                     ((1, id), held.offer.clone(), order, Some(grant.clone()), end)
                 }),
                 _ => None,

@@ -142,7 +142,7 @@ pub struct WantText {
     #[serde(default = "runtime")]
     #[schema(example = "wasm", default = "wasm")]
     pub runtime: String,
-    /// Only these hosts, by key.
+    /// Only these hosts, by key, asked in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lessors: Vec<String>,
     /// Only hosts with these labels.

@@ -29,7 +29,7 @@ use crate::api::body::{
     ChoiceLine, ClaimRequest, Claimed, EndLine, LeaseLine, LeaseRequest, Leased, OutcomeLine, Plan,
     PlanRequest, Released, Side,
 };
-use crate::api::want::{InputText, JobText, PayloadText};
+use crate::api::want::{InputText, JobText, PayloadText, WantText};
 use crate::attach::End;
 
 /// How long the lease's end may take after it was given back: the lessor reaps the job, and both
@@ -106,12 +106,16 @@ impl Run {
                 let text = want.text(session).await?;
                 let plan: Plan =
                     session.client.post("/v1/plan", &PlanRequest { want: text.clone() }).await?;
-                show(session, want, &plan)?;
+                show(session, want, &plan, self.yes)?;
                 if !self.yes && !agreed().await {
+                    let object = json!({ "error": "the plan was not agreed to", "exit": 1 });
+                    session.out.answer(&object, String::new)?;
                     session.out.tell("nothing was leased");
                     return Ok(Exit::No.code());
                 }
-                Some(text)
+                // What was agreed to is asked for: these hosts, in this order.
+                let lessors = plan.choices.into_iter().map(|choice| choice.lessor).collect();
+                Some(WantText { lessors, ..text })
             }
             None => None,
         };
@@ -300,8 +304,8 @@ impl Run {
     }
 }
 
-/// Shows the plan; without a choice there is none.
-fn show(session: &Session, want: &WantArgs, plan: &Plan) -> Result<(), Failure> {
+/// Shows the plan; without a choice there is none. Who asks for JSON sees it only to agree to it.
+fn show(session: &Session, want: &WantArgs, plan: &Plan, agreed: bool) -> Result<(), Failure> {
     let against = |against: &crate::api::body::AgainstLine| {
         format!("{}: {}", shown(&against.name), shown(&against.reasons.join("; ")))
     };
@@ -310,7 +314,7 @@ fn show(session: &Session, want: &WantArgs, plan: &Plan) -> Result<(), Failure> 
         let more = plan.against.iter().take(20).map(against).collect();
         return Err(Failure::say(Exit::Policy, message).with_more(more));
     };
-    if session.out.json {
+    if session.out.json && agreed {
         return Ok(());
     }
     let currency = &plan.currency;

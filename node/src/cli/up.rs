@@ -190,12 +190,14 @@ impl Up {
         if !address.ip().is_loopback() {
             return Err(UpError::NotLoopback(address));
         }
-        let mut node = Node::start(home, &config, exec).await?;
+        let bound = Node::bind(home, &config, exec).await?;
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(|source| UpError::Listen { address, source })?;
-        let bound = listener.local_addr();
-        let api = bound.map_err(|source| UpError::Listen { address, source })?;
+        let api = listener.local_addr();
+        let api = api.map_err(|source| UpError::Listen { address, source })?;
         let secret = token::load_or_create(home.dir())?;
+        // From here on jobs of an earlier run are ended and the epoch rises.
+        let mut node = bound.start().await?;
         let published = token::publish(api, &secret)?;
         let closing = CancellationToken::new();
         let served =

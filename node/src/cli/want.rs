@@ -49,7 +49,7 @@ pub(super) struct WantArgs {
     /// The runtime it needs
     #[arg(long, value_name = "NAME", default_value = "wasm")]
     pub(super) runtime: String,
-    /// Only this host, by name or key; may be repeated
+    /// Only this host, by name or key; may be repeated: they are asked in this order
     #[arg(long, value_name = "NODE")]
     on: Vec<String>,
     /// Only hosts with this label; may be repeated

@@ -309,6 +309,30 @@ fn what_is_too_long_is_refused_whole() {
 }
 
 #[test]
+fn more_than_a_batch_holds_is_kept_in_its_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let submit = |writes| runtime.block_on(async { store.submit_all(writes).await?.await });
+    // Ten batches' worth, each key written twice, the second time far from the first.
+    let twice =
+        (0..2u8).flat_map(|turn| (0..80u8).map(move |key| Write::put([key], vec![turn; 1_000])));
+    submit(twice.collect()).unwrap();
+    submit((0..100u8).map(|turn| Write::put("one", vec![turn; 1_000])).collect()).unwrap();
+    assert!(store.stats().bytes < 400_000, "of writes to one key in one batch the last is kept");
+    submit(vec![Write::put([3], ""), Write::remove([3]), Write::put([4], "last")]).unwrap();
+    let long = submit(vec![Write::put([5], ""), Write::put([0; 129], "")]);
+    assert_eq!(long, Err(CommitError::TooLong(TooLong::Key { bytes: 129 })));
+    store.close_blocking();
+    let model = model_of(&open(dir.path()).1);
+    assert_eq!(model.len(), 80, "79 of the 80, and one");
+    assert!((0..80).all(|key| model.get(&vec![key]).is_none_or(|value| value.first() != Some(&0))));
+    assert_eq!(model.get(&vec![4]).map(Vec::as_slice), Some(&b"last"[..]));
+    assert_eq!(model.get(&vec![3]), None);
+    assert_eq!(model.get(b"one".as_slice()).and_then(|value| value.first()), Some(&99));
+}
+
+#[test]
 fn the_last_handle_dropped_closes_in_its_own_time() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = open(dir.path());

@@ -196,12 +196,14 @@ pub struct Rates {
 
 impl Rates {
     /// The hourly price of `shape`, rounded up to the next billionth (once, here), so that no
-    /// shape is free by rounding. `None` when it names a GPU kind that has no rate.
+    /// shape is free by rounding. `None` when it names a GPU kind that has no rate, or is beyond
+    /// all that exists.
     #[must_use]
     pub fn hourly(&self, shape: &Resources) -> Option<Amount> {
         // Exact in units of a billionth / (1000 * GiB): every term is an integer there.
         let gib = u128::from(GIB);
-        let mut exact = u128::from(self.cpu_hour.0) * u128::from(shape.cpu_milli) * gib;
+        let cpu = u128::from(self.cpu_hour.0).checked_mul(u128::from(shape.cpu_milli))?;
+        let mut exact = cpu.checked_mul(gib)?;
         let thousand = |rate: Amount, bytes: u64| {
             u128::from(rate.0).checked_mul(u128::from(bytes))?.checked_mul(1000)
         };

@@ -1,5 +1,7 @@
 //! What the core is told: one enum, and the commands that people and programs give.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::base::id::{Hash, KeyId, LeaseId};
@@ -119,6 +121,10 @@ pub enum Command {
     Release(LeaseId),
     /// Tell when a held lease has ended.
     AwaitEnd(LeaseId),
+    /// Tell who lends a held lease, and where that node serves its data plane.
+    Lessor(LeaseId),
+    /// Tell where a node serves its data plane.
+    Reach(KeyId),
     /// Tell how things stand.
     View,
 }
@@ -138,6 +144,8 @@ pub enum Reply {
     Released,
     /// The lease has ended.
     Ended(Ended),
+    /// A node, and where it serves its data plane.
+    Reached(KeyId, Vec<SocketAddr>),
     /// How things stand.
     View(Box<View>),
 }
@@ -203,6 +211,9 @@ pub enum Failure {
     /// The order is not one that this node can carry.
     #[error("the order cannot be used: {0}")]
     BadOrder(String),
+    /// This node's disk is too full to keep what a new lease would write.
+    #[error("this node's disk is too full to take on anything new: make room on it")]
+    DiskFull,
     /// Too many commands wait already.
     #[error("too many requests wait at this node: try again")]
     Busy,

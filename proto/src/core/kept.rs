@@ -6,13 +6,41 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::base::id::{Hash, LeaseId};
-use crate::minds::book::Lent;
+use crate::minds::book::{self, Lent};
 use crate::minds::holdings::Held;
+use crate::words::object::Kind;
 use crate::words::sign::{Draft, Signed};
 use crate::words::wire::{self, DecodeError, EncodeError};
 
 /// The longest value, in bytes: below what sled would put into a file of its own.
 pub const MAX_VALUE: usize = 60 * 1024;
+
+/// What a record may take beside the objects in it.
+const BESIDE: usize = 4 * 1024;
+
+// Whatever peers put into their objects, what is kept of them fits: a record that does not would
+// stop the node.
+const _: () = {
+    use Kind::{
+        Acknowledgement, Claim, Grant, HostRecord, Objection, Offer, Order, Receipt, Release,
+        Termination, Unknown,
+    };
+    const fn sum(kinds: &[Kind]) -> usize {
+        let (mut sum, mut rest) = (0, kinds);
+        while let [kind, after @ ..] = rest {
+            sum += kind.max_len() + 72;
+            rest = after;
+        }
+        sum
+    }
+    let held = [Order, Offer, Grant, Claim, Release, Acknowledgement, Termination];
+    let lent = sum(&[Order, Offer, Grant, Termination]) + book::MAX_ACTS * book::ACT_LEN;
+    assert!(sum(&held) + BESIDE <= MAX_VALUE && lent + BESIDE <= MAX_VALUE);
+    assert!(sum(&[Receipt, Acknowledgement]) <= MAX_VALUE && sum(&[Objection]) <= MAX_VALUE);
+    assert!(2 * sum(&[Unknown(0)]) <= MAX_VALUE);
+    assert!(HostRecord.max_len() <= Unknown(0).max_len());
+    assert!(Offer.max_len() <= Unknown(0).max_len());
+};
 
 /// One durable record.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -471,10 +471,11 @@ impl Core {
             }
             None => {
                 let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
-                let draft = hand.draft(lease.0, 0, now.wall + ORDER_LIFE, &body);
+                let draft = hand.draft(lease.0, holding.claims, now.wall + ORDER_LIFE, &body);
                 let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
+                holding.claims += 1;
                 holding.kept.claim = Some(draft.clone());
-                holding.kept.claim_sent = Some(now.boot);
+                holding.kept.claim_sent = Some((now.boot, now.wall));
                 draft
             }
         };
@@ -509,8 +510,26 @@ impl Core {
         answer(self.claims.remove(lease), &Ok(Reply::Claimed(lessor)), out);
     }
 
-    pub(super) fn claim_refused(&mut self, lease: &LeaseId, reason: Reason, out: &mut Vec<Effect>) {
-        answer(self.claims.remove(lease), &Err(Failure::Act(reason)), out);
+    pub(super) fn claim_refused(
+        &mut self,
+        lease: &LeaseId,
+        refusal: &Verified<Refusal>,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(lease) else { return };
+        let kept = &mut holding.kept;
+        let of = kept.claim.as_ref().map(Draft::id);
+        if refusal.signer() != kept.lessor || Some(refusal.body().of) != of {
+            self.claim_silent(lease, "it refused something else", out);
+            return;
+        }
+        if kept.stage == Stage::Granted {
+            // Nothing was claimed: the lease is there for another job.
+            (kept.claim, kept.claim_sent) = (None, None);
+            self.keep_held_lease(lease, out);
+        }
+        let failure = Failure::Act(refusal.body().reason);
+        answer(self.claims.remove(lease), &Err(failure), out);
     }
 
     pub(super) fn claim_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
@@ -592,9 +611,17 @@ impl Core {
     pub(super) fn release_refused(
         &mut self,
         lease: &LeaseId,
-        reason: Reason,
+        refusal: &Verified<Refusal>,
         out: &mut Vec<Effect>,
     ) {
+        let kept = self.holdings.get(lease).map(|holding| &holding.kept);
+        let of = kept.and_then(|kept| kept.release.as_ref()).map(Draft::id);
+        let lessor = kept.map(|kept| kept.lessor);
+        if Some(refusal.signer()) != lessor || Some(refusal.body().of) != of {
+            self.release_silent(lease, "it refused something else", out);
+            return;
+        }
+        let reason = refusal.body().reason;
         let over = matches!(reason, Reason::Ended);
         let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
         answer(self.releases.remove(lease), &reply, out);
@@ -794,7 +821,7 @@ impl Core {
                 .holdings
                 .all()
                 .filter(|(_, h)| h.kept.stage == Stage::Ended)
-                .map(|(order, h)| (h.kept.sent, *order))
+                .map(|(order, h)| (h.terms.as_ref().map(|(_, terms)| terms.decided), *order))
                 .collect();
             old.sort();
             for (_, order) in old.into_iter().take(ended - MAX_ENDED) {

@@ -1,8 +1,8 @@
 //! The lessor's part: orders, claims and releases heard, jobs, receipts and terminations sent.
 
-use super::{Core, Effect, Kept, Notice, Pending, StartJob, Ticket};
+use super::{Core, Effect, Kept, Notice, Past, Pending, StartJob, Ticket};
 use crate::base::id::{Hash, KeyId, LeaseId};
-use crate::base::time::{Now, Span};
+use crate::base::time::{Boot, Now, Span};
 use crate::minds::admission::{NotEntitled, NotTimely};
 use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
 use crate::words::chain;
@@ -10,7 +10,7 @@ use crate::words::contract::{
     Claim, EndReason, Figure, MAX_REFERRALS, Order, Reason, Refusal, Release,
 };
 use crate::words::message::{Message, OrderPapers, Utterance, Word};
-use crate::words::sign::Verified;
+use crate::words::sign::{Draft, Verified};
 use crate::words::usage::{Acknowledgement, Objection, Outcome, Usage};
 use crate::words::wire;
 
@@ -18,6 +18,8 @@ use super::view::LentView;
 
 /// The longest encoding of a job's description: it is kept with its lease.
 pub(super) const MAX_JOB: usize = 16 * 1024;
+/// How many hosts are looked at for referrals.
+const REFERRAL_LOOK: usize = 64;
 /// How long a refusal stays valid as evidence.
 const REFUSAL_LIFE: Span = Span::secs(24 * 3600);
 /// How often a termination is told before the lessee has to ask for it.
@@ -70,7 +72,7 @@ impl Core {
             NotTimely::Expired | NotTimely::Future | NotTimely::TooLong => Reason::Expired,
             NotTimely::Term => Reason::NotOffered,
         })?;
-        if !self.admitted.contains(&body.delegate) {
+        if !self.is_admitted(&body.delegate) {
             return Err(Reason::NotAdmitted);
         }
         self.admission.entitles(order, mandate.as_ref(), certificate, now.wall).map_err(|why| {
@@ -122,23 +124,18 @@ impl Core {
 
     /// Other nodes that seem to have what an order asks for.
     fn referrals(&mut self, now: Now, order: &Order) -> Vec<KeyId> {
+        let start = self.dice.number();
         let fits = |key: &KeyId| {
             self.spread.offer(key).is_some_and(|(offer, heard)| {
-                let rate = offer.body().rates.hourly(&order.shape);
                 offer.body().fits(&order.shape)
-                    && rate.is_some_and(|rate| rate <= order.ceiling)
+                    && offer.body().rates.hourly(&order.shape).is_some_and(|r| r <= order.ceiling)
                     && self.is_up(key, Some(heard), now.boot)
             })
         };
-        let mut others: Vec<_> = self
-            .spread
-            .hosts()
-            .map(|host| host.signer())
-            .filter(|key| *key != self.config.me && fits(key))
-            .collect();
-        self.dice.shuffle(&mut others);
-        others.truncate(MAX_REFERRALS);
-        others
+        // From some host on, so that not everybody is sent to the same few; a bounded look, since
+        // a full host refuses often.
+        let keys = self.spread.hosts_from(start).take(REFERRAL_LOOK);
+        keys.filter(|key| *key != self.config.me && fits(key)).take(MAX_REFERRALS).collect()
     }
 
     pub(super) fn keep_lent(&self, lease: &LeaseId, out: &mut Vec<Effect>) {
@@ -235,7 +232,7 @@ impl Core {
         }
         let reason = self.book.get(lease).and_then(|known| known.kept.end);
         let reason = reason.map_or(EndReason::Lapsed, |(reason, _)| reason);
-        self.untold.insert(*lease, (now.boot, 0));
+        self.tell_at(*lease, now.boot, 0);
         out.push(Effect::Notice(Notice::Ended(*lease, reason)));
     }
 
@@ -274,7 +271,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.receipts_out.remove(lease);
-        if ack.body().lease != *lease || !self.book.acknowledge(ack) {
+        if ack.body().lease != *lease || !self.book.acknowledge(now.boot, ack) {
             let pause = now.boot + Span::secs(5);
             self.receipts_out.insert(*lease, Some(pause));
             return;
@@ -322,6 +319,10 @@ impl Core {
                 out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
             }
             None => {
+                if let Some(end) = self.past(from, &lease) {
+                    reply(Word::Terminated, end, ticket, out);
+                    return;
+                }
                 self.refuse(now, (lease.0, None), Reason::UnknownLease, Vec::new(), ticket, out);
                 return;
             }
@@ -331,6 +332,13 @@ impl Core {
             *not_before = now.boot;
         }
         self.send_receipt(now, &lease, out);
+    }
+
+    /// The termination of a lease of `from` that was dropped from memory.
+    fn past(&self, from: KeyId, lease: &LeaseId) -> Option<Draft> {
+        let past = self.history.iter().rev().find(|past| past.view.id == *lease)?;
+        let theirs = past.view.delegate == from || past.view.lessee == from;
+        past.termination.clone().filter(|_| theirs)
     }
 
     pub(super) fn job_ended(
@@ -364,7 +372,7 @@ impl Core {
             // Whether its delegate was told is not kept: a lease of late is told again.
             let late = known.terms.decided + known.terms.term + TELL_AGAIN;
             if !known.unacknowledged.is_empty() || late > now.wall {
-                self.untold.insert(*lease, (now.boot, 0));
+                self.tell_at(*lease, now.boot, 0);
             }
             return;
         }
@@ -408,33 +416,43 @@ impl Core {
                 Turn::Receipt(lease) => self.write_receipt(now, &lease, out),
             }
         }
-        let due = self.untold.iter().filter(|(_, (at, _))| *at <= now.boot);
-        let due: Vec<_> = due.map(|(lease, (_, tries))| (*lease, *tries)).collect();
-        for (lease, tries) in due {
+        while let Some(lease) = self.untold_due.pop(now.boot) {
+            let tries = self.untold.get(&lease).copied().unwrap_or_default();
             self.tell(now, lease, tries, out);
         }
+    }
+
+    /// The delegate is told of a lease's end then, after so many tries.
+    pub(super) fn tell_at(&mut self, lease: LeaseId, at: Boot, tries: u32) {
+        self.untold.insert(lease, tries);
+        self.untold_due.set(lease, at);
+    }
+
+    /// The delegate knows of a lease's end, or will not be told again.
+    pub(super) fn told(&mut self, lease: &LeaseId) {
+        self.untold.remove(lease);
+        self.untold_due.remove(lease);
     }
 
     /// Tells the delegate that a lease has ended, once its receipts are countersigned or a few
     /// tries have passed.
     fn tell(&mut self, now: Now, lease: LeaseId, tries: u32, out: &mut Vec<Effect>) {
         let Some(known) = self.book.get(&lease) else {
-            self.untold.remove(&lease);
+            self.told(&lease);
             return;
         };
         let lapsed = known.kept.claimed.is_none();
         let waits = !known.unacknowledged.is_empty() && tries < 3;
         let next = now.boot + Span::millis(if waits { 200 } else { 15_000 });
         if tries >= MAX_TELLS || (lapsed && tries >= 3) {
-            self.untold.remove(&lease);
+            self.told(&lease);
             return;
         }
-        self.untold.insert(lease, (next, if waits { tries } else { tries + 1 }));
+        let told_lately = matches!(self.receipts_out.get(&lease), Some(Some(_)));
+        let counts = !waits || told_lately;
+        self.untold.insert(lease, tries + u32::from(counts));
+        self.untold_due.set(lease, next);
         if waits {
-            let told_lately = matches!(self.receipts_out.get(&lease), Some(Some(_)));
-            if told_lately {
-                self.untold.insert(lease, (next, tries + 1));
-            }
             self.send_receipt(now, &lease, out);
             return;
         }
@@ -459,7 +477,8 @@ impl Core {
         let gone = self.book.prune(now, |lease| !untold.contains_key(lease));
         for (id, lease) in gone {
             self.receipts_out.remove(&id);
-            self.history.push_back(view_of(&id, &lease));
+            let termination = lease.kept.termination.clone();
+            self.history.push_back(Past { view: view_of(&id, &lease), termination });
         }
         while self.history.len() > MAX_HISTORY {
             self.history.pop_front();
@@ -468,11 +487,11 @@ impl Core {
 
     pub(super) fn view_lent(&self) -> Vec<LentView> {
         let current = self.book.leases().map(|(id, lease)| view_of(id, lease));
-        self.history.iter().cloned().chain(current).collect()
+        self.history.iter().map(|past| past.view.clone()).chain(current).collect()
     }
 }
 
-fn reply(word: Word, draft: crate::words::sign::Draft, ticket: Ticket, out: &mut Vec<Effect>) {
+fn reply(word: Word, draft: Draft, ticket: Ticket, out: &mut Vec<Effect>) {
     out.push(Effect::Reply { ticket, what: Utterance::Signs(word, draft) });
 }
 

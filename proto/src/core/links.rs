@@ -1,12 +1,15 @@
 //! Links, membership and the map: who is there, who is admitted, what everybody offers.
 
 use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
+use std::collections::BTreeSet;
+
 use crate::base::id::KeyId;
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::member::{Peer, Sign};
-use crate::minds::spread::Taken;
+use crate::minds::spread::{Spread, Taken};
+use crate::minds::{book, holdings};
 use crate::words::charter::{Certificate, Role};
-use crate::words::message::{Message, RecordName, RecordSaid, Said, Utterance};
+use crate::words::message::{MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance};
 use crate::words::object::{Kind, key_subject};
 use crate::words::record::HostRecord;
 use crate::words::sign::{Hand, Verified};
@@ -47,7 +50,7 @@ impl Core {
             charter: self.admission.charter_id(),
             certificate: self.certificate.signed().clone(),
             epoch: self.hand.epoch,
-            seen: self.epochs.get(peer).copied().unwrap_or(0),
+            seen: self.lives.get(peer).map(|(_, record)| Box::new(record.clone())),
         })
     }
 
@@ -90,7 +93,7 @@ impl Core {
     ) {
         let reply = |what: Message| Effect::Reply { ticket, what: Utterance::Plain(what) };
         if let Said::Hello { charter, certificate, epoch, seen } = said {
-            if self.greeted(now, from, charter, &certificate, (epoch, seen), out) {
+            if self.greeted(now, from, charter, &certificate, (epoch, seen.as_deref()), out) {
                 let what = self.hello_to(&from);
                 out.push(Effect::Reply { ticket, what });
             }
@@ -147,7 +150,7 @@ impl Core {
         from: KeyId,
         charter: crate::base::id::Hash,
         certificate: &Verified<Certificate>,
-        (epoch, seen): (u64, u64),
+        (epoch, seen): (u64, Option<&RecordSaid>),
         out: &mut Vec<Effect>,
     ) -> bool {
         let known = self.admission.admits(certificate, &from, Role::Node, now.wall);
@@ -164,11 +167,13 @@ impl Core {
             out.push(Effect::Disconnect(from, "it is not admitted to this fabric"));
             return false;
         }
-        self.saw_epoch(&from, epoch);
-        if seen > self.hand.epoch {
-            self.twin(seen, out);
+        if let Some(RecordSaid::Host(record, _)) = seen
+            && record.signer() == self.config.me
+            && record.header().epoch > self.hand.epoch
+        {
+            self.twin(record.header().epoch, out);
         }
-        self.admitted.insert(from);
+        self.admit(from, certificate);
         let Some(link) = self.links.get_mut(&from) else { return true };
         // A peer that was killed and came back greets over a link that is still up here, since its
         // old connection has not timed out yet. It has forgotten the map: all begins anew.
@@ -189,9 +194,45 @@ impl Core {
         true
     }
 
-    fn saw_epoch(&mut self, key: &KeyId, epoch: u64) {
-        let seen = self.epochs.entry(*key).or_default();
-        *seen = epoch.max(*seen);
+    fn admit(&mut self, key: KeyId, certificate: &Verified<Certificate>) {
+        let until = certificate.header().not_after;
+        let known = self.admitted.insert(key, until);
+        match known {
+            None => self.admissions += 1,
+            // Of two certificates the longer one counts.
+            Some(known) if known > until => {
+                self.admitted.insert(key, known);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Whose certificate has expired belongs to the fabric no more.
+    fn expire_admissions(&mut self, now: Now, out: &mut Vec<Effect>) {
+        let me = self.config.me;
+        let expired =
+            self.admitted.iter().filter(|(key, until)| **key != me && **until + SKEW < now.wall);
+        let expired: Vec<_> = expired.map(|(key, _)| *key).collect();
+        for key in expired {
+            self.admitted.remove(&key);
+            self.admissions += 1;
+            if let Some(link) = self.links.get_mut(&key) {
+                link.admitted = false;
+                out.push(Effect::Disconnect(key, "its certificate has expired"));
+            }
+        }
+    }
+
+    fn saw_life(&mut self, said: &RecordSaid) {
+        let RecordSaid::Host(record, _) = said else { return };
+        let (epoch, signed) = (record.header().epoch, record.signed());
+        match self.lives.get_mut(&record.signer()) {
+            Some((seen, _)) if *seen >= epoch => {}
+            Some(life) => *life = (epoch, signed.clone()),
+            None => {
+                self.lives.insert(record.signer(), (epoch, signed.clone()));
+            }
+        }
     }
 
     /// Another node has this key, or this directory is an older copy: nothing is granted again.
@@ -226,7 +267,7 @@ impl Core {
         let Some(about) = self.pending.remove(&token) else { return };
         match (about, said) {
             (Pending::Hello(_), Said::Hello { charter, certificate, epoch, seen }) => {
-                self.greeted(now, from, charter, &certificate, (epoch, seen), out);
+                self.greeted(now, from, charter, &certificate, (epoch, seen.as_deref()), out);
             }
             (Pending::Announce(to), Said::Pull(names)) => self.send_records(to, &names, out),
             (Pending::Pull, Said::Records(records)) => {
@@ -235,6 +276,10 @@ impl Core {
                 }
             }
             (Pending::Digest(to), Said::Differ { buckets, names }) => {
+                if names.len() > MAX_NAMES / 2 {
+                    // It may have told of as many buckets as fit: the rest is compared right after.
+                    self.reconcile_at = self.reconcile_at.min(now.boot + Span::millis(200));
+                }
                 for chunk in self.spread.lacking(&names).chunks(PULL_AT_ONCE) {
                     let pull = Utterance::Plain(Message::Pull(chunk.to_vec()));
                     self.ask(to, Pending::Pull, pull, out);
@@ -256,13 +301,13 @@ impl Core {
                 self.claim_accepted(&lease, &acceptance, out);
             }
             (Pending::Claim(lease), Said::Refused(refusal, _)) => {
-                self.claim_refused(&lease, refusal.body().reason, out);
+                self.claim_refused(&lease, &refusal, out);
             }
             (Pending::Release(lease), Said::Accepted(acceptance)) => {
                 self.release_accepted(&lease, &acceptance, out);
             }
             (Pending::Release(lease), Said::Refused(refusal, _)) => {
-                self.release_refused(&lease, refusal.body().reason, out);
+                self.release_refused(&lease, &refusal, out);
             }
             (Pending::Receipt(lease), Said::Acknowledged(ack)) => {
                 self.hear_acknowledgement(now, &lease, &ack, out);
@@ -271,7 +316,7 @@ impl Core {
                 self.hear_objection(now, &lease, &objection, out);
             }
             (Pending::Termination(lease), Said::Done) => {
-                self.untold.remove(&lease);
+                self.told(&lease);
             }
             (Pending::Inquire(lease), Said::Terminated(end)) => {
                 self.inquiry_answered(&lease, Some(&end), out);
@@ -315,9 +360,9 @@ impl Core {
                 self.receipts_out.insert(lease, Some(now.boot + pause));
             }
             Pending::Termination(lease) => {
-                if let Some((next, tries)) = self.untold.get_mut(&lease) {
-                    *tries += 1;
-                    *next = now.boot + Span::secs(5).scale(u64::from(*tries).min(12), 1);
+                if let Some(tries) = self.untold.get(&lease).map(|tries| tries + 1) {
+                    let pause = Span::secs(5).scale(u64::from(tries).min(12), 1);
+                    self.tell_at(lease, now.boot + pause, tries);
                 }
             }
         }
@@ -352,18 +397,19 @@ impl Core {
                 if self.admission.admits(certificate, &key, Role::Node, now.wall).is_err() {
                     return;
                 }
-                self.admitted.insert(key);
+                self.admit(key, certificate);
             }
             // Without a host record nobody vouches for the signer.
-            _ if !self.admitted.contains(&name.key) => return,
+            _ if !self.is_admitted(&name.key) => return,
             _ => {}
         }
-        self.saw_epoch(&name.key, name.epoch);
+        self.saw_life(&said);
         match self.spread.take(now.boot, now.wall, said, from.as_ref()) {
             Taken::New if name.kind == Kind::HostRecord => {
                 self.learn_member(now, &name.key, out);
             }
-            Taken::Equivocation(a, b) => {
+            // One proof says all; a node that lies a thousand times fills no disk here.
+            Taken::Equivocation(a, b) if self.equivocators.insert(name.key) => {
                 self.counters.equivocations += 1;
                 out.push(Effect::Keep(Kept::Equivocation(a, b)));
                 out.push(Effect::Notice(Notice::Equivocation(name.key)));
@@ -417,14 +463,8 @@ impl Core {
         }
     }
 
-    fn peer_of(&self, key: &KeyId) -> Option<Peer> {
-        let host = self.spread.host(key)?;
-        let probe = *host.body().addresses.probe.first()?;
-        Some(Peer { key: *key, epoch: host.header().epoch, rejoin: 0, probe })
-    }
-
     fn learn_member(&mut self, now: Now, key: &KeyId, out: &mut Vec<Effect>) {
-        if let Some(peer) = self.peer_of(key) {
+        if let Some(peer) = peer_in(&self.spread, key) {
             let mut signs = Vec::new();
             self.membership.learn(now.boot, peer, &mut signs);
             self.act_on(signs, out);
@@ -433,7 +473,7 @@ impl Core {
 
     /// A linked member is asked for the members that it knows.
     fn greet_member(&mut self, now: Now, key: &KeyId, out: &mut Vec<Effect>) {
-        if let Some(peer) = self.peer_of(key) {
+        if let Some(peer) = peer_in(&self.spread, key) {
             let mut signs = Vec::new();
             self.membership.announce_to(now.boot, peer, &mut signs);
             self.act_on(signs, out);
@@ -441,11 +481,12 @@ impl Core {
     }
 
     pub(super) fn packet(&mut self, now: Now, from: KeyId, bytes: &[u8], out: &mut Vec<Effect>) {
-        if !self.admitted.contains(&from) {
+        if !self.is_admitted(&from) {
             return;
         }
         let mut signs = Vec::new();
-        self.membership.hear(now.boot, &from, bytes, &mut signs);
+        let vouched = |key: &KeyId| peer_in(&self.spread, key);
+        self.membership.hear(now.boot, &from, bytes, vouched, &mut signs);
         self.act_on(signs, out);
     }
 
@@ -505,6 +546,7 @@ impl Core {
         if self.expire_at <= now.boot {
             self.expire_at = now.boot + EXPIRE;
             self.spread.expire(now.wall);
+            self.expire_admissions(now, out);
         }
         self.watch_clock(now);
         self.seek_links(out);
@@ -559,18 +601,25 @@ impl Core {
             }
         }
         if self.links.len() > MAX_LINKS {
-            let idle: Vec<_> = self.links.keys().filter(|key| !self.in_use(key)).copied().collect();
+            let used = self.in_use();
+            let idle = self.links.keys().filter(|key| !used.contains(key));
+            let idle: Vec<_> = idle.copied().collect();
             if let Some(key) = self.dice.pick(&idle).copied() {
                 out.push(Effect::Disconnect(key, "too many links"));
             }
         }
     }
 
-    /// Whether a lease binds this node and `key`.
-    fn in_use(&self, key: &KeyId) -> bool {
-        self.waiting.contains_key(key)
-            || self.book.leases().any(|(_, lease)| lease.terms.delegate == *key)
-            || self.holdings.all().any(|(_, holding)| holding.kept.lessor == *key)
+    /// The peers that a lease which has not ended binds to this node, or that are to be asked.
+    fn in_use(&self) -> BTreeSet<KeyId> {
+        let lent = self.book.leases().filter(|(_, lease)| lease.kept.stage != book::Stage::Ended);
+        let held = self.holdings.all().filter(|(_, h)| h.kept.stage != holdings::Stage::Ended);
+        self.waiting
+            .keys()
+            .copied()
+            .chain(lent.map(|(_, lease)| lease.terms.delegate))
+            .chain(held.map(|(_, holding)| holding.kept.lessor))
+            .collect()
     }
 
     pub(super) fn leave(&mut self, now: Now, out: &mut Vec<Effect>) {
@@ -618,4 +667,11 @@ impl Core {
             })
             .collect()
     }
+}
+
+/// The member that the host record of `key` speaks of.
+fn peer_in(spread: &Spread, key: &KeyId) -> Option<Peer> {
+    let host = spread.host(key)?;
+    let probe = *host.body().addresses.probe.first()?;
+    Some(Peer { key: *key, epoch: host.header().epoch, rejoin: 0, probe })
 }

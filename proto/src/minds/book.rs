@@ -13,10 +13,11 @@
 //!
 //! The book changes state and says what follows; the core keeps, sends and starts.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::base::due::Due;
 use crate::base::id::{ActId, Hash, KeyId, LeaseId, RequestId};
 use crate::base::money::Amount;
 use crate::base::plant::Plant;
@@ -24,7 +25,8 @@ use crate::base::resource::Resources;
 use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
 use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
 use crate::words::contract::{
-    Acceptance, Claim, EndReason, Fence, Figure, Grant, Order, Reason, Release, Termination,
+    Acceptance, Claim, EndReason, Fence, Figure, Grant, MIN_RECEIPT_EVERY, Order, Reason, Release,
+    Termination,
 };
 use crate::words::object::Envelope;
 use crate::words::sign::{Draft, Hand, Signed, Verified};
@@ -32,9 +34,20 @@ use crate::words::usage::{Acknowledgement, Outcome, Receipt, Usage};
 use crate::words::wire::{self, MAX_OBJECT};
 
 /// The most acts remembered per lease.
-const MAX_ACTS: usize = 32;
+pub const MAX_ACTS: usize = 32;
+/// What one of them takes on disk at most, in bytes: its answer is of fixed size.
+pub const ACT_LEN: usize = 512;
 /// The most leases that may be promised at once.
 const MAX_LEASES: usize = 100_000;
+/// The most leases in memory, ended ones included.
+const MAX_KNOWN: usize = 300_000;
+/// How long an ended lease waits for a countersignature under its last receipt. Its papers stay on
+/// disk.
+const AWAIT: Span = Span::secs(15 * 60);
+/// How many receipts may wait for a countersignature: the next one covers them all.
+const MAX_UNANSWERED: usize = 8;
+/// How long a lessee has to countersign before what stands unacknowledged ends its lease.
+const ANSWER: Span = Span::secs(2);
 /// The most requests remembered beyond their leases.
 const MAX_SPENT: usize = 1_000_000;
 /// How long a request is remembered beyond its lease. The wall clock may be set back, but an order
@@ -118,8 +131,10 @@ pub struct Lease {
     pub unacknowledged: VecDeque<(u64, Draft)>,
     /// When the next receipt is due.
     receipt_due: Boot,
-    /// The entry in the schedule.
-    due: Option<Boot>,
+    /// Since when a receipt waits for a countersignature.
+    asked: Option<Boot>,
+    /// When it ended, as far as this run knows.
+    ended: Option<Boot>,
 }
 
 /// All leases of this lessor.
@@ -132,10 +147,12 @@ pub struct Book {
     capacity: Resources,
     promised: Resources,
     leases: BTreeMap<LeaseId, Lease>,
+    /// How many of them have not ended.
+    open: usize,
     requests: BTreeMap<(KeyId, RequestId), LeaseId>,
     /// Requests whose lease was forgotten, with the instant from which they may be as well.
     spent: VecDeque<(Boot, (KeyId, RequestId))>,
-    due: BTreeSet<(Boot, LeaseId)>,
+    due: Due<LeaseId>,
     fence: u64,
     plant: Plant,
 }
@@ -178,8 +195,8 @@ pub enum Turn {
 pub struct Quote<'a> {
     /// The offer named in the order, when this node still honours it.
     pub offer: Option<(&'a Draft, Option<Amount>)>,
-    /// Whether class, term and intervals are ones that this node sells.
-    pub sold: bool,
+    /// Whether class, term and intervals are ones that this node sells, else what is not.
+    pub sold: Result<(), Vec<Figure>>,
 }
 
 impl Book {
@@ -201,9 +218,10 @@ impl Book {
             capacity,
             promised: Resources::default(),
             leases: BTreeMap::new(),
+            open: 0,
             requests: BTreeMap::new(),
             spent: VecDeque::new(),
-            due: BTreeSet::new(),
+            due: Due::default(),
             fence: 0,
             plant,
         }
@@ -214,6 +232,7 @@ impl Book {
     /// `None` when what was kept does not decode: the caller must not go on without it.
     pub fn restore(
         &mut self,
+        now: Boot,
         kept: Lent,
         mut unacknowledged: VecDeque<(u64, Draft)>,
     ) -> Option<LeaseId> {
@@ -229,6 +248,7 @@ impl Book {
         unacknowledged.make_contiguous().sort_by_key(|(n, _)| *n);
         if kept.stage != Stage::Ended {
             self.promised = self.promised.plus(&terms.shape);
+            self.open += 1;
         }
         let lease = Lease {
             terms,
@@ -236,9 +256,11 @@ impl Book {
             order_not_after: order_envelope.header.not_after,
             reported: kept.chain.usage,
             running: kept.stage != Stage::Ended && kept.claimed.is_some() && kept.outcome.is_none(),
+            // Whoever waited through a restart of this node gets its time to answer anew.
+            asked: (!unacknowledged.is_empty()).then_some(now),
             unacknowledged,
-            receipt_due: Boot(0),
-            due: None,
+            receipt_due: now,
+            ended: (kept.stage == Stage::Ended).then_some(now),
             kept,
         };
         self.requests.insert(request, id);
@@ -299,14 +321,18 @@ impl Book {
         let Some((offer, rate)) = quote.offer else {
             return Placed::Refused(Reason::StaleOffer, Vec::new());
         };
-        let Some(rate) = rate.filter(|_| quote.sold) else {
+        if let Err(figures) = &quote.sold {
+            return Placed::Refused(Reason::NotOffered, figures.clone());
+        }
+        let Some(rate) = rate else {
             return Placed::Refused(Reason::NotOffered, Vec::new());
         };
         if rate > body.ceiling {
             let figure = Figure { of: "rate".into(), have: rate.0, need: body.ceiling.0 };
             return Placed::Refused(Reason::Price, vec![figure]);
         }
-        if self.leases.len() >= MAX_LEASES || self.spent.len() >= MAX_SPENT {
+        let full = self.open >= MAX_LEASES || self.leases.len() >= MAX_KNOWN;
+        if full || self.spent.len() >= MAX_SPENT {
             return Placed::Refused(Reason::Busy, Vec::new());
         }
         let free = self.free();
@@ -349,6 +375,7 @@ impl Book {
         let grant = self.hand.draft(order.id(), 0, not_after, &terms)?;
         let id = LeaseId(grant.id());
         self.promised = self.promised.plus(&terms.shape);
+        self.open += 1;
         self.requests.insert((body.lessee, body.request), id);
         let kept = Lent {
             order: order.signed().clone(),
@@ -375,7 +402,8 @@ impl Book {
             running: false,
             unacknowledged: VecDeque::new(),
             receipt_due: Boot(0),
-            due: None,
+            asked: None,
+            ended: None,
         };
         self.leases.insert(id, lease);
         self.reschedule(id);
@@ -500,7 +528,7 @@ impl Book {
     pub fn receipt(&mut self, now: Now, id: &LeaseId) -> Option<(u64, Draft)> {
         let lease = self.leases.get_mut(id)?;
         let claimed = lease.kept.claimed?;
-        if lease.kept.chain.closed {
+        if lease.kept.chain.closed() {
             return None;
         }
         let until = lease.kept.stopped.unwrap_or(now.boot);
@@ -517,13 +545,14 @@ impl Book {
             self.hand.draft(id.0, receipt.number, now.wall + EVIDENCE_LIFE, &receipt).ok()?;
         lease.kept.chain.advance(&receipt, draft.id());
         lease.unacknowledged.push_back((receipt.number, draft.clone()));
+        lease.asked.get_or_insert(now.boot);
         lease.receipt_due = now.boot + lease.terms.receipt_every;
         self.reschedule(*id);
         Some((receipt.number, draft))
     }
 
     /// Takes the lessee's countersignature. False when it matches no receipt of this lease.
-    pub fn acknowledge(&mut self, ack: &Verified<Acknowledgement>) -> bool {
+    pub fn acknowledge(&mut self, now: Boot, ack: &Verified<Acknowledgement>) -> bool {
         let body = ack.body();
         let Some(lease) = self.leases.get_mut(&body.lease) else { return false };
         let known = lease.unacknowledged.iter().any(|(number, draft)| {
@@ -534,6 +563,8 @@ impl Book {
         }
         lease.unacknowledged.retain(|(number, _)| *number > body.number);
         lease.kept.acknowledged = (body.number, body.charge);
+        lease.asked = (!lease.unacknowledged.is_empty()).then_some(now);
+        self.reschedule(body.lease);
         true
     }
 
@@ -560,7 +591,9 @@ impl Book {
         lease.kept.stage = Stage::Ended;
         lease.kept.end = Some((reason, by));
         lease.kept.termination = Some(draft.clone());
+        lease.ended = Some(now.boot);
         self.promised = self.promised.minus(&lease.terms.shape);
+        self.open = self.open.saturating_sub(1);
         self.reschedule(*id);
         Some(draft)
     }
@@ -568,25 +601,21 @@ impl Book {
     /// What is due at `now`.
     pub fn due(&mut self, now: Boot) -> Vec<Turn> {
         let mut turns = Vec::new();
-        while let Some((at, id)) = self.due.first().copied().filter(|(at, _)| *at <= now) {
-            self.due.remove(&(at, id));
+        while let Some(id) = self.due.pop(now) {
             let Some(lease) = self.leases.get_mut(&id) else { continue };
-            lease.due = None;
             match lease.kept.stage {
                 Stage::Granted => turns.push(Turn::Lapsed(id)),
-                Stage::Active => {
-                    let turn = lease.turn(now);
-                    if !matches!(turn, Some(Some(_))) {
-                        // Not to be found due again within this very instant. One that ends is
-                        // scheduled no more: the caller drains it.
-                        lease.receipt_due = lease.receipt_due.max(now + Span::millis(1));
+                Stage::Active => match lease.turn(now) {
+                    // Scheduled no more: the caller drains it.
+                    Some(Some(reason)) => turns.push(Turn::Drain(id, reason)),
+                    Some(None) => {
+                        // Not to be found due again within this very instant.
+                        lease.receipt_due = now + lease.terms.receipt_every;
                         self.reschedule(id);
+                        turns.push(Turn::Receipt(id));
                     }
-                    turns.extend(turn.map(|reason| match reason {
-                        Some(reason) => Turn::Drain(id, reason),
-                        None => Turn::Receipt(id),
-                    }));
-                }
+                    None => self.reschedule(id),
+                },
                 Stage::Draining | Stage::Ended => {}
             }
         }
@@ -596,15 +625,16 @@ impl Book {
     /// When [`Book::due`] is next due.
     #[must_use]
     pub fn next_wake(&self) -> Option<Boot> {
-        self.due.first().map(|(at, _)| *at)
+        self.due.next()
     }
 
-    /// Forgets leases that are over, agreed, that `may_go`, and whose order can no longer be
-    /// repeated; gives them for the history.
+    /// Forgets leases that are over, agreed or long waited for, that `may_go`, and whose order can
+    /// no longer be repeated; gives them for the history.
     pub fn prune(&mut self, now: Now, may_go: impl Fn(&LeaseId) -> bool) -> Vec<(LeaseId, Lease)> {
         let over = |(id, lease): (&LeaseId, &Lease)| {
+            let waited = lease.ended.is_some_and(|at| at + AWAIT < now.boot);
             let over = lease.kept.stage == Stage::Ended
-                && lease.unacknowledged.is_empty()
+                && (lease.unacknowledged.is_empty() || waited)
                 && lease.order_not_after + SKEW < now.wall
                 && may_go(id);
             over.then_some(*id)
@@ -661,9 +691,6 @@ impl Book {
 
     fn reschedule(&mut self, id: LeaseId) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
-        if let Some(was) = lease.due.take() {
-            self.due.remove(&(was, id));
-        }
         let kept = &lease.kept;
         let term_end = kept.decided + lease.terms.term;
         let next = match kept.stage {
@@ -679,15 +706,28 @@ impl Book {
                 let spent = kept.claimed.map(|at| at + chain::billable(&lease.terms));
                 let end = term_end.min(spent.unwrap_or(term_end));
                 let end = if self.plant.is("outlive-term") { end + Span::secs(60) } else { end };
-                Some(end.min(lease.receipt_due))
+                Some(end.min(lease.next_receipt()).min(lease.exposed_out()))
             }
             Stage::Draining | Stage::Ended => None,
         };
-        if let Some(at) = next {
-            lease.due = Some(at);
-            self.due.insert((at, id));
+        match next {
+            Some(at) => self.due.set(id, at),
+            None => self.due.remove(&id),
         }
     }
+}
+
+/// Whether a kept lease is of no more concern: ended and agreed a while ago, its order no longer
+/// valid. Its papers stay on disk, as proof.
+#[must_use]
+pub fn is_past(kept: &Lent, now: Wall) -> bool {
+    let agreed = kept.stage == Stage::Ended && kept.acknowledged.0 == kept.chain.number;
+    let Some(end) = kept.termination.as_ref().filter(|_| agreed) else { return false };
+    let order = Envelope::decode(&kept.order.envelope).ok();
+    let end = Envelope::decode(&end.envelope).ok();
+    let end = end.and_then(|e| wire::decode::<MAX_OBJECT, Termination>(&e.body).ok());
+    order.is_some_and(|order| order.header.not_after + SKEW < now)
+        && end.is_some_and(|end| end.at + AWAIT < now)
 }
 
 impl Lease {
@@ -697,12 +737,33 @@ impl Lease {
         self.kept.decided + self.terms.term
     }
 
-    /// What would be owed at `now` beyond what the lessee agreed to.
-    #[must_use]
-    pub fn exposed(&self, now: Boot) -> Amount {
-        let Some(claimed) = self.kept.claimed else { return Amount::ZERO };
-        let billed = self.kept.stopped.unwrap_or(now).since(claimed);
-        chain::charge(&self.terms, billed).minus(self.kept.acknowledged.1)
+    /// When `amount` more than the lessee agreed to is owed; never while that is beyond the cap.
+    fn owed_at(&self, amount: Amount) -> Boot {
+        let never = Boot(u64::MAX);
+        let Some(claimed) = self.kept.claimed else { return never };
+        let total = self.kept.acknowledged.1.plus(amount);
+        if total >= self.terms.cap {
+            return never;
+        }
+        total.lasts_at(self.terms.rate).map_or(never, |span| claimed + span + Span::millis(1))
+    }
+
+    /// When the next receipt is due: at its interval, and early enough that a lessee who answers is
+    /// never ended for what it was not asked to countersign.
+    fn next_receipt(&self) -> Boot {
+        if self.unacknowledged.len() >= MAX_UNANSWERED {
+            return Boot(u64::MAX);
+        }
+        let paced = self.receipt_due - self.terms.receipt_every + MIN_RECEIPT_EVERY;
+        let half = self.owed_at(Amount(self.terms.exposure.0 / 2));
+        self.receipt_due.min(half.max(paced))
+    }
+
+    /// When more stands unacknowledged than the lease allows, and the lessee had time to answer.
+    fn exposed_out(&self) -> Boot {
+        let never = Boot(u64::MAX);
+        let Some(asked) = self.asked else { return never };
+        self.owed_at(self.terms.exposure).max(asked + ANSWER)
     }
 
     /// What an active lease is due for: `Some(Some(reason))` to end, `Some(None)` a receipt.
@@ -713,9 +774,9 @@ impl Lease {
             Some(Some(EndReason::Term))
         } else if spent.is_some_and(|at| at <= now) {
             Some(Some(EndReason::Budget))
-        } else if self.exposed(now) > self.terms.exposure {
+        } else if self.exposed_out() <= now {
             Some(Some(EndReason::Exposure))
-        } else if self.receipt_due <= now {
+        } else if self.next_receipt() <= now {
             Some(None)
         } else {
             None

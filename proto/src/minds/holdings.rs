@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::id::{Hash, KeyId, LeaseId, RequestId};
 use crate::base::money::Amount;
-use crate::base::time::{Boot, BootId, Now, Span};
+use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
 use crate::words::chain::Chain;
 use crate::words::contract::{EndReason, Grant, Termination};
 use crate::words::object::Envelope;
@@ -65,8 +65,8 @@ pub struct Held {
     pub stage: Stage,
     /// The claim, as first sent.
     pub claim: Option<Draft>,
-    /// When the claim was first sent.
-    pub claim_sent: Option<Boot>,
+    /// When the claim was first sent, on both clocks of this host.
+    pub claim_sent: Option<(Boot, Wall)>,
     /// The release, as first sent.
     pub release: Option<Draft>,
     /// Where the receipts stand.
@@ -109,6 +109,8 @@ pub struct Holding {
     /// The last objection with the receipt it is about, and how many there were: a repeat of a
     /// receipt gets the same bytes, another one gets another number.
     objected: Option<(Hash, Draft, u64)>,
+    /// How many claims were drafted in this run: each is a statement of its own.
+    pub claims: u64,
     /// How its job ended, by the termination.
     pub ended: Option<(EndReason, Option<Outcome>, Amount)>,
 }
@@ -141,18 +143,21 @@ impl Holdings {
         let ended = kept.termination.as_ref().and_then(|signed| {
             let envelope = Envelope::decode(&signed.envelope).ok()?;
             let end: Termination = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
-            Some((end.reason, end.outcome, end.charge))
+            let charge = owed(&kept.chain, terms.as_ref().map(|(_, terms)| terms), &end);
+            Some((end.reason, end.outcome, charge))
         });
-        let lost =
-            (kept.stage == Stage::Ended).then_some((EndReason::Lost, None, kept.chain.charge));
+        let reason = kept.chain.end.unwrap_or(EndReason::Lost);
+        let lost = (kept.stage == Stage::Ended).then_some((reason, None, kept.chain.charge));
         let ended = ended.or(lost);
-        self.orders.insert(order, Holding { kept, terms, objected: None, ended });
+        self.orders.insert(order, Holding { kept, terms, objected: None, claims: 0, ended });
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
-        self.orders
-            .insert(kept.order.id(), Holding { kept, terms: None, objected: None, ended: None });
+        self.orders.insert(
+            kept.order.id(),
+            Holding { kept, terms: None, objected: None, claims: 0, ended: None },
+        );
     }
 
     /// A grant answers an order. `None` when no such order is out.
@@ -221,14 +226,17 @@ impl Holdings {
             return Judged::Agreed(answer.clone(), false);
         }
         let checked = kept.chain.check(&terms, body).and_then(|()| {
-            // After a reboot of this host the claim's instant says nothing any more.
-            let passed = kept.claim_sent.filter(|_| kept.boot == boot);
-            let passed = passed.map(|sent| now.boot.since(sent));
-            let passed = passed.map(|span| span + span.scale(DRIFT_PPM, 1_000_000) + RESOLUTION);
-            match passed {
-                Some(passed) if body.usage.billed > passed => Err(ObjectionReason::Time),
-                _ => Ok(()),
-            }
+            // What was never claimed costs nothing. After a reboot of this host the boot clock
+            // says nothing about the claim any more, and the wall clock has to do.
+            let passed = match kept.claim_sent {
+                Some((sent, _)) if kept.boot == boot => {
+                    let span = now.boot.since(sent);
+                    span + span.scale(DRIFT_PPM, 1_000_000) + RESOLUTION
+                }
+                Some((_, sent)) => now.wall.since(sent) + SKEW,
+                None => return Err(ObjectionReason::Time),
+            };
+            if body.usage.billed > passed { Err(ObjectionReason::Time) } else { Ok(()) }
         });
         let not_after = now.wall + crate::words::chain::EVIDENCE_LIFE;
         match checked {
@@ -279,19 +287,22 @@ impl Holdings {
         }
         holding.kept.termination = Some(termination.signed().clone());
         holding.kept.stage = Stage::Ended;
-        holding.ended = Some((body.reason, body.outcome.clone(), body.charge));
+        let terms = holding.terms.as_ref().map(|(_, terms)| terms);
+        let charge = owed(&holding.kept.chain, terms, body);
+        holding.ended = Some((body.reason, body.outcome.clone(), charge));
         true
     }
 
-    /// The lessor knows the lease no more: what was agreed so far is what is owed. False when it
-    /// has ended already.
+    /// The lessor knows the lease no more: what was agreed so far is what is owed, and its final
+    /// receipt says why it ended, where there is one. False when it has ended already.
     pub fn lost(&mut self, lease: &LeaseId) -> bool {
         let Some(holding) = self.get_mut(lease) else { return false };
         if holding.kept.stage == Stage::Ended {
             return false;
         }
         holding.kept.stage = Stage::Ended;
-        holding.ended = Some((EndReason::Lost, None, holding.kept.chain.charge));
+        let reason = holding.kept.chain.end.unwrap_or(EndReason::Lost);
+        holding.ended = Some((reason, None, holding.kept.chain.charge));
         true
     }
 }
@@ -305,6 +316,13 @@ impl Holding {
         let drift = terms.term.scale(DRIFT_PPM, 1_000_000);
         Some(self.kept.sent + terms.term.saturating_sub(drift + MARGIN))
     }
+}
+
+/// What is owed is what was agreed on, and never more than the lease allows, whatever its lessor
+/// says at the end.
+fn owed(chain: &Chain, terms: Option<&Grant>, end: &Termination) -> Amount {
+    let most = terms.map_or(Amount::ZERO, Grant::worst_case);
+    if chain.closed() { chain.charge } else { end.charge.min(most) }
 }
 
 /// The act id of a claim or release, derived from what it is about so that a repeat is the same.

@@ -26,6 +26,9 @@ use crate::words::wire::{self, DecodeError, EncodeError, MAX_PACKET};
 /// The room for a foca packet inside a signed datagram: the rest is signer and signature.
 const MAX_INNER: usize = MAX_PACKET - 112;
 
+/// How many comings back of a member are believed from others at a time.
+const HEARSAY: u32 = 4;
+
 /// How often a node that is held down comes back at most.
 const REJOIN: Span = Span::secs(1);
 
@@ -101,6 +104,8 @@ pub struct Membership {
     timers: BTreeMap<(Boot, u64), Timer<Peer>>,
     scheduled: u64,
     up: BTreeMap<KeyId, u64>,
+    /// The latest life of each member, by its own packets or credible hearsay.
+    lives: BTreeMap<KeyId, (u64, u32)>,
     refused: u64,
     /// When this node last found itself held down and came back in another identity.
     rejoined: Option<Boot>,
@@ -160,20 +165,49 @@ impl foca::Codec<Peer> for Fixed {
     }
 }
 
+/// The packet without what it says of members that are not `credible`; none when it is malformed.
+/// foca's layout: header, the number of members as u16 big-endian, the members.
+fn sift(packet: &[u8], header: usize, credible: impl Fn(&Peer) -> bool) -> Option<Vec<u8>> {
+    let (head, tail) = packet.split_at_checked(header)?;
+    let Some((count, mut rest)) = tail.split_first_chunk::<2>() else {
+        return Some(packet.to_vec());
+    };
+    let (mut kept, mut members) = (0u16, Vec::with_capacity(rest.len()));
+    for _ in 0..u16::from_be_bytes(*count) {
+        let (member, used) = wire::decode_prefix::<MAX_INNER, Member<Peer>>(rest).ok()?;
+        let (bytes, after) = rest.split_at_checked(used)?;
+        if credible(member.id()) {
+            kept += 1;
+            members.extend_from_slice(bytes);
+        }
+        rest = after;
+    }
+    Some([head, &kept.to_be_bytes(), &members, rest].concat())
+}
+
 /// Collects what foca wants of the world.
 struct Wishes<'a> {
     now: Boot,
     timers: &'a mut BTreeMap<(Boot, u64), Timer<Peer>>,
     scheduled: &'a mut u64,
     up: &'a mut BTreeMap<KeyId, u64>,
+    lives: &'a mut BTreeMap<KeyId, (u64, u32)>,
     rejoined: &'a mut Option<Boot>,
     out: &'a mut Vec<Sign>,
+}
+
+impl Wishes<'_> {
+    fn lived(&mut self, peer: &Peer) {
+        let known = self.lives.entry(peer.key).or_default();
+        *known = (*known).max((peer.epoch, peer.rejoin));
+    }
 }
 
 impl foca::Runtime<Peer> for Wishes<'_> {
     fn notify(&mut self, notification: Notification<'_, Peer>) {
         match notification {
             Notification::MemberUp(peer) => {
+                self.lived(peer);
                 self.up.insert(peer.key, peer.epoch);
                 self.out.push(Sign::Up(peer.key));
             }
@@ -182,6 +216,7 @@ impl foca::Runtime<Peer> for Wishes<'_> {
                 self.out.push(Sign::Down(peer.key));
             }
             Notification::Rename(_, peer) => {
+                self.lived(peer);
                 if let Some(epoch) = self.up.get_mut(&peer.key) {
                     *epoch = peer.epoch;
                 }
@@ -211,6 +246,7 @@ impl Membership {
             timers: BTreeMap::new(),
             scheduled: 0,
             up: BTreeMap::new(),
+            lives: BTreeMap::new(),
             refused: 0,
             rejoined: None,
             muted: false,
@@ -237,17 +273,35 @@ impl Membership {
         if self.muted {
             return;
         }
-        let Self { foca, timers, scheduled, up, rejoined, .. } = self;
-        let wishes = Wishes { now, timers, scheduled, up, rejoined, out };
+        let Self { foca, timers, scheduled, up, lives, rejoined, .. } = self;
+        let wishes = Wishes { now, timers, scheduled, up, lives, rejoined, out };
         if act(foca, wishes).is_err() {
             self.refused += 1;
         }
     }
 
-    /// Hears a packet that `signer` signed. One whose source is another key is refused.
-    pub fn hear(&mut self, now: Boot, signer: &KeyId, packet: &[u8], out: &mut Vec<Sign>) {
+    /// Hears a packet that `signer` signed. One whose source is another key is refused. What it
+    /// says about others is only believed as far as their own host record bears it out: `vouched`
+    /// gives the member that it speaks of.
+    pub fn hear(
+        &mut self,
+        now: Boot,
+        signer: &KeyId,
+        packet: &[u8],
+        vouched: impl Fn(&KeyId) -> Option<Peer>,
+        out: &mut Vec<Sign>,
+    ) {
         let source = wire::decode_prefix::<MAX_INNER, Header<Peer>>(packet);
-        let Some((header, _)) = source.ok().filter(|(header, _)| header.src.key == *signer) else {
+        let source = source.ok().filter(|(header, _)| header.src.key == *signer);
+        let sifted = source.and_then(|(header, used)| {
+            let source = &header.src;
+            let about = |peer: &Peer| self.credible(peer, &vouched);
+            let sifted = sift(packet, used, about)?;
+            let known = self.lives.entry(source.key).or_default();
+            *known = (*known).max((source.epoch, source.rejoin));
+            Some((header, sifted))
+        });
+        let Some((header, packet)) = sifted else {
             self.refused += 1;
             return;
         };
@@ -256,7 +310,23 @@ impl Membership {
         if lately && matches!(header.message, foca::Message::TurnUndead) {
             return;
         }
-        self.with(now, out, |foca, wishes| foca.handle_data(packet, wishes));
+        self.with(now, out, |foca, wishes| foca.handle_data(&packet, wishes));
+    }
+
+    /// Whether hearsay about `peer` can be true: it is in no later life than its own record says,
+    /// is reached where that says, and has come back not much more often than is known. Else one
+    /// member could bury another under an identity that it can never win against.
+    fn credible(&self, peer: &Peer, vouched: &impl Fn(&KeyId) -> Option<Peer>) -> bool {
+        let me = self.me();
+        if peer.key == me.key {
+            return (peer.epoch, peer.rejoin) <= (me.epoch, me.rejoin);
+        }
+        let known = self.lives.get(&peer.key).filter(|(epoch, _)| *epoch == peer.epoch);
+        let rejoin = known.map_or(0, |(_, rejoin)| *rejoin);
+        let lives = vouched(&peer.key).is_some_and(|own| {
+            peer.epoch < own.epoch || peer.epoch == own.epoch && peer.probe == own.probe
+        });
+        lives && peer.rejoin <= rejoin.saturating_add(HEARSAY)
     }
 
     /// Asks `peer`, which is known to be reachable, for the members it knows.
@@ -360,6 +430,12 @@ mod tests {
         Peer { key: KeyId([n; 32]), epoch: 1, rejoin: 0, probe }
     }
 
+    /// Everybody's host record is known.
+    #[allow(clippy::unnecessary_wraps)] // as the records of a fabric answer
+    fn vouched(key: &KeyId) -> Option<Peer> {
+        Some(peer(key.0[0]))
+    }
+
     /// A handful of members in one address space, without loss.
     fn settle(members: &mut [Membership], alive: impl Fn(usize) -> bool, from: u64, until: u64) {
         for now in (from..until).step_by(10).map(Boot) {
@@ -376,7 +452,7 @@ mod tests {
                 let at = members.iter().position(|m| m.me().probe == to);
                 let Some(at) = at.filter(|at| alive(*at)) else { continue };
                 let mut out = Vec::new();
-                members[at].hear(now, &from, &bytes, &mut out);
+                members[at].hear(now, &from, &bytes, vouched, &mut out);
                 let key = members[at].me().key;
                 packets.extend(out.into_iter().map(|sign| (key, sign)));
             }
@@ -393,10 +469,11 @@ mod tests {
             let Some(Sign::Packet { bytes, .. }) = out.pop() else { panic!("announces") };
             let from = members[n].me().key;
             let mut reply = Vec::new();
-            members[0].hear(Boot(0), &from, &bytes, &mut reply);
+            members[0].hear(Boot(0), &from, &bytes, vouched, &mut reply);
             for sign in reply {
                 if let Sign::Packet { bytes, .. } = sign {
-                    members[n].hear(Boot(0), &KeyId([1; 32]), &bytes, &mut Vec::new());
+                    let from = KeyId([1; 32]);
+                    members[n].hear(Boot(0), &from, &bytes, vouched, &mut Vec::new());
                 }
             }
         }
@@ -415,14 +492,48 @@ mod tests {
         let mut out = Vec::new();
         a.announce_to(Boot(0), peer(2), &mut out);
         let Some(Sign::Packet { bytes, .. }) = out.pop() else { panic!("announces") };
-        b.hear(Boot(0), &KeyId([9; 32]), &bytes, &mut out);
+        b.hear(Boot(0), &KeyId([9; 32]), &bytes, vouched, &mut out);
         assert_eq!((b.refused(), b.count()), (1, 0));
         for cut in 0..bytes.len() {
-            b.hear(Boot(0), &KeyId([1; 32]), &bytes[..cut], &mut out);
+            b.hear(Boot(0), &KeyId([1; 32]), &bytes[..cut], vouched, &mut out);
         }
-        b.hear(Boot(0), &KeyId([1; 32]), &[0xff; MAX_INNER], &mut out);
+        b.hear(Boot(0), &KeyId([1; 32]), &[0xff; MAX_INNER], vouched, &mut out);
         assert_eq!(b.count(), 0, "nothing cut short counts");
-        b.hear(Boot(0), &KeyId([1; 32]), &bytes, &mut out);
+        b.hear(Boot(0), &KeyId([1; 32]), &bytes, vouched, &mut out);
         assert_eq!(b.count(), 1);
+    }
+
+    #[test]
+    fn hearsay_buries_nobody_and_invents_nobody() {
+        let (liar, victim) = (peer(1), peer(3));
+        let mut a = Membership::new(peer(2), &Timing::default(), 2);
+        a.learn(Boot(0), liar.clone(), &mut Vec::new());
+        a.learn(Boot(0), victim.clone(), &mut Vec::new());
+        let (me, elsewhere) = (peer(2), SocketAddr::from(([127, 0, 0, 9], 9)));
+        let told = |peer: Peer| {
+            let src = liar.clone();
+            let message = foca::Message::Gossip;
+            let header = Header { src, src_incarnation: 0, dst: me.clone(), message };
+            let mut packet = wire::encode::<MAX_INNER>(&header).expect("fits");
+            packet.extend(1u16.to_be_bytes());
+            packet.extend(wire::encode::<MAX_INNER>(&Member::alive(peer)).expect("fits"));
+            packet
+        };
+        let only_known = |key: &KeyId| (key.0[0] <= 3).then(|| peer(key.0[0]));
+        for lie in [
+            Peer { epoch: u64::MAX, ..victim.clone() },
+            Peer { epoch: 2, ..victim.clone() },
+            Peer { rejoin: u32::MAX, ..victim.clone() },
+            Peer { probe: elsewhere, rejoin: 1, ..victim.clone() },
+            Peer { key: KeyId([77; 32]), ..victim.clone() },
+        ] {
+            a.hear(Boot(1), &liar.key, &told(lie), only_known, &mut Vec::new());
+            assert_eq!((a.refused(), a.count()), (0, 2), "heard, not believed");
+        }
+        // Its own word, one coming back later, still counts.
+        let back = Peer { rejoin: 1, ..victim.clone() };
+        a.hear(Boot(2), &liar.key, &told(back), only_known, &mut Vec::new());
+        assert_eq!(a.lives.get(&victim.key), Some(&(1, 1)), "what can be true is believed");
+        assert!(a.is_up(&victim.key));
     }
 }

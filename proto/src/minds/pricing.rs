@@ -17,7 +17,7 @@ use crate::base::id::Hash;
 use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::{Boot, Now, Span};
-use crate::words::contract::{Class, Order};
+use crate::words::contract::{Class, Figure, Order};
 use crate::words::object::key_subject;
 use crate::words::record::Offer;
 use crate::words::sign::{Draft, Hand};
@@ -43,6 +43,8 @@ pub struct Policy {
     pub rates: Rates,
     /// The longest term.
     pub max_term: Span,
+    /// How long capacity may be held unclaimed, and unpaid.
+    pub max_claim_within: Span,
     /// The runtimes that jobs can have here.
     pub runtimes: Vec<String>,
     /// What confines a job here.
@@ -166,14 +168,34 @@ impl Pricing {
         (issued.at + HONOUR >= now).then(|| (&issued.draft, issued.rates.hourly(shape)))
     }
 
-    /// Whether class, term and interval of `order` are sold here.
-    #[must_use]
-    pub fn sells(&self, order: &Order) -> bool {
-        self.policy.selling
-            && order.class == Class::Firm
-            && order.term <= self.policy.max_term
-            && order.claim_within <= order.term
-            && order.receipt_every >= crate::words::contract::MIN_RECEIPT_EVERY
+    /// Whether class, term and intervals of `order` are sold here.
+    ///
+    /// # Errors
+    /// The figures, in milliseconds, that are out of bounds; none when it is the class, or nothing
+    /// is sold at all.
+    pub fn sells(&self, order: &Order) -> Result<(), Vec<Figure>> {
+        if !self.policy.selling || order.class != Class::Firm {
+            return Err(Vec::new());
+        }
+        let (policy, least) = (&self.policy, crate::words::contract::MIN_RECEIPT_EVERY);
+        let claim_within = order.term.min(policy.max_claim_within);
+        let figure = |of: &str, have: Span, need: Span| Figure {
+            of: of.into(),
+            have: have.as_millis(),
+            need: need.as_millis(),
+        };
+        let figures: Vec<_> = [
+            (order.term > policy.max_term, figure("term_ms", policy.max_term, order.term)),
+            (
+                order.claim_within > claim_within,
+                figure("claim_within_ms", claim_within, order.claim_within),
+            ),
+            (order.receipt_every < least, figure("receipt_every_ms", least, order.receipt_every)),
+        ]
+        .into_iter()
+        .filter_map(|(broken, figure)| broken.then_some(figure))
+        .collect();
+        if figures.is_empty() { Ok(()) } else { Err(figures) }
     }
 
     /// The newest offer's draft.

@@ -203,14 +203,24 @@ impl Spread {
         buckets
     }
 
-    /// The buckets where `theirs` differs, and all names here in them.
+    /// The buckets where `theirs` differs, as many as one message can name whole, and all names
+    /// here in them.
     #[must_use]
     pub fn differing(&self, theirs: &[u64]) -> (Vec<u8>, Vec<RecordName>) {
         let ours = self.digest();
         let differs =
             |bucket: &u8| ours.get(usize::from(*bucket)) != theirs.get(usize::from(*bucket));
-        let buckets: Vec<u8> = (0..=u8::MAX).filter(differs).collect();
-        let names = self.in_buckets(&buckets).take(MAX_NAMES).collect();
+        let (mut buckets, mut names) = (Vec::new(), Vec::new());
+        // From another bucket each time, so that in a busy fabric the last have their turn too.
+        let start = theirs.iter().fold(0, |mixed, hash| mixed ^ hash).to_le_bytes()[0];
+        for bucket in (0..=u8::MAX).map(|n| start.wrapping_add(n)).filter(differs) {
+            let more: Vec<_> = self.in_buckets(&[bucket]).take(MAX_NAMES).collect();
+            if names.len() + more.len() > MAX_NAMES {
+                break;
+            }
+            buckets.push(bucket);
+            names.extend(more);
+        }
         (buckets, names)
     }
 
@@ -287,6 +297,16 @@ impl Spread {
             RecordSaid::Host(record, _) => Some(record),
             _ => None,
         })
+    }
+
+    /// The keys of those hosts, beginning somewhere in the middle that `start` decides.
+    pub fn hosts_from(&self, start: u64) -> impl Iterator<Item = KeyId> {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&start.to_be_bytes());
+        let from = (KeyId(key), Kind::HostRecord);
+        let after = self.records.range(from..);
+        let all = after.chain(self.records.range(..from));
+        all.filter(|(_, held)| matches!(held.said, RecordSaid::Host(..))).map(|((key, _), _)| *key)
     }
 
     /// Every host whose slow record is known, with the certificate that admits it.

@@ -29,8 +29,8 @@ pub struct Chain {
     pub usage: Usage,
     /// Its charge.
     pub charge: Amount,
-    /// Whether it was the final one.
-    pub closed: bool,
+    /// Why the lease ended, once the final one is written.
+    pub end: Option<EndReason>,
 }
 
 /// What `billed` costs under `grant`.
@@ -67,13 +67,19 @@ impl Chain {
         Receipt { lease, number: self.number + 1, previous: self.last, usage, charge, end, at }
     }
 
+    /// Whether the latest receipt is the final one.
+    #[must_use]
+    pub const fn closed(&self) -> bool {
+        self.end.is_some()
+    }
+
     /// Takes `receipt` with hash `id` as the latest, after it was checked or made here.
     pub fn advance(&mut self, receipt: &Receipt, id: Hash) {
         self.number = receipt.number;
         self.last = id;
         self.usage = receipt.usage;
         self.charge = receipt.charge;
-        self.closed = receipt.end.is_some();
+        self.end = receipt.end;
     }
 
     /// Whether `receipt` follows from this chain under `grant`, by what anyone can check.
@@ -81,7 +87,7 @@ impl Chain {
     /// # Errors
     /// What is wrong with it.
     pub fn check(&self, grant: &Grant, receipt: &Receipt) -> Result<(), ObjectionReason> {
-        if self.closed || receipt.number != self.number + 1 || receipt.previous != self.last {
+        if self.closed() || receipt.number != self.number + 1 || receipt.previous != self.last {
             return Err(ObjectionReason::Chain);
         }
         let (was, is) = (self.usage, receipt.usage);

@@ -51,8 +51,9 @@ pub enum Message {
         certificate: Signed,
         /// The speaker's epoch.
         epoch: u64,
-        /// The highest epoch of the hearer that was ever seen here; zero if none.
-        seen: u64,
+        /// The host record of the hearer's newest epoch that was ever seen here: its own signature
+        /// under it is what proves that there was such an epoch.
+        seen: Option<Box<Signed>>,
     },
     /// Versions of records that are new here. Answered with `Pull`.
     Announce(Vec<RecordName>),
@@ -222,8 +223,8 @@ pub enum Said {
         certificate: Verified<Certificate>,
         /// The speaker's epoch.
         epoch: u64,
-        /// The highest epoch of this node that was ever seen there.
-        seen: u64,
+        /// The host record of this node's newest epoch that was ever seen there.
+        seen: Option<Box<RecordSaid>>,
     },
     /// See [`Message::Announce`].
     Announce(Vec<RecordName>),
@@ -321,7 +322,10 @@ pub fn verify_among(
             charter: *charter,
             certificate: certificate.verify_among(fabric, papers)?,
             epoch: *epoch,
-            seen: *seen,
+            seen: match seen {
+                Some(seen) => Some(Box::new(record(seen, fabric, papers)?)),
+                None => None,
+            },
         },
         Message::Announce(names) => Said::Announce(names.clone()),
         Message::Pull(names) => Said::Pull(names.clone()),

@@ -24,6 +24,8 @@ use crate::base::time::Wall;
 
 /// The most extensions an envelope may carry.
 const MAX_EXTENSIONS: usize = 8;
+/// The longest envelope of a kind that is relayed unread, in bytes.
+const MAX_UNREAD: usize = 16 * 1024;
 
 /// What is signed beside the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,11 +76,15 @@ impl Envelope {
     /// Decodes an envelope.
     ///
     /// # Errors
-    /// When the bytes are no envelope or carry too many extensions.
+    /// When the bytes are no envelope, more than its kind may have, or carry too many extensions.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let envelope: Self = wire::decode::<MAX_OBJECT, _>(bytes)?;
         if envelope.extensions.len() > MAX_EXTENSIONS {
             return Err(DecodeError::Invalid("the envelope carries too many extensions"));
+        }
+        let (got, limit) = (bytes.len(), envelope.header.kind.max_len());
+        if got > limit {
+            return Err(DecodeError::TooLong { got, limit });
         }
         Ok(envelope)
     }
@@ -100,7 +106,7 @@ pub trait Body: Serialize + DeserializeOwned {
 }
 
 macro_rules! kinds {
-    ($( $(#[$doc:meta])* $number:literal $name:literal $variant:ident )*) => {
+    ($( $(#[$doc:meta])* $number:literal $name:literal $kib:literal KiB $variant:ident )*) => {
         /// The kinds of signed objects. Numbers are never reused.
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Kind {
@@ -120,6 +126,13 @@ macro_rules! kinds {
             #[must_use]
             pub const fn from_number(number: u16) -> Self {
                 match number { $( $number => Self::$variant, )* other => Self::Unknown(other) }
+            }
+
+            /// The longest envelope of this kind, in bytes, whatever extensions it carries: what a
+            /// node keeps holds several objects and has a bound of its own.
+            #[must_use]
+            pub const fn max_len(self) -> usize {
+                match self { $( Self::$variant => $kib * 1024, )* Self::Unknown(_) => MAX_UNREAD }
             }
 
             /// The name in signatures, files and messages.
@@ -197,35 +210,35 @@ macro_rules! kinds {
 
 kinds! {
     /// What founds or changes a fabric. Subject: zero.
-    1 "charter" Charter
+    1 "charter" 16 KiB Charter
     /// That an organisation admits a key. Subject: the key.
-    2 "certificate" Certificate
+    2 "certificate" 2 KiB Certificate
     /// A node's addresses and hardware. Subject: the node's key.
-    3 "host" HostRecord
+    3 "host" 12 KiB HostRecord
     /// What a node has free and at what price. Subject: the node's key.
-    4 "offer" Offer
+    4 "offer" 14 KiB Offer
     /// What a lessee lets a delegate order. Subject: the delegate's key.
-    5 "mandate" Mandate
+    5 "mandate" 6 KiB Mandate
     /// A request for a lease. Subject: hash of lessee and request id.
-    6 "order" Order
+    6 "order" 10 KiB Order
     /// The yes to an order. Subject: the order.
-    7 "grant" Grant
+    7 "grant" 6 KiB Grant
     /// The no to an order or an act. Subject: what is refused.
-    8 "refusal" Refusal
+    8 "refusal" 24 KiB Refusal
     /// First use of a lease, with its job. Subject: the lease.
-    9 "claim" Claim
+    9 "claim" 18 KiB Claim
     /// That an act was accepted. Subject: the act's object.
-    10 "acceptance" Acceptance
+    10 "acceptance" 1 KiB Acceptance
     /// The lessee gives a lease back. Subject: the lease.
-    11 "release" Release
+    11 "release" 1 KiB Release
     /// How and why a lease ended. Subject: the lease.
-    12 "termination" Termination
+    12 "termination" 4 KiB Termination
     /// Cumulative usage. Subject: the lease.
-    13 "receipt" Receipt
+    13 "receipt" 1 KiB Receipt
     /// The lessee's countersignature under a receipt. Subject: the lease.
-    14 "acknowledgement" Acknowledgement
+    14 "acknowledgement" 1 KiB Acknowledgement
     /// The lessee's disagreement with a receipt. Subject: the lease.
-    15 "objection" Objection
+    15 "objection" 1 KiB Objection
 }
 
 impl fmt::Display for Kind {

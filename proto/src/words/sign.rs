@@ -232,11 +232,16 @@ impl Draft {
     /// Puts `body` into an envelope.
     ///
     /// # Errors
-    /// When it does not fit [`MAX_OBJECT`].
+    /// When it is longer than its kind may be.
     pub fn new<T: Body>(header: HeaderOf, body: &T) -> Result<Self, wire::EncodeError> {
         let body = wire::encode::<MAX_OBJECT>(body)?;
         let envelope = Envelope { header: header.of_kind(T::KIND), extensions: Vec::new(), body };
-        Ok(Self { envelope: wire::encode::<MAX_OBJECT>(&envelope)? })
+        let envelope = wire::encode::<MAX_OBJECT>(&envelope)?;
+        let (got, limit) = (envelope.len(), T::KIND.max_len());
+        if got > limit {
+            return Err(wire::EncodeError { limit, why: format!("it takes {got}") });
+        }
+        Ok(Self { envelope })
     }
 
     /// The object's identity.

@@ -29,7 +29,7 @@ pub struct Want {
     pub receipt_every: Span,
     /// The runtime it needs.
     pub runtime: String,
-    /// Only these hosts, by key; empty: any.
+    /// Only these hosts, by key, asked in this order; empty: any.
     pub lessors: Vec<KeyId>,
     /// Only hosts with these labels.
     pub labels: Vec<(String, String)>,

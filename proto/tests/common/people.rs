@@ -174,7 +174,7 @@ impl People {
     pub fn place(&self, book: &mut Book, at: Now, order: &Verified<Order>) -> Placed {
         let offer = self.offer();
         let rate = Self::rates().hourly(&order.body().shape);
-        book.place(at, order, &Quote { offer: Some((&offer, rate)), sold: true })
+        book.place(at, order, &Quote { offer: Some((&offer, rate)), sold: Ok(()) })
     }
 
     /// Places an order that must be granted.

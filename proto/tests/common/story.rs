@@ -332,7 +332,7 @@ impl Story {
                     charter: self.charter.id(),
                     certificate: self.lessor_certificate.clone(),
                     epoch: 7,
-                    seen: 3,
+                    seen: Some(Box::new(self.host.clone())),
                 },
             ),
             ("announce", Message::Announce(names.clone())),

@@ -61,6 +61,7 @@ pub(super) fn policy(dice: &mut Dice) -> Policy {
             gpu_hour: Vec::new(),
         },
         max_term: Span::secs(3600),
+        max_claim_within: Span::secs(300),
         runtimes: vec!["wasm".into()],
         isolation: vec!["wasm".into()],
     }
