@@ -34,6 +34,7 @@ mod tests;
 mod tls;
 
 use std::{
+    collections::HashMap,
     fmt, io,
     net::{SocketAddr, UdpSocket},
     sync::{
@@ -131,6 +132,10 @@ pub struct DataConfig {
     pub max_serving: usize,
     /// Payloads fetched at once; more wait.
     pub max_fetching: usize,
+    /// Payloads that one peer may be sent at once.
+    pub max_serving_per_key: usize,
+    /// Payloads that are fetched from one holder at once: a slow one holds up its own only.
+    pub max_fetching_per_key: usize,
     /// Streams to the node that wait to be taken up; more are refused as busy.
     pub max_arriving: usize,
     /// How long a handshake may take.
@@ -164,6 +169,8 @@ impl DataConfig {
             retry_above: 32,
             max_serving: 32,
             max_fetching: 32,
+            max_serving_per_key: 8,
+            max_fetching_per_key: 4,
             max_arriving: 64,
             handshake_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),
@@ -290,6 +297,29 @@ struct Counters {
     fetches_failed: Counter,
 }
 
+/// At most so many at once for each peer.
+struct PerKey {
+    most: usize,
+    of: Mutex<HashMap<[u8; 32], Arc<Semaphore>>>,
+}
+
+impl PerKey {
+    /// How many peers are remembered before those without anything under way are forgotten.
+    const KNOWN: usize = 1_024;
+
+    fn new(most: usize) -> Self {
+        Self { most, of: Mutex::default() }
+    }
+
+    fn of(&self, key: &[u8; 32]) -> Arc<Semaphore> {
+        let mut of = lock(&self.of);
+        if of.len() > Self::KNOWN {
+            of.retain(|_, room| Arc::strong_count(room) > 1);
+        }
+        Arc::clone(of.entry(*key).or_insert_with(|| Arc::new(Semaphore::new(self.most))))
+    }
+}
+
 /// What the tasks of a data plane share.
 struct Shared {
     config: DataConfig,
@@ -306,6 +336,8 @@ struct Shared {
     transfers: Mutex<Transfers>,
     serving: Arc<Semaphore>,
     fetching: Semaphore,
+    serving_each: PerKey,
+    fetching_each: PerKey,
     examining: Arc<Semaphore>,
     examined: Mutex<Examined>,
 }
@@ -407,6 +439,8 @@ impl Data {
             transfers: Mutex::default(),
             serving: Arc::new(Semaphore::new(config.max_serving)),
             fetching: Semaphore::new(config.max_fetching),
+            serving_each: PerKey::new(config.max_serving_per_key),
+            fetching_each: PerKey::new(config.max_fetching_per_key),
             examining: Arc::new(Semaphore::new(1)),
             examined: Mutex::default(),
             config,

@@ -278,14 +278,28 @@ impl Home {
         self.path("node.key").exists()
     }
 
-    /// Makes the node's key.
+    /// Makes a key.
     ///
     /// # Errors
     /// When there is one, or it cannot be written.
     pub fn new_key(&self, name: &str, protection: &Protection) -> Result<Secret, HomeError> {
         let secret = Secret::generate().map_err(CreateError::from)?;
-        file::create(&self.path(name), &secret, protection, Existing::Keep)?;
+        self.put_key(name, &secret, protection)?;
         Ok(secret)
+    }
+
+    /// Writes a key.
+    ///
+    /// # Errors
+    /// When there is one, or it cannot be written.
+    pub fn put_key(
+        &self,
+        name: &str,
+        secret: &Secret,
+        protection: &Protection,
+    ) -> Result<(), HomeError> {
+        file::create(&self.path(name), secret, protection, Existing::Keep)?;
+        Ok(())
     }
 
     /// Loads a key that needs no passphrase.

@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use leasehold_proto::core::{Event, Orphans, StartJob};
 use leasehold_proto::words::contract::EndReason;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::{Hash, LeaseId, Payload, Span};
-use tokio::sync::{mpsc, watch};
+use leasehold_proto::{Hash, KeyId, LeaseId, Payload, Span};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
@@ -28,6 +28,10 @@ use crate::work::{self, Spec, Stream, Work, WorkEvent};
 
 /// How many ended jobs keep their logs for late readers.
 const MAX_ENDED: usize = 256;
+/// How many may follow one job at once.
+const MAX_FOLLOWING: usize = 16;
+/// How many jobs' outputs are made payloads at once: each is read, hashed and written whole.
+const MAX_KEEPING: usize = 2;
 /// How many processes and threads a program may have.
 const PIDS: u64 = 32;
 
@@ -44,6 +48,19 @@ struct Job {
     delegate: [u8; 32],
     phase: watch::Sender<Phase>,
     stop: CancellationToken,
+    /// Room for those who follow it.
+    following: Arc<Semaphore>,
+}
+
+impl Job {
+    fn new(delegate: KeyId, phase: Phase) -> Self {
+        Self {
+            delegate: delegate.0,
+            phase: watch::channel(phase).0,
+            stop: CancellationToken::new(),
+            following: Arc::new(Semaphore::new(MAX_FOLLOWING)),
+        }
+    }
 }
 
 /// The jobs under leases that this node granted.
@@ -60,6 +77,9 @@ struct Inner {
     events: mpsc::Sender<Event>,
     jobs: Mutex<BTreeMap<LeaseId, Job>>,
     ended: Mutex<std::collections::VecDeque<LeaseId>>,
+    keeping: Semaphore,
+    /// What confines a job here, as offered: a job that cannot be confined so does not run.
+    isolation: Vec<String>,
 }
 
 fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -80,16 +100,18 @@ impl Jobs {
         data: Data,
         payloads: PayloadStore,
         events: mpsc::Sender<Event>,
+        isolation: Vec<String>,
     ) -> Self {
         let (jobs, ended) = (Mutex::default(), Mutex::default());
-        Self { inner: Arc::new(Inner { work, data, payloads, events, jobs, ended }) }
+        let keeping = Semaphore::new(MAX_KEEPING);
+        let inner = Inner { work, data, payloads, events, jobs, ended, keeping, isolation };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Starts a job: everything that follows is told through the events.
     pub(crate) fn start(&self, start: StartJob) {
-        let (phase, _) = watch::channel(Phase::Fetching);
-        let stop = CancellationToken::new();
-        let job = Job { delegate: start.delegate.0, phase, stop: stop.clone() };
+        let job = Job::new(start.delegate, Phase::Fetching);
+        let stop = job.stop.clone();
         hold(&self.inner.jobs).insert(start.lease, job);
         let jobs = self.clone();
         tokio::spawn(async move {
@@ -164,7 +186,7 @@ impl Jobs {
             deadline_boot_ms: start.deadline.0,
             grace_ms: start.grace.as_millis(),
             log_limit: work::DEFAULT_LOG_LIMIT,
-            require: Vec::new(),
+            require: self.inner.isolation.clone(),
         })
     }
 
@@ -211,15 +233,18 @@ impl Jobs {
         let outcome = end.outcome.clone();
         self.set_phase(&lease, Phase::Ended(Arc::new(end)));
         let _ = self.inner.events.send(Event::JobEnded(lease, outcome, usage)).await;
+        self.remember(lease).await;
+    }
+
+    /// Keeps an ended job for late readers, in place of the oldest one.
+    async fn remember(&self, lease: LeaseId) {
         let oldest = {
             let mut ended = hold(&self.inner.ended);
             ended.push_back(lease);
             if ended.len() > MAX_ENDED { ended.pop_front() } else { None }
         };
         if let Some(oldest) = oldest {
-            if let Err(error) = self.inner.work.forget(&oldest.to_string()).await {
-                tracing::warn!(lease = %oldest, %error, "a job's directory stays");
-            }
+            self.forget(&oldest.to_string()).await;
             hold(&self.inner.jobs).remove(&oldest);
         }
     }
@@ -234,19 +259,62 @@ impl Jobs {
                     let _ = self.inner.events.send(event).await;
                 }
             }
+            // Beside the others: large outputs of one job must not hold up the end of another.
             WorkEvent::Ended { lease, outcome, usage } => {
                 let Some(id) = lease_of(&lease) else { return };
-                let outputs = self.keep_outputs(&lease).await;
-                let dropped = usage.log_dropped;
-                let end = End { outcome: outcome_of(&outcome), outputs, dropped };
-                self.finish(id, end, usage_of(&usage)).await;
+                let jobs = self.clone();
+                tokio::spawn(async move {
+                    let end = jobs.conclude(&lease, &outcome, &usage).await;
+                    jobs.finish(id, end, usage_of(&usage)).await;
+                });
             }
+        }
+    }
+
+    /// Keeps a job's outputs as payloads and writes down how it ended.
+    async fn conclude(&self, lease: &str, outcome: &work::Outcome, usage: &work::Usage) -> End {
+        if let Some(end) = self.inner.work.conclusion(lease) {
+            return end;
+        }
+        let outputs = self.keep_outputs(lease).await;
+        let end = End { outcome: outcome_of(outcome), outputs, dropped: usage.log_dropped };
+        if let Err(error) = self.inner.work.conclude(lease, end.clone()).await {
+            tracing::warn!(lease, %error, "the end of a job cannot be written down");
+        }
+        end
+    }
+
+    /// Takes back jobs of an earlier run that have ended, for late readers: those whose lease is
+    /// known, with the delegate that may follow them. The others are forgotten.
+    pub(crate) async fn take_back(self, reaped: Vec<(work::Reaped, Option<KeyId>)>) {
+        // All are known before the first is looked into: nobody is turned away meanwhile.
+        let mut known = Vec::new();
+        for (job, delegate) in reaped {
+            match (lease_of(&job.lease), delegate) {
+                (Some(lease), Some(delegate)) => {
+                    hold(&self.inner.jobs).insert(lease, Job::new(delegate, Phase::Fetching));
+                    known.push((lease, job));
+                }
+                _ => self.forget(&job.lease).await,
+            }
+        }
+        for (lease, job) in known {
+            let end = self.conclude(&job.lease, &job.outcome, &job.usage).await;
+            self.set_phase(&lease, Phase::Ended(Arc::new(end)));
+            self.remember(lease).await;
+        }
+    }
+
+    async fn forget(&self, lease: &str) {
+        if let Err(error) = self.inner.work.forget(lease).await {
+            tracing::warn!(lease, %error, "a job's directory stays");
         }
     }
 
     /// Makes payloads of the declared outputs, so that the lessee can fetch them by root.
     async fn keep_outputs(&self, lease: &str) -> Vec<OutputFile> {
         let names = self.inner.work.status(lease).map(|status| status.outputs).unwrap_or_default();
+        let _turn = self.inner.keeping.acquire().await;
         let mut kept = Vec::with_capacity(names.len());
         for file in names {
             let Some(path) = self.inner.work.output_file(lease, &file.name) else { continue };
@@ -265,22 +333,13 @@ impl Jobs {
         kept
     }
 
-    /// Ends what an earlier run of this node left, before anything is granted.
-    ///
-    /// # Errors
-    /// When one cannot be ended: then nothing may be granted.
-    pub(crate) async fn bury_orphans(work: &Work) -> Result<Orphans, work::OpenError> {
-        let reaped = work.reap_orphans().await?;
-        let mut orphans = Orphans::new();
-        for job in reaped {
-            if let Some(lease) = lease_of(&job.lease) {
-                orphans.insert(lease, (outcome_of(&job.outcome), usage_of(&job.usage)));
-            }
-            if let Err(error) = work.forget(&job.lease).await {
-                tracing::warn!(lease = job.lease, %error, "a job's directory stays");
-            }
-        }
-        Ok(orphans)
+    /// What became of the jobs that an earlier run of this node left. Their directories stay until
+    /// what follows from it is kept.
+    pub(crate) fn orphans(reaped: &[work::Reaped]) -> Orphans {
+        let ended = reaped.iter().filter_map(|job| {
+            Some((lease_of(&job.lease)?, (outcome_of(&job.outcome), usage_of(&job.usage))))
+        });
+        ended.collect()
     }
 
     /// Serves one who wants to follow a job.
@@ -291,14 +350,28 @@ impl Jobs {
             arriving.refuse(Refusal::BadRequest, "not a request to follow a job");
             return;
         };
-        let known = hold(&self.inner.jobs).get(&request.lease).map(|job| job.delegate);
-        if known != Some(peer) {
+        let following = {
+            let jobs = hold(&self.inner.jobs);
+            let theirs = jobs.get(&request.lease).filter(|job| job.delegate == peer);
+            theirs.map(|job| Arc::clone(&job.following))
+        };
+        let Some(following) = following else {
             // The same answer for what does not exist and for what is not theirs.
             arriving.refuse(Refusal::Denied, "no job of yours runs under this lease");
             return;
-        }
+        };
+        let Ok(_following) = following.try_acquire_owned() else {
+            arriving.refuse(Refusal::Busy, "too many follow this job already");
+            return;
+        };
         let Ok((mut send, _recv)) = arriving.accept().await else { return };
-        if let Err(error) = self.follow(request, &mut send).await {
+        let unwanted = send.unwanted();
+        let followed = tokio::select! {
+            followed = self.follow(request, &mut send) => followed,
+            // A job that says nothing for hours would not notice otherwise.
+            () = unwanted => Err(std::io::ErrorKind::ConnectionReset.into()),
+        };
+        if let Err(error) = followed {
             tracing::debug!(lease = %request.lease, %error, "a follower went away");
             return;
         }

@@ -6,8 +6,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use leasehold_keys::exit::Exit;
+use leasehold_proto::KeyId;
 use leasehold_proto::core::{self, Core, Kept};
 use leasehold_proto::minds::member::Timing;
+use leasehold_proto::words::object::Body as _;
 use leasehold_proto::words::sign::Signer;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -35,7 +37,8 @@ const QUEUE: usize = 1_024;
 pub struct Node {
     handle: Handle,
     shutdown: CancellationToken,
-    main: JoinHandle<()>,
+    /// None once it has ended.
+    main: Option<JoinHandle<()>>,
     data: Data,
 }
 
@@ -48,6 +51,9 @@ pub enum StartError {
     /// Its configuration is not usable.
     #[error("configuration: {0}")]
     Config(#[from] ConfigError),
+    /// What the node would tell about itself breaks a rule.
+    #[error("configuration: {0}")]
+    Record(&'static str),
     /// The host does not say what it has.
     #[error("cannot measure this host: {0}")]
     Host(std::io::Error),
@@ -83,13 +89,19 @@ pub enum StartError {
 impl StartError {
     /// The exit code that says so.
     #[must_use]
-    pub const fn exit(&self) -> Exit {
+    pub fn exit(&self) -> Exit {
         match self {
             Self::Home(why) => why.exit(),
-            Self::Config(_) => Exit::Usage,
+            Self::Config(_) | Self::Record(_) | Self::Net(NetError::KeyLog) => Exit::Usage,
             Self::Core(_) => Exit::Policy,
-            Self::Store(OpenError::Locked { .. }) => Exit::Conflict,
-            Self::Net(_) | Self::Probe(_) | Self::Data(_) => Exit::Conflict,
+            Self::Store(OpenError::Locked { .. } | OpenError::Foreign { .. })
+            | Self::Net(NetError::PortInUse { .. })
+            | Self::Probe(ProbeBindError::PortInUse { .. }) => Exit::Conflict,
+            Self::Data(data::StartError::Listen { source, .. })
+                if matches!(source.kind(), std::io::ErrorKind::AddrInUse) =>
+            {
+                Exit::Conflict
+            }
             _ => Exit::Io,
         }
     }
@@ -103,6 +115,7 @@ pub struct Bound {
     exec: Exec,
     identity: Identity,
     core: core::Config,
+    isolation: Vec<String>,
     min_disk_free: u64,
     store: Store,
     saved: Vec<Kept>,
@@ -135,7 +148,8 @@ impl Node {
         let identity = home.identity()?;
         let measured = host::measure(home.dir()).map_err(StartError::Host)?;
         let capacity = config.capacity(&measured)?;
-        let policy = config.policy(work::isolation())?;
+        let isolation = work::isolation();
+        let policy = config.policy(isolation.clone())?;
         let (grace, min_disk_free) = (config.grace()?, config.min_disk_free()?);
         let labels = config.labels()?;
         // The store's lock is taken first: of two processes in one directory the second stops
@@ -186,11 +200,13 @@ impl Node {
             plant: leasehold_proto::base::plant::Plant::NONE,
         };
         core.standing(clock::now())?;
+        core.host_record().validate().map_err(StartError::Record)?;
         Ok(Bound {
             home: home.clone(),
             exec,
             identity,
             core,
+            isolation,
             min_disk_free,
             store,
             saved,
@@ -216,10 +232,15 @@ impl Bound {
     pub async fn start(self) -> Result<Node, StartError> {
         let (events, work_events) = mpsc::channel(256);
         let work = Work::open(self.home.path("jobs"), self.exec.clone(), events)?;
-        let orphans = Jobs::bury_orphans(&work).await?;
+        let reaped = work.reap_orphans().await?;
+        let orphans = Jobs::orphans(&reaped);
         let mut first = Vec::new();
         let Self { home, identity, store, payloads, net, probe, data, admitted, .. } = self;
         let core = Core::new(self.core, self.saved, &orphans, clock::now(), &mut first)?;
+        let delegate =
+            |job: &work::Reaped| job.lease.parse().ok().and_then(|lease| core.delegate_of(&lease));
+        let reaped = reaped.into_iter().map(|job| (delegate(&job), job));
+        let reaped = reaped.map(|(delegate, job)| (job, delegate)).collect();
         let me = core.hand().me;
         let facts = Facts {
             me,
@@ -233,7 +254,19 @@ impl Bound {
             mandate: identity.mandate,
         };
         let min_disk_free = self.min_disk_free;
-        let parts = Parts { store, payloads, data, net, probe, work, admitted, min_disk_free };
+        let isolation = self.isolation;
+        let parts = Parts {
+            store,
+            payloads,
+            data,
+            net,
+            probe,
+            work,
+            reaped,
+            isolation,
+            admitted,
+            min_disk_free,
+        };
         let (net_events, packets, arrivals) = (self.net_events, self.packets, self.arrivals);
         let streams = Streams { net_events, packets, work_events, arrivals };
         let seed = identity.secret.seed();
@@ -251,12 +284,13 @@ impl Node {
         parts: Parts,
         streams: Streams,
     ) -> Self {
-        let Parts { store, payloads, data, net, probe, work, admitted, min_disk_free } = parts;
+        let Parts { store, payloads, data, net, probe, work, .. } = parts;
+        let Parts { reaped, isolation, admitted, min_disk_free, .. } = parts;
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
         let (commands, command_input) = mpsc::channel(QUEUE);
-        let jobs = Jobs::new(work, data.clone(), payloads.clone(), events);
+        let jobs = Jobs::new(work, data.clone(), payloads.clone(), events, isolation);
         let counts = Arc::new(Counts::default());
         let shutdown = CancellationToken::new();
         let handle = Handle::new(
@@ -292,6 +326,7 @@ impl Node {
             counts,
             min_disk_free,
             dir: home.dir().to_path_buf(),
+            reaped,
         };
         let inputs = Inputs {
             net: net_events,
@@ -302,7 +337,7 @@ impl Node {
             shutdown: shutdown.clone(),
         };
         let main = tokio::spawn(Box::pin(node_loop.run(inputs, first)));
-        Self { handle, shutdown, main, data }
+        Self { handle, shutdown, main: Some(main), data }
     }
 
     /// The way to talk to it.
@@ -313,13 +348,18 @@ impl Node {
 
     /// Waits until the node ends by itself, which it only does when it can go on no more.
     pub async fn ended(&mut self) {
-        let _ = (&mut self.main).await;
+        if let Some(main) = &mut self.main {
+            let _ = main.await;
+            self.main = None;
+        }
     }
 
     /// Stops taking work, says goodbye, and closes everything; jobs stay under their wardens.
     pub async fn shutdown(self) {
         self.shutdown.cancel();
-        if tokio::time::timeout(Duration::from_secs(4), self.main).await.is_err() {
+        if let Some(main) = self.main
+            && tokio::time::timeout(Duration::from_secs(4), main).await.is_err()
+        {
             tracing::warn!("the node did not stop in time; what it promised is on disk");
         }
         let _ = tokio::time::timeout(Duration::from_millis(500), self.data.close()).await;
@@ -334,6 +374,8 @@ struct Parts {
     net: Net,
     probe: Probe,
     work: Work,
+    reaped: Vec<(work::Reaped, Option<KeyId>)>,
+    isolation: Vec<String>,
     admitted: Admitted,
     min_disk_free: u64,
 }

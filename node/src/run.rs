@@ -35,6 +35,7 @@ use crate::net::{Net, NetCommand, NetEvent, SendError};
 use crate::probe::Probe;
 use crate::store::{Pending, Store, Write};
 use crate::verify::{Checked, Verifiers};
+use crate::work::Reaped;
 
 /// The most events handled before their effects are taken care of.
 const BATCH: usize = 64;
@@ -74,6 +75,8 @@ pub(crate) struct Loop {
     pub(crate) counts: Arc<Counts>,
     pub(crate) min_disk_free: u64,
     pub(crate) dir: std::path::PathBuf,
+    /// Jobs of an earlier run that have ended, with who may follow them.
+    pub(crate) reaped: Vec<(Reaped, Option<KeyId>)>,
 }
 
 /// Where the loop's input comes from.
@@ -137,6 +140,8 @@ impl Loop {
                 return;
             }
         }
+        // What became of earlier jobs is kept now: what is left of them may go.
+        tokio::spawn(self.jobs.clone().take_back(std::mem::take(&mut self.reaped)));
         self.take_care(&mut state, rest).await;
         loop {
             let mut out = Vec::new();

@@ -42,6 +42,7 @@ use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -338,8 +339,8 @@ impl Work {
         make(&dir)?;
         let started = self.start_in(&dir, spec).await;
         if started.is_err() {
-            let dir = dir.clone();
-            let _ = tokio::task::spawn_blocking(move || bury(&dir)).await;
+            // The lock keeps a late warden from starting it after all.
+            let _buried = bury_until_gone(&lease, &dir).await;
             let _ = self.remove(&lease).await;
         }
         started
@@ -503,6 +504,26 @@ impl Work {
         }
     }
 
+    /// Keeps what the node has to say about a job's end beside it, and gives back the disk that
+    /// its outputs took here: they are kept elsewhere by now.
+    pub async fn conclude<T: Serialize + Send + Sync + 'static>(
+        &self,
+        lease: &str,
+        end: T,
+    ) -> io::Result<()> {
+        let dir = self.job(lease).map_err(io::Error::other)?.dir;
+        let conclude = move || {
+            write_json(&dir.join(file::END), &end, true)?;
+            disk::clear(&dir.join(file::OUTPUTS))
+        };
+        tokio::task::spawn_blocking(conclude).await.map_err(io::Error::other)?
+    }
+
+    /// What [`Work::conclude`] kept, if it came to that.
+    pub fn conclusion<T: DeserializeOwned>(&self, lease: &str) -> Option<T> {
+        read_json(&self.job(lease).ok()?.dir.join(file::END)).ok()
+    }
+
     /// Removes the directory of a job that has ended, with its logs and outputs.
     pub async fn forget(&self, lease: &str) -> Result<(), ForgetError> {
         let orphan = hold(&self.inner.orphans).contains_key(lease);
@@ -638,19 +659,7 @@ async fn follow(
         let _ = child.start_kill();
         let _ = child.wait().await;
     }
-    let (status, lock) = loop {
-        let at = dir.clone();
-        let buried = tokio::task::spawn_blocking(move || bury(&at))
-            .await
-            .map_err(io::Error::other)
-            .and_then(|buried| buried);
-        match buried {
-            Ok(buried) => break buried,
-            // Capacity must not return while something of the job may still run.
-            Err(error) => tracing::error!(%lease, %error, "the job cannot be reaped yet"),
-        }
-        sleep(Duration::from_secs(1)).await;
-    };
+    let (status, lock) = bury_until_gone(&lease, &dir).await;
     let (outcome, usage) = (status.outcome.clone().unwrap_or_else(lost), status.usage);
     // A short job may have ended between two looks.
     if !started && !status.isolation.is_empty() {
@@ -727,6 +736,23 @@ async fn overdue(dir: &Path, grace_ms: u64, show: &watch::Sender<Status>) {
     }
 }
 
+/// Buries a job, however long that takes: capacity must not return while something of it may still
+/// run.
+async fn bury_until_gone(lease: &str, dir: &Path) -> (Status, File) {
+    loop {
+        let at = dir.to_owned();
+        let buried = tokio::task::spawn_blocking(move || bury(&at))
+            .await
+            .map_err(io::Error::other)
+            .and_then(|buried| buried);
+        match buried {
+            Ok(buried) => return buried,
+            Err(error) => tracing::error!(%lease, %error, "the job cannot be reaped yet"),
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
 /// Sees to it that nothing of a job is left but its directory, whatever state it was in, and
 /// returns its final status and the lock that keeps a late warden from starting it again.
 fn bury(dir: &Path) -> io::Result<(Status, File)> {
@@ -774,7 +800,7 @@ fn bury(dir: &Path) -> io::Result<(Status, File)> {
             outputs: vec![],
             outputs_missing: vec![],
         };
-        write_json(&path, &status, true)?;
+        note(&path, &status);
         return Ok((status, lock));
     };
     let this_boot = status.boot_id == boot_id();
@@ -821,9 +847,17 @@ fn bury(dir: &Path) -> io::Result<(Status, File)> {
     disk::clear(&dir.join(file::OUT))?;
     disk::clear(&dir.join(file::IN))?;
     if changed {
-        write_json(&path, &status, true)?;
+        note(&path, &status);
     }
     Ok((status, lock))
+}
+
+/// Writes how a job that is gone has ended. On a full disk the next start finds it out again: its
+/// processes are gone, which is what counts.
+fn note(path: &Path, status: &Status) {
+    if let Err(error) = write_json(path, status, true) {
+        tracing::warn!(lease = status.lease, %error, "how a job ended cannot be written down");
+    }
 }
 
 /// A reader of one job's logs, which follows them until the job has ended.

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         ("a_lease_end_to_end", || Box::pin(end_to_end())),
         ("a_full_node_refuses_and_another_is_found", || Box::pin(full_node())),
         ("a_restarted_node_keeps_what_it_granted", || Box::pin(restart())),
+        ("a_node_starts_again_over_hundreds_of_lapsed_leases", || Box::pin(many_lapsed())),
         ("what_cannot_start_says_why", || Box::pin(cannot_start())),
         ("bad_orders_get_signed_refusals", || Box::pin(bad_orders())),
         ("bad_words_cost_the_link_and_nothing_else", || Box::pin(bad_words())),
@@ -343,6 +344,37 @@ async fn restart() {
     release(&buyer, leased.lease).await;
     buyer.shutdown().await;
     seller.shutdown().await;
+}
+
+async fn many_lapsed() {
+    const LEASES: usize = 600;
+    let fabric = Fabric::new();
+    let home = fabric.home("node");
+    let selling = config("node", "1", "0.02", &[]);
+    let node = start(&home, &selling).await;
+    until(&node, "its own offer is known", |view| view.nodes.iter().any(|n| !n.shapes.is_empty()))
+        .await;
+    let claim_within = Span::secs(5);
+    let shape = Resources::new(1, 64 << 10, 1 << 10);
+    let small = Want { shape, claim_within, ..want(1, "0.05") };
+    let mut last = leasehold_node::clock::boot();
+    for _ in 0..LEASES / 30 {
+        let asked = (0..30).map(|_| lease(&node, small.clone()));
+        for granted in futures::future::join_all(asked).await {
+            granted.expect("granted");
+        }
+        last = leasehold_node::clock::boot();
+    }
+    node.shutdown().await;
+    // All of them lapse while it is down: their ends are one batch at the next start.
+    while leasehold_node::clock::boot() < last + claim_within {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let node = start(&home, &selling).await;
+    let view = until(&node, "all have ended", |view| view.promised.is_nothing()).await;
+    assert!(view.counters.lapsed > 350, "more than one batch holds: {:?}", view.counters);
+    node.shutdown().await;
+    start(&home, &selling).await.shutdown().await;
 }
 
 async fn cannot_start() {

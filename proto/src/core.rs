@@ -46,7 +46,7 @@ use crate::minds::spread::Spread;
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{Claim, Mandate};
 use crate::words::message::{Utterance, verify_grant};
-use crate::words::record::Addresses;
+use crate::words::record::{Addresses, HostRecord};
 use crate::words::sign::{Draft, Hand, Signed, Verified, VerifyError};
 use crate::words::usage::{Outcome, Usage};
 
@@ -107,6 +107,21 @@ pub struct Standing {
 }
 
 impl Config {
+    /// What the node tells about itself.
+    #[must_use]
+    pub fn host_record(&self) -> HostRecord {
+        HostRecord {
+            name: self.name.clone(),
+            version: self.version.clone(),
+            addresses: self.addresses.clone(),
+            hardware: self.hardware.clone(),
+            processor: self.processor.clone(),
+            labels: self.labels.clone(),
+            cell: 0,
+            certificate: self.certificate.clone(),
+        }
+    }
+
     /// Checks the papers, as [`Core::new`] does: for a shell that must know before it touches
     /// anything.
     ///
@@ -510,6 +525,12 @@ impl Core {
     #[must_use]
     pub const fn hand(&self) -> &Hand {
         &self.hand
+    }
+
+    /// Who acts for the lessee of a lease that this node granted.
+    #[must_use]
+    pub fn delegate_of(&self, lease: &LeaseId) -> Option<KeyId> {
+        self.book.get(lease).map(|known| known.terms.delegate)
     }
 
     /// What this node is called.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use leasehold_keys::exit::Exit;
-use leasehold_keys::file::{Kdf, Protection};
+use leasehold_keys::file::{CreateError, Kdf, Protection, Secret};
 use leasehold_keys::passphrase::Source;
 use leasehold_proto::Span;
 use leasehold_proto::words::charter::Role;
@@ -112,10 +112,10 @@ impl Init {
         if home.holds_node() {
             return Err(InitError::Exists(home.dir().into()));
         }
-        home.create()?;
-        let protection = self.protection()?;
+        // Everything is made before anything is written: a name that breaks a rule leaves nothing
+        // that the next try would stumble over.
         let now = clock::now().wall;
-        let root = home.new_key("org.key", &protection)?;
+        let root = generate()?;
         let founding = Founding {
             fabric: self.fabric.clone(),
             currency: self.currency.clone(),
@@ -124,25 +124,30 @@ impl Init {
             max_order_life: Span::secs(3600),
         };
         let founder = Founder::found(root, &founding, now)?;
-        home.put("charter", &founder.charter)?;
-        let tenant = home.new_key("tenant.key", &protection)?;
+        let (tenant, node) = (generate()?, generate()?);
         let admitted = founder.admit(tenant.id(), Role::Tenant, "tenant", now)?;
-        home.put("tenant.certificate", &admitted)?;
-        // The node's key comes last but one: with it there, the directory holds a node.
         let name = self.name.clone().unwrap_or_else(crate::host::name);
-        let node = home.new_key("node.key", &Protection::Clear)?;
         let certificate = founder.admit(node.id(), Role::Node, &name, now)?;
-        home.put("certificate", &certificate)?;
         let allowance = Allowance {
             max_hourly: self.max_hourly,
             max_total: self.max_total,
             max_term: self.max_term,
         };
-        home.put("mandate", &mandate(&tenant, &admitted, node.id(), allowance, now)?)?;
+        let mandate = mandate(&tenant, &admitted, node.id(), allowance, now)?;
+        let protection = self.protection()?;
+        home.create()?;
+        home.put_key("org.key", &founder.root, &protection)?;
+        home.put("charter", &founder.charter)?;
+        home.put_key("tenant.key", &tenant, &protection)?;
+        home.put("tenant.certificate", &admitted)?;
+        home.put("certificate", &certificate)?;
+        home.put("mandate", &mandate)?;
         let mut config = Config::default();
         config.node.name = name;
         config.offer.sell = self.sell;
         write_config(home, &config)?;
+        // The node's key comes last: with it there, the directory holds a node.
+        home.put_key("node.key", &node, &Protection::Clear)?;
         Ok(Founded {
             dir: home.dir().into(),
             fabric: founder.charter.id().to_string(),
@@ -163,6 +168,11 @@ impl Init {
         let passphrase = source.choose("the organisation's root key and the tenant key")?;
         Ok(Protection::Passphrase(passphrase, Kdf::DEFAULT))
     }
+}
+
+/// A key that is in memory only.
+pub(super) fn generate() -> Result<Secret, HomeError> {
+    Ok(Secret::generate().map_err(CreateError::from)?)
 }
 
 /// Writes the configuration with every field in it, for an operator to change.

@@ -18,7 +18,7 @@ use leasehold_proto::words::contract::Mandate;
 use leasehold_proto::words::sign::{Verified, VerifyError};
 use leasehold_proto::{FabricId, KeyId};
 
-use super::init::{InitError, write_config};
+use super::init::{InitError, generate, write_config};
 use crate::clock;
 use crate::config::Config;
 use crate::home::{Home, HomeError, certificate_draft, read_one};
@@ -159,11 +159,11 @@ impl Join {
                 return Err(JoinError::Which(leasehold_keys::text::shown(&names.join(", "))));
             }
         };
-        home.create()?;
         let name = self.name.clone().unwrap_or_else(crate::host::name);
-        let node = home.new_key("node.key", &Protection::Clear)?;
+        let node = generate()?;
         let now = clock::now().wall;
         let draft = certificate_draft(&charter, &organisation, node.id(), Role::Node, &name, now)?;
+        home.create()?;
         home.put("charter", &charter)?;
         let request = home.path("certificate.request");
         armor::write_objects(&request, &[Item::Draft(draft)], Existing::Replace)
@@ -172,6 +172,7 @@ impl Join {
         config.node.name = name;
         config.fabric.join.clone_from(&self.peer);
         write_config(home, &config)?;
+        home.put_key("node.key", &node, &Protection::Clear)?;
         Ok(Joined {
             dir: home.dir().into(),
             node: node.id().to_string(),

@@ -121,18 +121,10 @@ impl Run {
         };
         // From here on Ctrl-C must not leave a lease behind.
         let stop = stop_signal()?;
-        let mut uploaded = transfer::upload(session, &files.all()).await?;
-        let stdin = match &self.stdin {
-            Some(path) if path.as_os_str() == "-" => {
-                let payload = transfer::upload_stdin(session).await?;
-                uploaded += payload.size;
-                Some(payload)
-            }
-            _ => files.stdin.as_ref().map(|local| local.payload.clone()),
+        let (uploaded, stdin) = tokio::select! {
+            uploaded = self.upload(session, &files) => uploaded?,
+            () = stop.cancelled() => return Err(interrupted()),
         };
-        if stop.is_cancelled() {
-            return Err(interrupted());
-        }
         let ordered = Instant::now();
         let leased = match (want, &self.lease) {
             (None, Some(lease)) => held(session, lease).await?,
@@ -220,6 +212,22 @@ impl Run {
             return Err(if code == 0 { failure } else { failure.with_code(code) });
         }
         Ok(code)
+    }
+
+    /// Uploads what the node lacks: how many bytes that was, and what standard input became.
+    async fn upload(
+        &self,
+        session: &Session,
+        files: &Files,
+    ) -> Result<(u64, Option<PayloadText>), Failure> {
+        let uploaded = transfer::upload(session, &files.all()).await?;
+        Ok(match &self.stdin {
+            Some(path) if path.as_os_str() == "-" => {
+                let payload = transfer::upload_stdin(session).await?;
+                (uploaded + payload.size, Some(payload))
+            }
+            _ => (uploaded, files.stdin.as_ref().map(|local| local.payload.clone())),
+        })
     }
 
     /// Without `--yes` a person must be there to be asked.

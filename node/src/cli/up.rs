@@ -4,9 +4,10 @@
 //! is, for scripts; it is gone when the node has stopped. SIGTERM and SIGINT stop it within five
 //! seconds; jobs stay under their wardens.
 
-use std::io::IsTerminal as _;
+use std::io::{ErrorKind, IsTerminal as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 
 use clap::Args;
 use leasehold_keys::disk::{Existing, write_atomic};
@@ -111,7 +112,7 @@ pub enum UpError {
     /// The API would listen where others can reach it.
     #[error("the API has a token but no encryption: it listens on loopback only, not on {0}")]
     NotLoopback(SocketAddr),
-    /// The API's port is taken.
+    /// The API cannot listen.
     #[error("TCP {address} for the API: {source}; is another node running? see --listen-api")]
     Listen {
         /// Which address.
@@ -125,6 +126,9 @@ pub enum UpError {
     /// A file in the directory.
     #[error("{0}")]
     File(#[from] leasehold_keys::disk::WriteError),
+    /// It ran, and could go on no more.
+    #[error("the node could go on no more: its log says why; what it promised is on disk")]
+    Ended,
     /// Signals cannot be heard.
     #[error("cannot listen for signals: {0}")]
     Signal(std::io::Error),
@@ -133,12 +137,13 @@ pub enum UpError {
 impl UpError {
     /// The exit code that says so.
     #[must_use]
-    pub const fn exit(&self) -> Exit {
+    pub fn exit(&self) -> Exit {
         match self {
             Self::Config(_) | Self::Filter { .. } => Exit::Usage,
             Self::Start(why) => why.exit(),
             Self::NotLoopback(_) => Exit::Policy,
-            Self::Listen { .. } => Exit::Conflict,
+            Self::Listen { source, .. } if source.kind() == ErrorKind::AddrInUse => Exit::Conflict,
+            Self::Listen { .. } | Self::Ended => Exit::Io,
             Self::Token(_) | Self::File(_) | Self::Signal(_) => Exit::Io,
         }
     }
@@ -185,7 +190,7 @@ impl Up {
     pub async fn run(&self, home: &Home, exec: Exec) -> Result<(), UpError> {
         let config = self.config(home)?;
         start_logging(&config)?;
-        let stop = stop_signal()?;
+        let mut stop = pin!(stop_signal()?);
         let address = config.listen.api;
         if !address.ip().is_loopback() {
             return Err(UpError::NotLoopback(address));
@@ -197,7 +202,13 @@ impl Up {
         let api = api.map_err(|source| UpError::Listen { address, source })?;
         let secret = token::load_or_create(home.dir())?;
         // From here on jobs of an earlier run are ended and the epoch rises.
-        let mut node = bound.start().await?;
+        let mut node = tokio::select! {
+            started = bound.start() => started?,
+            () = &mut stop => {
+                tracing::info!("stopped before it was ready");
+                return Ok(());
+            }
+        };
         let published = token::publish(api, &secret)?;
         let closing = CancellationToken::new();
         let served =
@@ -216,9 +227,14 @@ impl Up {
         let path = home.path(NODE_FILE);
         write_atomic(&path, &text, 0o600, Existing::Replace)?;
         tracing::info!(node = %facts.me, name = facts.name, %api, link = ?facts.link, "ready");
-        tokio::select! {
-            () = stop => tracing::info!("stopping"),
-            () = node.ended() => tracing::error!("the node can go on no more"),
+        let told = tokio::select! {
+            () = stop => true,
+            () = node.ended() => false,
+        };
+        if told {
+            tracing::info!("stopping");
+        } else {
+            tracing::error!("the node can go on no more");
         }
         let _ = std::fs::remove_file(&path);
         drop(published);
@@ -226,7 +242,7 @@ impl Up {
         node.shutdown().await;
         let _ = tokio::time::timeout(std::time::Duration::from_millis(500), served).await;
         tracing::info!("stopped");
-        Ok(())
+        if told { Ok(()) } else { Err(UpError::Ended) }
     }
 }
 

@@ -182,8 +182,11 @@ pub(super) enum Transfer {
 }
 
 /// The transfers under way. Two sizes of one root are two transfers: one of them is a lie, and
-/// must not spoil the other.
-pub(super) type Transfers = std::collections::HashMap<(Root, u64), watch::Sender<Transfer>>;
+/// must not spoil the other. So are two holders: a slow one must not hold up who named a quick one.
+pub(super) type Transfers = std::collections::HashMap<Key, watch::Sender<Transfer>>;
+
+/// What is fetched from whom.
+type Key = ([u8; 32], Root, u64);
 
 /// What to fetch, and where.
 #[derive(Debug, Clone)]
@@ -236,7 +239,7 @@ fn join_or_begin(
     runtime: &Handle,
     wanted: &Wanted,
 ) -> (watch::Receiver<Transfer>, bool) {
-    let key = (wanted.root, wanted.size);
+    let key = (wanted.peer, wanted.root, wanted.size);
     let mut transfers = lock(&shared.transfers);
     if let Some(state) = transfers.get(&key) {
         return (state.subscribe(), true);
@@ -271,7 +274,7 @@ fn join_or_begin(
 /// A transfer's place in the list, given up when dropped, by whatever end.
 struct Entry {
     shared: Arc<Shared>,
-    key: (Root, u64),
+    key: Key,
     state: watch::Sender<Transfer>,
 }
 
@@ -305,7 +308,10 @@ async fn transfer(
     state: &watch::Sender<Transfer>,
 ) -> Result<FetchStats, FetchError> {
     let Wanted { peer, root, size, .. } = *wanted;
-    let Ok(_slot) = shared.fetching.acquire().await else { return Err(LinkError::Closed.into()) };
+    let closed = |_| LinkError::Closed;
+    let own = shared.fetching_each.of(&peer);
+    let _own = own.acquire().await.map_err(closed)?;
+    let _slot = shared.fetching.acquire().await.map_err(closed)?;
     let start = Instant::now();
     // Room first: nothing is asked for that could not be kept.
     let store = shared.store.clone();

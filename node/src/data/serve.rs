@@ -325,7 +325,8 @@ async fn serve_get(
     mut recv: RecvHalf,
 ) {
     let Get { root, size, ranges } = get;
-    let Ok(serving) = shared.serving.clone().try_acquire_owned() else {
+    let own = shared.serving_each.of(&peer).try_acquire_owned();
+    let (Ok(own), Ok(serving)) = (own, shared.serving.clone().try_acquire_owned()) else {
         return refuse(shared, &mut send, Refusal::Busy, 0, "too many payloads are on their way")
             .await;
     };
@@ -353,7 +354,7 @@ async fn serve_get(
             broken = verdict(&mut recv) => Err(broken.err().unwrap_or(Broken::Unwanted)),
         }
     };
-    drop(serving);
+    drop((own, serving));
     let ended = match sent {
         Ok(()) => {
             send.finish();

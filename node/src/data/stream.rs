@@ -40,6 +40,14 @@ impl SendHalf {
         let _ = self.stream.finish();
     }
 
+    /// Resolves when the receiver wants nothing more, or the connection is gone.
+    pub fn unwanted(&self) -> impl Future<Output = ()> + Send + use<> {
+        let stopped = self.stream.stopped();
+        async move {
+            let _ = stopped.await;
+        }
+    }
+
     /// Gives the stream up; what was not delivered yet may never be.
     pub fn reset(&mut self, code: Code) {
         self.finished = true;

@@ -237,6 +237,25 @@ impl Checkpoint {
     ) -> Result<Self, Fault> {
         let path = path_of(dir, number);
         let unfinished = temporary(&path);
+        let created = Self::write_whole(disk, dir, header, number, seq, sum, entries);
+        if created.is_err() {
+            // On a full disk what was written so far is what is lacking.
+            let _ = disk.remove(&unfinished);
+        }
+        created
+    }
+
+    fn write_whole(
+        disk: &dyn Disk,
+        dir: &Path,
+        header: &Header,
+        number: u64,
+        seq: u64,
+        sum: Sum,
+        entries: impl Iterator<Item = Result<(Vec<u8>, Vec<u8>), Fault>>,
+    ) -> Result<Self, Fault> {
+        let path = path_of(dir, number);
+        let unfinished = temporary(&path);
         let mut file = disk.create(&unfinished).map_err(Fault::write(&unfinished))?;
         let mut head = header.encode();
         head.resize(HEADER, 0);
@@ -284,6 +303,11 @@ impl Checkpoint {
         let written = end - self.end;
         self.end = end;
         Ok(written)
+    }
+
+    /// How long the file is, in bytes: the state alone is no longer.
+    pub(super) const fn len(&self) -> u64 {
+        self.end
     }
 
     /// Whether the changes have outgrown the state they started from, and `least` bytes.

@@ -514,7 +514,10 @@ impl Checkpointer {
 
     /// What can wait until the journal is free again.
     fn tidy(&mut self) -> Result<(), Fault> {
-        if self.checkpoint.wants_rewrite(self.rewrite_min) {
+        let room = self.disk.available(&self.dir).unwrap_or(u64::MAX);
+        // The new file stands beside the old one for a while.
+        let fits = room > self.checkpoint.len().saturating_add(4 * 1024 * 1024);
+        if fits && self.checkpoint.wants_rewrite(self.rewrite_min) {
             let entries = self.tree.entries();
             match self.checkpoint.rewrite(
                 self.disk.as_ref(),

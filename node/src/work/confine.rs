@@ -91,8 +91,12 @@ pub(super) fn enter(cage: &Cage<'_>) -> Vec<String> {
     if !cage.probing {
         // Turning into another user has cleared it.
         let _ = die_with_parent();
-        let _ =
-            rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+        // A warden of the same user counts what its runner holds open, which the kernel shows of
+        // a dumpable process only; seccomp keeps others from tracing it either way.
+        if changed {
+            use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+            let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        }
     }
     had("no_new_privs", rustix::thread::set_no_new_privs(true).is_ok());
     if let (Ok(read), Ok(write)) = roots

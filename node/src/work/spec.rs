@@ -55,6 +55,8 @@ pub(super) mod file {
     pub(crate) const OUT: &str = "out";
     /// The declared outputs, once the job has ended.
     pub(crate) const OUTPUTS: &str = "outputs";
+    /// What the node says about the job's end, once its outputs are kept elsewhere.
+    pub(crate) const END: &str = "end.json";
     /// What the warden itself has to complain about.
     pub(crate) const WARDEN_LOG: &str = "warden.log";
 }

@@ -460,6 +460,14 @@ impl Core {
         if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
             return Err(Failure::Over);
         }
+        let room = holding.terms.as_ref().map_or(0, |(_, terms)| terms.payload_room());
+        let need = job.payload_bytes();
+        if need > room {
+            return Err(Failure::BadJob(format!(
+                "its program and inputs take {need} bytes, and this lease has room for {room}: ask \
+                 for more disk"
+            )));
+        }
         let lessor = holding.kept.lessor;
         let draft = match &holding.kept.claim {
             Some(draft) => {

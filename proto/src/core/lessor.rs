@@ -156,6 +156,14 @@ impl Core {
             self.refuse(now, (claim.id(), None), Reason::BadJob, Vec::new(), ticket, out);
             return;
         }
+        if let Some(known) = self.book.get(&lease) {
+            let (have, need) = (known.terms.payload_room(), job.payload_bytes());
+            if need > have {
+                let figures = vec![Figure { of: "disk".into(), have, need }];
+                self.refuse(now, (claim.id(), None), Reason::BadJob, figures, ticket, out);
+                return;
+            }
+        }
         let runs = self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),

@@ -11,7 +11,6 @@ use crate::minds::{book, holdings};
 use crate::words::charter::{Certificate, Role};
 use crate::words::message::{MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance};
 use crate::words::object::{Kind, key_subject};
-use crate::words::record::HostRecord;
 use crate::words::sign::{Hand, Verified};
 
 /// How often everything known is compared with one neighbour.
@@ -525,18 +524,8 @@ impl Core {
 
     fn publish_host(&mut self, now: Now, out: &mut Vec<Effect>) {
         self.host_seq += 1;
-        let config = &self.config;
-        let record = HostRecord {
-            name: config.name.clone(),
-            version: config.version.clone(),
-            addresses: config.addresses.clone(),
-            hardware: config.hardware.clone(),
-            processor: config.processor.clone(),
-            labels: config.labels.clone(),
-            cell: 0,
-            certificate: config.certificate.clone(),
-        };
-        let subject = key_subject(&config.me);
+        let record = self.config.host_record();
+        let subject = key_subject(&self.config.me);
         if let Ok(draft) = self.hand.draft(subject, self.host_seq, now.wall + HOST_LIFE, &record) {
             out.push(Effect::Record(draft));
         }

@@ -26,6 +26,9 @@ pub const MAX_JOB_ITEMS: usize = 256;
 pub const MAX_JOB_TEXT: usize = 4096;
 /// The most referrals in a refusal.
 pub const MAX_REFERRALS: usize = 4;
+/// How many bytes of program and inputs any lease may bring beyond its disk: they are kept for
+/// whoever brings the same ones next.
+pub const FREE_PAYLOADS: u64 = 64 << 20;
 /// The shortest interval between receipts that may be asked for.
 pub const MIN_RECEIPT_EVERY: Span = Span::millis(200);
 
@@ -361,6 +364,13 @@ impl Grant {
         if self.shape.is_well_formed() { Ok(()) } else { Err("a grant's GPUs are well formed") }
     }
 
+    /// How many bytes of program and inputs a job under it may bring, each counted once: its disk
+    /// and [`FREE_PAYLOADS`].
+    #[must_use]
+    pub const fn payload_room(&self) -> u64 {
+        self.shape.disk.saturating_add(FREE_PAYLOADS)
+    }
+
     /// The most that this lease can cost: its cap, or its whole term at its rate.
     #[must_use]
     pub fn worst_case(&self) -> Amount {
@@ -416,6 +426,12 @@ impl JobSpec {
             return Err("each input has a name of its own");
         }
         Ok(())
+    }
+
+    /// How many bytes of program and inputs the job brings.
+    #[must_use]
+    pub fn payload_bytes(&self) -> u64 {
+        self.payloads().fold(0, |sum, payload| sum.saturating_add(payload.size))
     }
 
     /// Every payload the job needs, the program first.
