@@ -196,6 +196,14 @@ pub enum ConfigError {
         /// Line, column and reason.
         why: String,
     },
+    /// An override names no field, or its value does not suit it.
+    #[error("{said}: {why}")]
+    Override {
+        /// The flag or environment variable.
+        said: String,
+        /// Why not.
+        why: String,
+    },
     /// A value is not usable.
     #[error("{field}: {why}")]
     Value {
@@ -237,6 +245,64 @@ impl Config {
             path: path.into(),
             why: error.to_string().trim_end().to_string(),
         })
+    }
+
+    /// The same with what environment variables and then `sets` (`offer.cpu=3.5`) say in place of
+    /// what the file says. Every field has a variable: `LEASEHOLD_OFFER_MAX_TERM` is
+    /// `offer.max_term`.
+    ///
+    /// # Errors
+    /// When a name is no field's, or a value does not suit its field.
+    pub fn overridden(
+        self,
+        variable: impl Fn(&str) -> Option<String>,
+        sets: &[String],
+    ) -> Result<Self, ConfigError> {
+        let mut config = self;
+        let fields = toml::Table::try_from(Self::default()).unwrap_or_default();
+        for (section, of) in &fields {
+            for field in of.as_table().into_iter().flat_map(toml::Table::keys) {
+                let name = format!("LEASEHOLD_{section}_{field}").to_uppercase();
+                if let Some(text) = variable(&name) {
+                    config = config.with(&name, &[section, field], &text)?;
+                }
+            }
+        }
+        for set in sets {
+            let said = format!("--set {set}");
+            let Some((path, text)) = set.split_once('=') else {
+                let why = "expected SECTION.FIELD=VALUE".to_string();
+                return Err(ConfigError::Override { said, why });
+            };
+            let path: Vec<_> = path.trim().split('.').collect();
+            config = config.with(&said, &path, text.trim())?;
+        }
+        Ok(config)
+    }
+
+    /// With one field changed: to a text where it takes one, else to what TOML makes of it.
+    fn with(&self, said: &str, path: &[&str], text: &str) -> Result<Self, ConfigError> {
+        let fault = |why: String| ConfigError::Override { said: said.into(), why };
+        let (Some((field, sections)), true) = (path.split_last(), path.len() > 1) else {
+            return Err(fault("expected SECTION.FIELD=VALUE".into()));
+        };
+        let read = format!("value = {text}").parse::<toml::Table>().ok();
+        let read = read.and_then(|mut table| table.remove("value"));
+        let mut why = String::new();
+        for value in [Some(toml::Value::String(text.into())), read].into_iter().flatten() {
+            let mut table = toml::Table::try_from(self).map_err(|e| fault(e.to_string()))?;
+            let mut at = &mut table;
+            for section in sections {
+                let entry = at.entry(*section).or_insert_with(|| toml::Table::new().into());
+                at = entry.as_table_mut().ok_or_else(|| fault("it has no fields".into()))?;
+            }
+            at.insert((*field).into(), value);
+            match table.try_into() {
+                Ok(config) => return Ok(config),
+                Err(error) => why = error.message().to_string(),
+            }
+        }
+        Err(fault(why))
     }
 
     /// What is sold of `measured`.
@@ -390,6 +456,33 @@ mod tests {
         assert!(error.contains("sel") && error.contains("sell"), "{error}");
         let error = parse("[ofer]\n").expect_err("no such section");
         assert!(error.contains("ofer"), "{error}");
+    }
+
+    #[test]
+    fn variables_and_sets_go_before_the_file() {
+        let file = parse("[offer]\nsell = true\ncpu = '2'\n").expect("parses");
+        let variable = |name: &str| match name {
+            "LEASEHOLD_OFFER_CPU" => Some("3.5".to_string()),
+            "LEASEHOLD_FABRIC_JOIN" => Some("['127.0.0.1:1', '127.0.0.1:2']".to_string()),
+            "LEASEHOLD_LOG_FORMAT" => Some("json".to_string()),
+            _ => None,
+        };
+        let sets = ["offer.sell=false", "offer.gpus.h100 = 2", "node.labels.zone=5"];
+        let config = file.clone().overridden(variable, &sets.map(String::from)).expect("reads");
+        assert_eq!((config.offer.sell, config.offer.cpu.as_str()), (false, "3.5"));
+        assert_eq!((config.fabric.join.len(), config.log.format), (2, LogFormat::Json));
+        assert_eq!((config.offer.gpus["h100"], config.node.labels["zone"].as_str()), (2, "5"));
+        for (wrong, names) in [
+            ("offer.sel=true", "sel"),
+            ("offer", "SECTION.FIELD"),
+            ("offer=1", "SECTION.FIELD"),
+            ("offer.sell=maybe", "--set offer.sell=maybe"),
+            ("listen.link=localhost", "listen.link"),
+            ("node.name.more=1", "no fields"),
+        ] {
+            let error = file.clone().overridden(|_| None, &[wrong.to_string()]).expect_err(wrong);
+            assert!(error.to_string().contains(names), "{wrong}: {error}");
+        }
     }
 
     #[test]

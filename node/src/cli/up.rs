@@ -54,6 +54,10 @@ pub struct Up {
     /// Link addresses of nodes to join by, besides those configured
     #[arg(long, value_name = "IP:PORT", env = "LEASEHOLD_JOIN", value_delimiter = ',')]
     join: Vec<SocketAddr>,
+    /// Any setting, in place of the file's; may be repeated. Each also has a variable:
+    /// LEASEHOLD_OFFER_MAX_TERM is offer.max_term
+    #[arg(long, value_name = "SECTION.FIELD=VALUE")]
+    set: Vec<String>,
     /// Sell what the configuration says may be sold
     #[arg(long, env = "LEASEHOLD_SELL")]
     sell: bool,
@@ -157,7 +161,8 @@ impl Up {
     pub fn config(&self, home: &Home) -> Result<Config, ConfigError> {
         let must_exist = self.config.is_some();
         let path = self.config.clone().unwrap_or_else(|| home.path(FILE));
-        let mut config = Config::load(&path, must_exist)?;
+        let config = Config::load(&path, must_exist)?;
+        let mut config = config.overridden(|name| std::env::var(name).ok(), &self.set)?;
         if let Some(name) = &self.name {
             config.node.name.clone_from(name);
         }
