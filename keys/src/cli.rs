@@ -195,7 +195,7 @@ pub(crate) fn run(cli: Cli) -> Exit {
     let (text, value, exit) = match result {
         Ok(answer) => (answer.text, answer.json, answer.exit),
         Err(Failure { exit, error, json }) => {
-            let message = format!("{error:#}");
+            let message = text::causes(error.as_ref());
             tell(&format!("error: {}", text::shown(&message)));
             let code = exit.code();
             let value = json.unwrap_or_else(|| json!({ "error": message, "exit": code }));

@@ -117,6 +117,23 @@ pub fn json(value: &serde_json::Value) -> String {
     safe
 }
 
+/// What went wrong and why, down to the first cause. A cause that the words before it already quote
+/// is not said twice.
+#[must_use]
+pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut said = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !said.contains(&words) {
+            said.push_str(": ");
+            said.push_str(&words);
+        }
+        next = cause.source();
+    }
+    said
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -480,8 +480,8 @@ impl Shown for Certificate {
 
 impl Shown for HostRecord {
     fn show(&self, page: &mut Page<'_>) {
-        let Self { name, version, addresses, hardware, processor, labels, cell, certificate } =
-            self;
+        let Self { name, version, addresses, hardware, processor, labels, .. } = self;
+        let Self { cell, returns, certificate, .. } = self;
         page.line("host", name);
         page.line("software", version);
         let Addresses { link, probe, data } = addresses;
@@ -492,6 +492,7 @@ impl Shown for HostRecord {
         page.line("processor", processor);
         page.line("labels", list(labels.iter().map(|(name, value)| format!("{name}={value}"))));
         page.line("cell", cell);
+        page.line("comings back", returns);
         page.signed("certificate", certificate);
     }
 }

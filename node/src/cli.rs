@@ -257,7 +257,7 @@ pub fn main(args: impl Iterator<Item = OsString>, exec: Exec) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(failure) if failure.error.is::<output::Closed>() => Exit::Ok.into(),
         Err(failure) => {
-            let message = format!("{:#}", failure.error);
+            let message = text::causes(failure.error.as_ref());
             out.error(&message);
             for line in &failure.more {
                 out.tell(&format!("  {line}"));

@@ -200,7 +200,7 @@ impl Node {
             plant: leasehold_proto::base::plant::Plant::NONE,
         };
         core.standing(clock::now())?;
-        core.host_record().validate().map_err(StartError::Record)?;
+        core.host_record(0).validate().map_err(StartError::Record)?;
         Ok(Bound {
             home: home.clone(),
             exec,

@@ -107,9 +107,9 @@ pub struct Standing {
 }
 
 impl Config {
-    /// What the node tells about itself.
+    /// What the node tells about itself; `returns`: how often it came back in this epoch.
     #[must_use]
-    pub fn host_record(&self) -> HostRecord {
+    pub fn host_record(&self, returns: u32) -> HostRecord {
         HostRecord {
             name: self.name.clone(),
             version: self.version.clone(),
@@ -118,6 +118,7 @@ impl Config {
             processor: self.processor.clone(),
             labels: self.labels.clone(),
             cell: 0,
+            returns,
             certificate: self.certificate.clone(),
         }
     }
@@ -266,6 +267,8 @@ pub struct Core {
     reconcile_at: Boot,
     expire_at: Boot,
     host_record_at: Boot,
+    /// How often this node had come back when it last said so.
+    returns_said: u32,
     counters: Counters,
     /// Keys whose certificate was shown on a link or in a host record, and judged, with its end.
     admitted: BTreeMap<KeyId, Wall>,
@@ -340,6 +343,7 @@ impl Core {
             reconcile_at: now.boot + Span::secs(60),
             expire_at: now.boot,
             host_record_at: now.boot,
+            returns_said: 0,
             counters: Counters::default(),
             admitted: BTreeMap::from([(config.me, Wall(u64::MAX))]),
             admissions: 1,

@@ -43,6 +43,7 @@ fn held(people: &People) -> (Holdings, LeaseId, Grant) {
         stage: Stage::Ordered,
         claim: None,
         claim_sent: None,
+        claim_refused: false,
         release: None,
         chain: Chain::default(),
         acknowledgement: None,

@@ -155,7 +155,7 @@ fn confirm(question: &str) -> Result<(), Failure> {
 /// A no is an answer too: with `--json` it is one object like the yes.
 fn refused(error: impl Into<anyhow::Error>) -> Failure {
     let error = error.into();
-    let json = json!({ "verified": false, "error": format!("{error:#}") });
+    let json = json!({ "verified": false, "error": leasehold_keys::text::causes(error.as_ref()) });
     Failure { exit: Exit::No, error, json: Some(json) }
 }
 

@@ -162,7 +162,7 @@ fn objects_nested_for_ever_are_shown_to_a_depth() {
     let desk = Desk::new();
     let story = Story::new();
     let mut mandate = story.mandate.clone();
-    for _ in 0..100 {
+    for _ in 0..15 {
         mandate = with_certificate(&story.mandate, &mandate);
     }
     desk.objects("x", &[item(&mandate)]);

@@ -242,6 +242,8 @@ impl WantText {
         rule("want.ttl", term > Span::ZERO, "it must be longer than nothing")?;
         let claim_within = within("want.claim_within", quantity::span(&self.claim_within.0))?;
         rule("want.claim_within", claim_within > Span::ZERO, "it must be longer than nothing")?;
+        // A lease that is shorter than that is claimed within its term, if at all.
+        let claim_within = claim_within.min(term);
         let budget = within("want.budget", quantity::price(&self.budget.0))?;
         let exposure = match &self.exposure {
             Some(text) => within("want.exposure", quantity::price(&text.0))?,

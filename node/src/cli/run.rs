@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use leasehold_keys::exit::Exit;
-use leasehold_keys::text::shown;
+use leasehold_keys::text::{causes, shown};
 use serde_json::{Map, Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
@@ -206,7 +206,7 @@ impl Run {
         if let Err(failure) = fetched {
             if session.out.json {
                 // The object is out already: only one may stand on standard output.
-                session.out.error(&format!("{:#}", failure.error));
+                session.out.error(&causes(failure.error.as_ref()));
                 return Ok(if code == 0 { failure.exit.code() } else { code });
             }
             return Err(if code == 0 { failure } else { failure.with_code(code) });

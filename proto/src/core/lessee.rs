@@ -186,6 +186,7 @@ impl Core {
             stage: Stage::Ordered,
             claim: None,
             claim_sent: None,
+            claim_refused: false,
             release: None,
             chain: crate::words::chain::Chain::default(),
             acknowledgement: None,
@@ -469,7 +470,8 @@ impl Core {
             )));
         }
         let lessor = holding.kept.lessor;
-        let draft = match &holding.kept.claim {
+        let standing = holding.kept.claim.as_ref().filter(|_| !holding.kept.claim_refused);
+        let draft = match standing {
             Some(draft) => {
                 let same = claim_in(draft).is_some_and(|known| known.job == *job);
                 if !same {
@@ -483,6 +485,7 @@ impl Core {
                 let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
                 holding.claims += 1;
                 holding.kept.claim = Some(draft.clone());
+                holding.kept.claim_refused = false;
                 holding.kept.claim_sent = Some((now.boot, now.wall));
                 draft
             }
@@ -533,7 +536,7 @@ impl Core {
         }
         if kept.stage == Stage::Granted {
             // Nothing was claimed: the lease is there for another job.
-            (kept.claim, kept.claim_sent) = (None, None);
+            kept.claim_refused = true;
             self.keep_held_lease(lease, out);
         }
         let failure = Failure::Act(refusal.body().reason);

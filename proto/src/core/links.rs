@@ -20,6 +20,8 @@ const EXPIRE: Span = Span::secs(10);
 /// How often an unchanged host record is signed anew, and how long it is valid.
 const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
+/// After how many comings back of this node its record says so.
+const RETURNS: u32 = 16;
 /// The number of the offer that ends a key with two holders.
 const LAST_WORD: u64 = u64::MAX;
 /// How many records are pulled by one question: their answer must fit one message.
@@ -507,7 +509,8 @@ impl Core {
             let announce = Utterance::Plain(Message::Announce(names));
             self.ask(to, Pending::Announce(to), announce, out);
         }
-        if self.host_record_at <= now.boot {
+        let returns = self.membership.me().rejoin;
+        if self.host_record_at <= now.boot || returns >= self.returns_said + RETURNS {
             self.host_record_at = now.boot + HOST_REFRESH;
             self.publish_host(now, out);
         }
@@ -524,7 +527,8 @@ impl Core {
 
     fn publish_host(&mut self, now: Now, out: &mut Vec<Effect>) {
         self.host_seq += 1;
-        let record = self.config.host_record();
+        self.returns_said = self.membership.me().rejoin;
+        let record = self.config.host_record(self.returns_said);
         let subject = key_subject(&self.config.me);
         if let Ok(draft) = self.hand.draft(subject, self.host_seq, now.wall + HOST_LIFE, &record) {
             out.push(Effect::Record(draft));
@@ -662,5 +666,6 @@ impl Core {
 fn peer_in(spread: &Spread, key: &KeyId) -> Option<Peer> {
     let host = spread.host(key)?;
     let probe = *host.body().addresses.probe.first()?;
-    Some(Peer { key: *key, epoch: host.header().epoch, rejoin: 0, probe })
+    let (epoch, rejoin) = (host.header().epoch, host.body().returns);
+    Some(Peer { key: *key, epoch, rejoin, probe })
 }

@@ -67,6 +67,8 @@ pub struct Held {
     pub claim: Option<Draft>,
     /// When the claim was first sent, on both clocks of this host.
     pub claim_sent: Option<(Boot, Wall)>,
+    /// Whether the lessor refused it: then another one may take its place.
+    pub claim_refused: bool,
     /// The release, as first sent.
     pub release: Option<Draft>,
     /// Where the receipts stand.
@@ -228,7 +230,7 @@ impl Holdings {
         let checked = kept.chain.check(&terms, body).and_then(|()| {
             // What was never claimed costs nothing. After a reboot of this host the boot clock
             // says nothing about the claim any more, and the wall clock has to do.
-            let passed = match kept.claim_sent {
+            let passed = match kept.claim_sent.filter(|_| !kept.claim_refused) {
                 Some((sent, _)) if kept.boot == boot => {
                     let span = now.boot.since(sent);
                     span + span.scale(DRIFT_PPM, 1_000_000) + RESOLUTION

@@ -9,6 +9,7 @@
 //! does: a packet's source must be the key that signed it. A verdict is a hint: leases have
 //! their own terms, so a wrong one costs a retry, never safety.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::{NonZeroU8, NonZeroUsize};
@@ -26,8 +27,8 @@ use crate::words::wire::{self, DecodeError, EncodeError, MAX_PACKET};
 /// The room for a foca packet inside a signed datagram: the rest is signer and signature.
 const MAX_INNER: usize = MAX_PACKET - 112;
 
-/// How many comings back of a member are believed from others at a time.
-const HEARSAY: u32 = 4;
+/// How many comings back of a member are believed from others, beyond what is known of it.
+const HEARSAY: u32 = 64;
 
 /// How often a node that is held down comes back at most.
 const REJOIN: Span = Span::secs(1);
@@ -293,9 +294,16 @@ impl Membership {
     ) {
         let source = wire::decode_prefix::<MAX_INNER, Header<Peer>>(packet);
         let source = source.ok().filter(|(header, _)| header.src.key == *signer);
+        let said = Cell::new(None);
         let sifted = source.and_then(|(header, used)| {
             let source = &header.src;
-            let about = |peer: &Peer| self.credible(peer, &vouched);
+            let me = self.me();
+            let about = |peer: &Peer| {
+                if peer.key == me.key && peer.epoch == me.epoch {
+                    said.set(said.get().max(Some(peer.rejoin)));
+                }
+                self.credible(peer, &vouched)
+            };
             let sifted = sift(packet, used, about)?;
             let known = self.lives.entry(source.key).or_default();
             *known = (*known).max((source.epoch, source.rejoin));
@@ -311,6 +319,7 @@ impl Membership {
             return;
         }
         self.with(now, out, |foca, wishes| foca.handle_data(&packet, wishes));
+        self.outdo(now, said.get(), out);
     }
 
     /// Whether hearsay about `peer` can be true: it is in no later life than its own record says,
@@ -321,12 +330,24 @@ impl Membership {
         if peer.key == me.key {
             return (peer.epoch, peer.rejoin) <= (me.epoch, me.rejoin);
         }
+        let Some(own) = vouched(&peer.key) else { return false };
         let known = self.lives.get(&peer.key).filter(|(epoch, _)| *epoch == peer.epoch);
-        let rejoin = known.map_or(0, |(_, rejoin)| *rejoin);
-        let lives = vouched(&peer.key).is_some_and(|own| {
-            peer.epoch < own.epoch || peer.epoch == own.epoch && peer.probe == own.probe
-        });
-        lives && peer.rejoin <= rejoin.saturating_add(HEARSAY)
+        let known = known.map_or(0, |(_, rejoin)| *rejoin);
+        if peer.epoch < own.epoch {
+            return peer.rejoin <= known.saturating_add(HEARSAY);
+        }
+        let most = known.max(own.rejoin).saturating_add(HEARSAY);
+        peer.epoch == own.epoch && peer.probe == own.probe && peer.rejoin <= most
+    }
+
+    /// What others say of this node may run ahead of it: then somebody lies, or has it from one who
+    /// does. It comes back beyond that, so that nobody is left who holds it down.
+    fn outdo(&mut self, now: Boot, said: Option<u32>, out: &mut Vec<Sign>) {
+        let me = self.me();
+        let Some(rejoin) = said.filter(|said| *said > me.rejoin) else { return };
+        let most = me.rejoin.saturating_add(HEARSAY);
+        let next = Peer { rejoin: rejoin.min(most).saturating_add(1), ..me.clone() };
+        self.with(now, out, |foca, wishes| foca.change_identity(next, wishes));
     }
 
     /// Asks `peer`, which is known to be reachable, for the members it knows.
@@ -524,6 +545,7 @@ mod tests {
             Peer { epoch: u64::MAX, ..victim.clone() },
             Peer { epoch: 2, ..victim.clone() },
             Peer { rejoin: u32::MAX, ..victim.clone() },
+            Peer { rejoin: HEARSAY + 1, ..victim.clone() },
             Peer { probe: elsewhere, rejoin: 1, ..victim.clone() },
             Peer { key: KeyId([77; 32]), ..victim.clone() },
         ] {
@@ -535,5 +557,12 @@ mod tests {
         a.hear(Boot(2), &liar.key, &told(back), only_known, &mut Vec::new());
         assert_eq!(a.lives.get(&victim.key), Some(&(1, 1)), "what can be true is believed");
         assert!(a.is_up(&victim.key));
+        // Of itself a node hears what it never was: it comes back beyond that, step by step.
+        let ahead = Peer { rejoin: 9, ..me.clone() };
+        a.hear(Boot(3), &liar.key, &told(ahead), only_known, &mut Vec::new());
+        assert_eq!(a.me().rejoin, 10);
+        let beyond = Peer { rejoin: u32::MAX, ..me.clone() };
+        a.hear(Boot(4), &liar.key, &told(beyond), only_known, &mut Vec::new());
+        assert_eq!(a.me().rejoin, 10 + HEARSAY + 1, "no lie uses up the numbers at once");
     }
 }

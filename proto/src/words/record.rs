@@ -39,6 +39,9 @@ pub struct HostRecord {
     pub labels: Vec<(String, String)>,
     /// The cell it belongs to; zero where the fabric is one cell.
     pub cell: u32,
+    /// How often the node came back in this epoch after it was held down, when this was signed:
+    /// what others say of that is believed only a little beyond it.
+    pub returns: u32,
     /// The certificate that admits it.
     pub certificate: Signed,
 }

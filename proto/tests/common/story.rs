@@ -140,6 +140,7 @@ impl Story {
             processor: "a processor".into(),
             labels: vec![("rack".into(), "9".into()), ("zone".into(), "a".into())],
             cell: 0,
+            returns: 2,
             certificate: lessor_certificate.clone(),
         };
         let host = node_pen.sign(key_subject(&node), &host);

@@ -1,0 +1,542 @@
+//! The daemon as an operator meets it: founding and joining a fabric, settings, what `up` refuses
+//! and why, and jobs that end badly or lose their node.
+
+#[path = "common/processes.rs"]
+mod processes;
+
+use std::ffi::OsStr;
+use std::net::{TcpListener, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use leasehold_keys::armor::{self, Item};
+use leasehold_keys::disk::Existing;
+use leasehold_keys::file::{self, Secret};
+use leasehold_keys::passphrase::Source;
+use leasehold_node::cli::up::NodeFile;
+use leasehold_node::home::{Allowance, Home, mandate};
+use leasehold_proto::words::sign::Signed;
+use leasehold_proto::{Amount, Span};
+use processes::{Fabric, PATIENCE, SLOW, WANT, program, stderr, terminate, until};
+use serde_json::{Value, json};
+
+/// A place with nothing in it, and the command line in it.
+struct Room {
+    dir: tempfile::TempDir,
+}
+
+/// A daemon that was started by its command line alone.
+struct Daemon {
+    process: Child,
+    file: NodeFile,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Room {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a room") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_leasehold"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("LEASEHOLD_")) {
+            command.env_remove(name);
+        }
+        command
+            .args(args)
+            .env("XDG_STATE_HOME", self.path("state"))
+            .env("XDG_DATA_HOME", self.path("data"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a command that must end by itself.
+    fn run(&self, args: &[&str]) -> Output {
+        ended(self.command(args), &args.join(" "))
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+    }
+
+    /// Starts the daemon of `dir` on ports that the system chooses, and waits until it is ready.
+    fn up(&self, dir: &str, more: &[&str]) -> Daemon {
+        let any = "127.0.0.1:0";
+        let path = self.text(dir);
+        let mut args = vec!["up", "--dir", &path, "--listen-link", any, "--listen-probe", any];
+        args.extend(["--listen-data", any, "--listen-api", any]);
+        args.extend(more);
+        let log = std::fs::File::create(self.path(&format!("{dir}.log"))).expect("a log");
+        let mut command = self.command(&args);
+        let mut process = command.stdout(Stdio::null()).stderr(log).spawn().expect("starts");
+        let file = until("the daemon is ready", || {
+            let over = process.try_wait().expect("asked");
+            let log = || std::fs::read_to_string(self.path(&format!("{dir}.log")));
+            assert!(over.is_none(), "{dir} ended: {:?}", log());
+            let text = std::fs::read(self.path(dir).join("node.json")).ok()?;
+            serde_json::from_slice::<NodeFile>(&text).ok()
+        });
+        Daemon { process, file }
+    }
+
+    fn log(&self, dir: &str) -> String {
+        std::fs::read_to_string(self.path(&format!("{dir}.log"))).expect("a log")
+    }
+}
+
+fn ended(mut command: Command, what: &str) -> Output {
+    let mut process = command.spawn().expect("starts");
+    let begun = Instant::now();
+    while process.try_wait().expect("asked").is_none() {
+        if begun.elapsed() > PATIENCE {
+            let _ = process.kill();
+            panic!("it goes on: {what}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    process.wait_with_output().expect("read")
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap_or_else(|| panic!("ended by a signal: {output:?}"))
+}
+
+fn stop(daemon: &mut Daemon) {
+    terminate(&daemon.process);
+    let ended = daemon.process.wait().expect("ends");
+    assert!(ended.success(), "{ended:?}");
+}
+
+/// Asserts that `output` failed with `exit` and says all of `parts`.
+fn refused(output: &Output, exit: i32, parts: &[&str]) {
+    assert_eq!(code(output), exit, "{output:?}");
+    for part in parts {
+        assert!(stderr(output).contains(part), "'{part}' in {}", stderr(output));
+    }
+}
+
+/// Signs the one draft in `request` as an organisation would on its own machine.
+fn signed(request: &Path, key: &Secret) -> Signed {
+    let items = armor::read_objects(request).expect("reads");
+    let [Item::Draft(draft)] = items.as_slice() else { panic!("{items:?}") };
+    key.signer().sign(draft).expect("signs")
+}
+
+fn put(path: &Path, signed: Signed) -> String {
+    armor::write_objects(path, &[Item::Signed(signed)], Existing::Replace).expect("written");
+    path.display().to_string()
+}
+
+// ---------------------------------------------------------------- founding and joining
+
+#[test]
+fn a_fabric_is_founded_and_its_node_runs_and_stops() {
+    let room = Room::new();
+    let home = room.text("home");
+    let long = "x".repeat(65);
+    // What is refused leaves nothing behind that the next try would stumble over.
+    for wrong in [vec!["--fabric", &long], vec!["--name", "a\u{7}b"], vec!["--currency", ""]] {
+        let mut args = vec!["init", "--dir", &home, "--no-passphrase"];
+        args.extend(wrong);
+        assert_ne!(code(&room.run(&args)), 0, "{args:?}");
+        assert!(!room.path("home").join("org.key").exists());
+    }
+    let founded = room.json(&["init", "--dir", &home, "--no-passphrase", "--sell", "--json"]);
+    let again = room.run(&["init", "--dir", &home, "--no-passphrase"]);
+    refused(&again, 7, &["holds a node already", "--dir"]);
+    assert_eq!(Home::at(&home).identity().expect("whole").secret.id().to_string(), founded["node"]);
+
+    let mut daemon = room.up("home", &[]);
+    let api = format!("http://{}", daemon.file.api);
+    let nodes = room.json(&["--dir", &home, "--api", &api, "nodes", "--json"]);
+    assert_eq!(nodes["nodes"][0]["id"], founded["node"]);
+    until("it sells", || {
+        let offers = room.json(&["--dir", &home, "--api", &api, "offers", "--json"]);
+        (offers["offers"].as_array().map(Vec::len) == Some(1)).then_some(())
+    });
+    let begun = Instant::now();
+    stop(&mut daemon);
+    assert!(begun.elapsed() < PATIENCE, "it stops when told to");
+    assert!(!room.path("home").join("node.json").exists(), "nothing says that it runs");
+}
+
+#[test]
+fn keys_of_a_fabric_are_locked_by_the_passphrase_given() {
+    let room = Room::new();
+    let passphrase = room.path("passphrase");
+    leasehold_keys::disk::write_atomic(&passphrase, b"correct horse\n", 0o600, Existing::Keep)
+        .expect("written");
+    let (home, given) = (room.text("home"), passphrase.display().to_string());
+    let founded = room.run(&["init", "--dir", &home, "--passphrase-file", &given]);
+    assert!(founded.status.success(), "{founded:?}");
+    let load = |name: &str, source: &Source| file::load(&room.path("home").join(name), source);
+    assert!(load("org.key", &Source::Nowhere).is_err(), "locked");
+    assert!(load("org.key", &Source::File(passphrase.clone())).is_ok());
+    assert!(load("node.key", &Source::Nowhere).is_ok(), "a node starts unattended");
+    let nobody = room.run(&["init", "--dir", &room.text("other")]);
+    refused(&nobody, 4, &["no terminal", "--passphrase-file"]);
+    let said = stderr(&nobody);
+    assert_eq!(said.matches("no terminal").count(), 1, "said once: {said}");
+    assert!(!room.path("other").join("node.key").exists());
+}
+
+#[test]
+fn a_second_host_joins_by_the_charters_fingerprint() {
+    let room = Room::new();
+    let (first, second) = (room.text("first"), room.text("second"));
+    let founded = room.json(&["init", "--dir", &first, "--no-passphrase", "--json"]);
+    let fabric = founded["fabric"].as_str().expect("an id").to_string();
+    let other = room.json(&["init", "--dir", &room.text("alien"), "--no-passphrase", "--json"]);
+    let charter = room.path("first").join("charter").display().to_string();
+    let join = |more: &[&str]| {
+        let mut args = vec!["join", "--dir", &second];
+        args.extend(more);
+        room.run(&args)
+    };
+
+    refused(&join(&[]), 2, &["--charter", "--certificate"]);
+    let alien = other["fabric"].as_str().expect("an id");
+    let begin = ["--charter", &charter, "--fingerprint"];
+    refused(&join(&[&begin[..], &[alien]].concat()), 1, &["do not join by it"]);
+    let wrong = [&begin[..], &[&fabric, "--organisation", "nobody"]].concat();
+    assert_ne!(code(&join(&wrong)), 0);
+    assert!(!room.path("second").join("node.key").exists(), "nothing is made by a wrong word");
+    let begun = join(&[&begin[..], &[&fabric, "--name", "second"]].concat());
+    assert!(begun.status.success(), "{begun:?}");
+    refused(&join(&[&begin[..], &[&fabric]].concat()), 7, &["holds a node already"]);
+    // It cannot run before it is admitted.
+    refused(&room.run(&["up", "--dir", &second]), 3, &["certificate"]);
+
+    let request = room.path("second").join("certificate.request");
+    let key = |home: &str, name: &str| {
+        file::load(&room.path(home).join(name), &Source::Nowhere).expect("loads")
+    };
+    let forged = put(&room.path("forged"), signed_by_stranger(&request, &key("alien", "org.key")));
+    assert_ne!(code(&join(&["--certificate", &forged])), 0, "another organisation's signature");
+    let admitted = put(&room.path("admitted"), signed(&request, &key("first", "org.key")));
+    let joined = join(&["--certificate", &admitted]);
+    assert!(joined.status.success(), "{joined:?}");
+
+    // A mandate for another delegate is none for this node.
+    let tenant = key("first", "tenant.key");
+    let papers = Home::at(&first).get("tenant.certificate", "certificate").expect("reads");
+    let allowance =
+        Allowance { max_hourly: Amount(1), max_total: Amount(1), max_term: Span::secs(60) };
+    let now = leasehold_node::clock::now().wall;
+    let given = |delegate| mandate(&tenant, &papers, delegate, allowance, now).expect("signs");
+    let others = put(&room.path("others"), given(key("first", "node.key").id()));
+    refused(&join(&["--mandate", &others]), 5, &["not for this node"]);
+    let own = put(&room.path("own"), given(key("second", "node.key").id()));
+    assert!(join(&["--mandate", &own]).status.success());
+
+    let mut one = room.up("first", &[]);
+    let mut two = room.up("second", &["--join", &one.file.link[0].to_string()]);
+    for (home, daemon) in [(&first, &one), (&second, &two)] {
+        let api = format!("http://{}", daemon.file.api);
+        until("both see both", || {
+            let nodes = room.json(&["--dir", home, "--api", &api, "nodes", "--json"]);
+            let up = |node: &&Value| node["up"] == true;
+            (nodes["nodes"].as_array()?.iter().filter(up).count() == 2).then_some(())
+        });
+    }
+    stop(&mut two);
+    stop(&mut one);
+}
+
+/// The draft for another signer's name, signed by that signer: a certificate of another fabric's
+/// organisation.
+fn signed_by_stranger(request: &Path, stranger: &Secret) -> Signed {
+    let items = armor::read_objects(request).expect("reads");
+    let [Item::Draft(draft)] = items.as_slice() else { panic!("{items:?}") };
+    let mut envelope =
+        leasehold_proto::words::object::Envelope::decode(&draft.envelope).expect("an envelope");
+    envelope.header.signer = stranger.id();
+    let envelope = leasehold_proto::words::wire::encode::<65_536>(&envelope).expect("it fits");
+    let draft = leasehold_proto::words::sign::Draft { envelope };
+    stranger.signer().sign(&draft).expect("signs")
+}
+
+// ---------------------------------------------------------------- settings
+
+#[test]
+fn flags_and_variables_go_before_the_file() {
+    let room = Room::new();
+    let home = room.text("home");
+    let founded = room.run(&["init", "--dir", &home, "--no-passphrase", "--name", "filed"]);
+    assert!(founded.status.success(), "{founded:?}");
+    let mut daemon = room.up("home", &["--set", "node.labels.zone=a", "--log-format", "json"]);
+    let api = format!("http://{}", daemon.file.api);
+    let nodes = room.json(&["--dir", &home, "--api", &api, "nodes", "--json"]);
+    assert_eq!(nodes["nodes"][0]["labels"]["zone"], "a", "{nodes}");
+    stop(&mut daemon);
+    let log = room.log("home");
+    assert!(log.lines().count() > 1);
+    for line in log.lines() {
+        let line: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        assert!(line["level"].is_string(), "{line}");
+    }
+    // The environment alone.
+    let mut command = room.command(&["up", "--dir", &home]);
+    command.env("LEASEHOLD_OFFER_SELL", "perhaps");
+    refused(&ended(command, "a variable that does not suit"), 2, &["LEASEHOLD_OFFER_SELL"]);
+    for plane in ["LINK", "PROBE", "DATA", "API"] {
+        assert!(!log.contains(&format!("LEASEHOLD_LISTEN_{plane}")));
+    }
+}
+
+#[test]
+fn what_up_cannot_use_it_names_and_the_directory_stays_good() {
+    let room = Room::new();
+    let home = room.text("home");
+    refused(&room.run(&["up", "--dir", &home]), 3, &["leasehold init"]);
+    let founded = room.run(&["init", "--dir", &home, "--no-passphrase"]);
+    assert!(founded.status.success(), "{founded:?}");
+    let any = "127.0.0.1:0";
+    let up = |more: &[&str]| {
+        let mut args = vec!["up", "--dir", &home, "--listen-link", any, "--listen-probe", any];
+        args.extend(["--listen-data", any, "--listen-api", any]);
+        // A flag said twice is an error of its own: the last words replace those.
+        for pair in more.chunks(2) {
+            if let [flag, value] = pair
+                && let Some(at) = args.iter().position(|arg| arg == flag)
+            {
+                args[at + 1] = value;
+            } else {
+                args.extend(pair);
+            }
+        }
+        room.run(&args)
+    };
+
+    // The configuration.
+    let config = room.path("home").join("leasehold.toml");
+    let good = std::fs::read(&config).expect("reads");
+    std::fs::write(&config, "[offer]\nsel = true\n").expect("written");
+    refused(&up(&[]), 2, &["sel", "sell", "leasehold.toml"]);
+    std::fs::write(&config, vec![b'#'; 300 * 1024]).expect("written");
+    refused(&up(&[]), 2, &["longer than"]);
+    std::fs::write(&config, "[node]\nname = \"a\\u0007b\"\n").expect("written");
+    refused(&up(&[]), 2, &["name"]);
+    std::fs::write(&config, &good).expect("written");
+    refused(&up(&["--config", "/nowhere/at.all"]), 2, &["/nowhere/at.all"]);
+    refused(&up(&["--set", "offer.cpu=4000"]), 2, &["offer.cpu"]);
+    refused(&up(&["--log", "no=such=filter"]), 2, &["no=such=filter"]);
+
+    // Ports: taken ones, and one that others could reach.
+    let udp = UdpSocket::bind(any).expect("binds");
+    let taken = udp.local_addr().expect("bound").to_string();
+    for flag in ["--listen-link", "--listen-probe", "--listen-data"] {
+        refused(&up(&[flag, &taken]), 7, &[taken.rsplit(':').next().expect("a port")]);
+    }
+    let tcp = TcpListener::bind(any).expect("binds");
+    let taken = tcp.local_addr().expect("bound").to_string();
+    refused(&up(&["--listen-api", &taken]), 7, &[&taken, "--listen-api"]);
+    refused(&up(&["--listen-api", "0.0.0.0:0"]), 5, &["loopback"]);
+
+    // What others could read, or somebody damaged.
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("set");
+    };
+    let key = room.path("home").join("node.key");
+    mode(&key, 0o640);
+    refused(&up(&[]), 5, &["node.key"]);
+    mode(&key, 0o600);
+    mode(&room.path("home"), 0o755);
+    refused(&up(&[]), 5, &["chmod 700"]);
+    mode(&room.path("home"), 0o700);
+    for name in ["charter", "certificate", "mandate", "node.key"] {
+        let path = room.path("home").join(name);
+        let good = std::fs::read(&path).expect("reads");
+        let mut bad = good.clone();
+        let middle = bad.len() / 2;
+        bad[middle] = if bad[middle] == b'A' { b'B' } else { b'A' };
+        std::fs::write(&path, &bad).expect("written");
+        let output = up(&[]);
+        assert!(code(&output) > 0, "{name}: {output:?}");
+        assert!(stderr(&output).contains(name), "{name} is named: {output:?}");
+        std::fs::write(&path, &good).expect("written");
+    }
+
+    // After all that it runs, and a second one beside it does not.
+    let mut daemon = room.up("home", &[]);
+    let pid = daemon.process.id().to_string();
+    refused(&up(&[]), 7, &[&pid]);
+    stop(&mut daemon);
+}
+
+// ---------------------------------------------------------------- jobs that end badly
+
+/// Wants ever more memory and traps where it gets none.
+const HUNGRY: &str = r#"(module
+  (memory (export "memory") 1)
+  (func (export "_start")
+    (loop $on
+      (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))
+      (br $on))))"#;
+
+/// Writes for ever.
+const FLOOD: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (func (export "_start")
+    (i32.store (i32.const 0) (i32.const 64))
+    (i32.store (i32.const 4) (i32.const 65536))
+    (loop $on
+      (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))
+      (br $on))))"#;
+
+/// Traps at once.
+const TRAPS: &str = "(module (func (export \"_start\") unreachable))";
+
+/// Never ends.
+const ENDLESS: &str = "(module (func (export \"_start\") (loop $on (br $on))))";
+
+#[test]
+fn bad_programs_end_with_their_name_and_an_agreed_receipt() {
+    let fabric = Fabric::new();
+    let seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let text = fabric.room.path().join("text.wasm");
+    std::fs::write(&text, "#!/bin/sh\n").expect("written");
+    let text = text.display().to_string();
+    let table = [
+        ("not_runnable", text, "60s", "not WebAssembly"),
+        ("trapped", program(&fabric, "traps.wasm", TRAPS), "60s", "unreachable"),
+        ("out_of_memory", program(&fabric, "hungry.wasm", HUNGRY), "60s", "memory"),
+        ("deadline", program(&fabric, "endless.wasm", ENDLESS), "2s", "end of its lease"),
+        ("deadline", program(&fabric, "flood.wasm", FLOOD), "2s", "end of its lease"),
+    ];
+    for (kind, path, ttl, says) in table {
+        let mut args = vec!["run", "--yes", "--json"];
+        args.extend(WANT);
+        let at = args.iter().position(|arg| *arg == "--ttl").expect("there");
+        args[at + 1] = ttl;
+        args.push(&path);
+        let output = buyer.cli(&args);
+        assert_eq!(code(&output), 1, "{kind}: {}", stderr(&output));
+        let run: Value = serde_json::from_slice(&output.stdout).expect("one object");
+        assert_eq!(run["outcome"]["kind"], kind, "{run}");
+        let said = run["outcome"]["text"].as_str().expect("words");
+        assert!(said.contains(says), "'{says}' in {said}");
+        assert!(run["stdout"].as_str().is_some_and(|out| out.len() <= 2 << 20));
+        let lease = run["lease"].as_str().expect("a lease");
+        for node in [&buyer, &seller] {
+            let name = format!("proof-{kind}-{}-{}", node.file.name, &lease[..8]);
+            let proof = fabric.room.path().join(name).display().to_string();
+            let exported = node.cli(&["lease", "export", lease, "--out", &proof]);
+            assert!(exported.status.success(), "{exported:?}");
+            assert_eq!(node.cli_json(&["verify", "--json", &proof])["verified"], true);
+        }
+        assert_eq!(seller.get("/healthz").status, 200, "the node is as well as before");
+    }
+    // A payload that its holder has lost is said to be missing.
+    let slow = program(&fabric, "slow.wasm", SLOW);
+    let root = blake3::hash(&std::fs::read(&slow).expect("reads"));
+    let leased = buyer.post("/v1/leases", &json!({ "want": processes::want() })).json();
+    let lease = leased["lease"].as_str().expect("a lease").to_string();
+    let uploaded = buyer.call("POST /v1/payloads", &[], &std::fs::read(&slow).expect("reads"));
+    assert_eq!(uploaded.json()["root"], root.to_string());
+    let held = walk(&buyer.dir.join("payloads"), root.to_hex().as_str());
+    assert!(!held.is_empty(), "the payload lies somewhere");
+    let size = std::fs::metadata(&slow).expect("there").len();
+    let claimed = buyer.post(
+        &format!("/v1/leases/{lease}/claim"),
+        &json!({ "job": { "program": { "root": root.to_string(), "size": size } } }),
+    );
+    held.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    // Either the seller was quicker than the loss, or it says what is missing.
+    assert_eq!(claimed.status, 200, "{claimed:?}");
+    let _ = buyer.cli(&["lease", "release", &lease]);
+}
+
+/// Every file below `dir` whose name contains `part`.
+fn walk(dir: &Path, part: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(walk(&path, part));
+        } else if path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.contains(part)) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn a_seller_killed_with_a_running_job_loses_the_job_and_nothing_else() {
+    let fabric = Fabric::new();
+    let mut seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let endless = program(&fabric, "endless.wasm", ENDLESS);
+    let mut args = vec!["run", "--yes", "-d"];
+    args.extend(WANT);
+    args.push(&endless);
+    let output = buyer.cli(&args);
+    assert!(output.status.success(), "{output:?}");
+    let lease = String::from_utf8(output.stdout).expect("text").trim().to_string();
+    until("a receipt is countersigned", || {
+        let shown = buyer.cli_json(&["lease", "show", "--json", &lease]);
+        (shown["receipts"].as_u64()? > 0).then_some(())
+    });
+    let job = seller.dir.join("jobs").join(&lease);
+    let status: Value =
+        serde_json::from_slice(&std::fs::read(job.join("status.json")).expect("reads"))
+            .expect("parses");
+    let pids: Vec<_> = ["warden", "runner"].iter().map(|who| status[who]["pid"].clone()).collect();
+    seller.process.kill().expect("killed");
+    seller.process.wait().expect("gone");
+    let home = Home::at(&seller.dir);
+    let api = seller.file.api;
+    let seller = fabric.up(&home, "seller", "1", &[&buyer], api);
+
+    let end = until("the buyer learns of the end", || {
+        let end = buyer.get(&format!("/v1/leases/{lease}/end?timeout_s=5")).json();
+        (end["ended"] == true).then_some(end)
+    });
+    assert_eq!((&end["reason"], &end["outcome"]["kind"]), (&json!("lost"), &json!("lost")));
+    for pid in pids {
+        let pid = pid.as_u64().expect("a pid");
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command).into_owned();
+        assert!(!command.contains(&lease), "{pid} still runs: {command}");
+    }
+    until("the final receipt is countersigned", || {
+        let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
+        (shown["receipts"] == shown["acknowledged"] && shown["stage"] == "ended").then_some(())
+    });
+    for node in [&buyer, &seller] {
+        let proof = fabric.room.path().join(format!("{}.proof", node.file.name));
+        let proof = proof.display().to_string();
+        assert!(node.cli(&["lease", "export", &lease, "--out", &proof]).status.success());
+        assert_eq!(node.cli_json(&["verify", "--json", &proof])["verified"], true);
+    }
+    // Its log can still be read, and its capacity is free again.
+    until("the buyer knows where the seller serves now", || {
+        (code(&buyer.cli(&["logs", &lease])) == 0).then_some(())
+    });
+    let node = seller.get("/v1/node").json();
+    assert_eq!(node["promised"]["cpu_milli"], 0);
+}
