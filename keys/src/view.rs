@@ -413,7 +413,7 @@ impl Page<'_> {
     }
 
     fn job(&mut self, job: &JobSpec) {
-        let JobSpec { runtime, program, args, env, stdin, inputs, outputs } = job;
+        let JobSpec { runtime, program, args, env, stdin, inputs, outputs, release_after } = job;
         self.line("runtime", runtime);
         self.payload("program", program);
         for arg in args {
@@ -431,6 +431,7 @@ impl Page<'_> {
         for name in outputs {
             self.line("output", format!("{name:?}"));
         }
+        self.line("release after it", if *release_after { "yes" } else { "no" });
     }
 
     fn rates(&mut self, rates: &Rates) {

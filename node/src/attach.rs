@@ -190,3 +190,76 @@ pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>
         _ => Err(AttachError::Frame("a frame of an unknown kind")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const REQUEST: Request = Request { lease: LeaseId(Hash([1; 32])), stdout: 7, stderr: u64::MAX };
+
+    fn end() -> End {
+        let payload = Payload { root: Hash([2; 32]), size: 9 };
+        let outputs = vec![OutputFile { name: "a".into(), payload }];
+        End { outcome: Outcome::Exited(3), outputs, dropped: 4 }
+    }
+
+    async fn frames(bytes: &[u8]) -> Result<Vec<Frame>, AttachError> {
+        let (mut rest, mut frames) = (bytes, Vec::new());
+        while let Some(frame) = read(&mut rest).await? {
+            frames.push(frame);
+        }
+        Ok(frames)
+    }
+
+    #[tokio::test]
+    async fn what_is_written_is_read() {
+        let long = vec![5; MAX_FRAME + 1];
+        let mut bytes = Vec::new();
+        for frame in [Frame::Stdout(long.clone()), Frame::Stderr(vec![]), Frame::End(end())] {
+            write(&mut bytes, &frame).await.expect("written");
+        }
+        let frames = frames(&bytes).await.expect("reads");
+        let (first, second) = long.split_at(MAX_FRAME);
+        let expected =
+            [Frame::Stdout(first.to_vec()), Frame::Stdout(second.to_vec()), Frame::End(end())];
+        assert_eq!(frames, expected, "longer output is split, none is not written");
+    }
+
+    #[tokio::test]
+    async fn what_breaks_a_rule_is_an_error_before_it_is_held() {
+        let framed = |kind: u8, length: u32, bytes: &[u8]| {
+            [&[kind][..], &length.to_le_bytes(), bytes].concat()
+        };
+        let whole = framed(1, 3, b"abc");
+        for cut in 1..whole.len() {
+            assert!(matches!(frames(&whole[..cut]).await, Err(AttachError::Broken(_))), "{cut}");
+        }
+        for (what, bytes) in [
+            ("too long", framed(1, 64 * 1024 + 1, b"")),
+            ("far too long", framed(2, u32::MAX, b"")),
+            ("unknown kind", framed(9, 1, b"x")),
+            ("an end that is no JSON", framed(3, 2, b"{]")),
+            ("an end that goes on", framed(3, 4, b"{} x")),
+        ] {
+            assert!(matches!(frames(&bytes).await, Err(AttachError::Frame(_))), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_request_is_exactly_its_bytes() {
+        let bytes = REQUEST.encode();
+        assert_eq!(Request::decode(&bytes), Some(REQUEST));
+        assert!((0..bytes.len()).all(|cut| Request::decode(&bytes[..cut]).is_none()));
+        assert_eq!(Request::decode(&[&bytes[..], &[0]].concat()), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
+            let _ = runtime.block_on(frames(&bytes));
+            let _ = Request::decode(&bytes);
+        }
+    }
+}

@@ -16,6 +16,7 @@ mod nodes;
 mod offers;
 mod order;
 mod output;
+mod outputs;
 mod ps;
 mod receipts;
 mod run;
@@ -119,6 +120,8 @@ enum Command {
     Ps(ps::Ps),
     /// Print a job's output
     Logs(logs::Logs),
+    /// Fetch what a job left behind
+    Outputs(outputs::Outputs),
     /// List the receipts of a lease
     Receipts(receipts::Receipts),
     /// Check proofs and signed objects, with no node and no network
@@ -324,6 +327,7 @@ async fn dispatch(cli: Cli, exec: Exec) -> Result<u8, Failure> {
         Command::Lease(args) => args.run(&Session::open(&global)?).await?,
         Command::Ps(args) => args.run(&Session::open(&global)?).await?,
         Command::Logs(args) => args.run(&Session::open(&global)?).await?,
+        Command::Outputs(args) => args.run(&Session::open(&global)?).await?,
         Command::Receipts(args) => args.run(&Session::open(&global)?).await?,
         Command::Explain(args) => args.run(&Session::open(&global)?).await?,
         Command::Run(args) => return args.run(&Session::open(&global)?).await,

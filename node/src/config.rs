@@ -241,9 +241,14 @@ impl Config {
             }
             Err(error) => return Err(read(error)),
         };
-        toml::from_str(&text).map_err(|error| ConfigError::Parse {
-            path: path.into(),
-            why: error.to_string().trim_end().to_string(),
+        toml::from_str(&text).map_err(|error| {
+            let before = error.span().map(|span| text.get(..span.start).unwrap_or_default());
+            let line = before.map(|before| before.matches('\n').count() + 1);
+            let why = match line {
+                Some(line) => format!("line {line}: {}", error.message().replace('\n', ", ")),
+                None => error.message().replace('\n', ", "),
+            };
+            ConfigError::Parse { path: path.into(), why }
         })
     }
 

@@ -238,7 +238,9 @@ impl Home {
     /// The home in `dir`, which need not exist yet.
     #[must_use]
     pub fn at(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into() }
+        // Jobs run in other directories than their node: a path must mean the same there.
+        let dir = dir.into();
+        Self { dir: std::path::absolute(&dir).unwrap_or(dir) }
     }
 
     /// Where it is.

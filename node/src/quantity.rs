@@ -73,8 +73,18 @@ pub fn span(text: &str) -> Result<Span, String> {
 /// # Errors
 /// What was expected.
 pub fn price(text: &str) -> Result<Amount, String> {
-    let number = text.strip_suffix("/h").unwrap_or(text);
-    number.parse().map_err(|error: leasehold_proto::ParseAmountError| error.to_string())
+    amount(text.strip_suffix("/h").unwrap_or(text))
+}
+
+/// An amount in all: `"0.01"`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn amount(text: &str) -> Result<Amount, String> {
+    if text.ends_with("/h") {
+        return Err("this is an amount in all, not one per hour".into());
+    }
+    text.parse().map_err(|error: leasehold_proto::ParseAmountError| error.to_string())
 }
 
 #[cfg(test)]

@@ -131,3 +131,34 @@ fn check_packet(fabric: &FabricId, packet: &[u8]) -> Checked {
         Err(_) => Checked::BadPacket,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use leasehold_proto::Hash;
+    use leasehold_proto::words::sign::Signer;
+
+    use super::*;
+
+    #[test]
+    fn a_packet_is_believed_as_it_was_signed_or_not_at_all() {
+        let fabric = FabricId(Hash([1; 32]));
+        let signer = Signer::from_seed(&[2; 32]);
+        let signature = signer.sign_packet(&fabric, b"alive");
+        let packet = [&signer.id().0[..], &signature.0, b"alive"].concat();
+        let good = check_packet(&fabric, &packet);
+        assert!(
+            matches!(good, Checked::Packet { from, bytes } if from == signer.id() && bytes == b"alive")
+        );
+        let bad = |packet: &[u8], fabric: &FabricId| {
+            matches!(check_packet(fabric, packet), Checked::BadPacket)
+        };
+        assert!((0..packet.len()).all(|cut| bad(&packet[..cut], &fabric)), "cut short");
+        assert!(bad(&[&packet[..], b"!"].concat(), &fabric), "continued");
+        for at in 0..packet.len() {
+            let mut flipped = packet.clone();
+            flipped[at] ^= 1;
+            assert!(bad(&flipped, &fabric), "byte {at}");
+        }
+        assert!(bad(&packet, &FabricId(Hash([3; 32]))), "another fabric");
+    }
+}

@@ -13,7 +13,7 @@ use leasehold_keys::armor::{self, Item};
 use leasehold_keys::file::Secret;
 use leasehold_node::home::Home;
 use leasehold_proto::words::charter::Role;
-use processes::{COPY, ENDLESS, Fabric, Node, SLOW, WANT, program, stderr, terminate, until, want};
+use processes::{COPY, ENDLESS, Fabric, Node, SLOW, WANT, interrupt, program, stderr, until, want};
 use serde_json::{Value, json};
 
 // ---------------------------------------------------------------- the API by itself
@@ -324,7 +324,7 @@ fn a_detached_job_is_followed_and_ctrl_c_gives_its_lease_back() {
     let mut begun = [0; 6];
     run.stdout.as_mut().expect("piped").read_exact(&mut begun).expect("it begins");
     assert_eq!(&begun, b"begun\n");
-    terminate(&run);
+    interrupt(&run);
     let output = run.wait_with_output().expect("ends");
     assert_eq!(output.status.code(), Some(130), "{output:?}");
     assert!(stderr(&output).contains("cost "), "{output:?}");
@@ -332,6 +332,42 @@ fn a_detached_job_is_followed_and_ctrl_c_gives_its_lease_back() {
         let node = seller.get("/v1/node").json();
         (node["promised"]["cpu_milli"] == 0).then_some(())
     });
+}
+
+#[test]
+fn a_detached_job_gives_its_lease_back_and_its_outputs_are_fetched() {
+    let fabric = Fabric::new();
+    let seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let copy = program(&fabric, "copy.wasm", COPY);
+    let input = fabric.room.path().join("input");
+    std::fs::write(&input, b"kept for later").expect("written");
+    let (input, results) = (input.display().to_string(), fabric.room.path().join("results"));
+    let results = results.display().to_string();
+    let mut args = vec!["run", "--yes", "-d", "--stdin", &input, "--output", "copy"];
+    args.extend(WANT);
+    args.push(&copy);
+    let output = buyer.cli(&args);
+    assert!(output.status.success(), "{output:?}");
+    let lease = String::from_utf8(output.stdout).expect("text").trim().to_string();
+    let end = until("the lease ends by itself", || {
+        let end = buyer.get(&format!("/v1/leases/{lease}/end?timeout_s=60")).json();
+        (end["ended"] == true).then_some(end)
+    });
+    assert_eq!((&end["reason"], &end["outcome"]["code"]), (&json!("released"), &json!(7)));
+    let fetched = buyer.cli_json(&["outputs", "--json", &lease, "--output-dir", &results]);
+    assert_eq!(fetched["outputs"][0]["name"], "copy");
+    let copied = std::fs::read(Path::new(&results).join("copy")).expect("the output");
+    assert_eq!(copied, b"kept for later");
+    let missing = buyer.cli(&["outputs", &lease, "--name", "nothing"]);
+    assert_eq!(missing.status.code(), Some(1), "{missing:?}");
+    let mut args = vec!["run", "--yes", "-d", "--output", "copy", "--output-dir", &results];
+    args.extend(WANT);
+    args.push(&copy);
+    let refused = buyer.cli(&args);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(stderr(&refused).contains("leasehold outputs"), "{refused:?}");
 }
 
 #[test]

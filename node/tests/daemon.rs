@@ -420,8 +420,13 @@ fn bad_programs_end_with_their_name_and_an_agreed_receipt() {
     let text = fabric.room.path().join("text.wasm");
     std::fs::write(&text, "#!/bin/sh\n").expect("written");
     let text = text.display().to_string();
+    let mut args = vec!["run", "--yes"];
+    args.extend(WANT);
+    args.push(&text);
+    refused(&buyer.cli(&args), 2, &["not WebAssembly", "wasm32-wasip1"]);
+    std::fs::write(&text, b"\0asm\x01\0\0\0\xff\xff").expect("written");
     let table = [
-        ("not_runnable", text, "60s", "not WebAssembly"),
+        ("not_runnable", text, "60s", "not valid WebAssembly"),
         ("trapped", program(&fabric, "traps.wasm", TRAPS), "60s", "unreachable"),
         ("out_of_memory", program(&fabric, "hungry.wasm", HUNGRY), "60s", "memory"),
         ("deadline", program(&fabric, "endless.wasm", ENDLESS), "2s", "end of its lease"),

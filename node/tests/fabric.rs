@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use leasehold_keys::file::{Protection, Secret};
 use leasehold_node::Node;
-use leasehold_node::attach::Frame;
+use leasehold_node::attach::{self, Frame};
 use leasehold_node::config::Config;
+use leasehold_node::data::LinkError;
+use leasehold_node::data::frame::Refusal as Turned;
 use leasehold_node::home::{Allowance, Founder, Founding, Home, mandate};
 use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetEvent};
 use leasehold_node::node::StartError;
@@ -21,15 +23,17 @@ use leasehold_node::work::{Exec, hidden};
 use leasehold_proto::base::time::Wall;
 use leasehold_proto::core::{Command, Ended, Failure, Leased, Reply, View};
 use leasehold_proto::proof;
-use leasehold_proto::words::charter::Role;
+use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{
     Authority, Class, EndReason, JobSpec, Order, Reason, Refusal,
 };
-use leasehold_proto::words::message::{self, Message};
-use leasehold_proto::words::object::order_subject;
-use leasehold_proto::words::sign::{Draft, HeaderOf, Signed};
+use leasehold_proto::words::message::{self, Message, RecordName};
+use leasehold_proto::words::object::{Envelope, Extension, Kind, key_subject, order_subject};
+use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
+use leasehold_proto::words::sign::{Draft, Hand, HeaderOf, Signature, Signed};
 use leasehold_proto::words::usage::Outcome;
 use leasehold_proto::words::want::Want;
+use leasehold_proto::words::wire;
 use leasehold_proto::{
     Amount, FabricId, Hash, KeyId, LeaseId, Payload, RequestId, Resources, Span,
 };
@@ -55,8 +59,12 @@ fn main() -> ExitCode {
         ("bad_orders_get_signed_refusals", || Box::pin(bad_orders())),
         ("bad_words_cost_the_link_and_nothing_else", || Box::pin(bad_words())),
         ("a_full_disk_is_met_by_a_refusal", || Box::pin(full_disk())),
-        ("of_two_nodes_with_one_key_the_copy_stops", || Box::pin(twins())),
+        ("of_two_nodes_with_one_key_neither_goes_on_granting", || Box::pin(twins())),
         ("strangers_are_turned_away", || Box::pin(strangers())),
+        ("records_of_the_unadmitted_are_not_taken", || Box::pin(records_of_strangers())),
+        ("packets_of_strangers_change_nothing", || Box::pin(packets_of_strangers())),
+        ("only_the_delegate_follows_a_job", || Box::pin(followers())),
+        ("padding_stops_nobody", || Box::pin(padding())),
     ];
     let filter = args.iter().filter_map(|arg| arg.to_str()).find(|arg| !arg.starts_with('-'));
     let filter = filter.unwrap_or("").to_string();
@@ -210,6 +218,7 @@ fn job(node: &Node) -> JobSpec {
         stdin: Some(payload(node, b"world")),
         inputs: Vec::new(),
         outputs: Vec::new(),
+        release_after: false,
     }
 }
 
@@ -705,25 +714,224 @@ async fn full_disk() {
         view.lent.iter().any(|lent| lent.id == leased.lease)
     })
     .await;
-    let mut peer = Peer::linked_to(&fabric, &seller).await;
-    let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
-    let begun = Instant::now();
-    loop {
-        let order = peer.order(&seller, &mandate, |_, _| {}).await;
-        match peer.ask(&seller, &Message::Order(order)).await {
-            Some(Message::Refused(refused)) => {
-                let refusal = refused.verify::<Refusal>(&peer.fabric).expect("signed");
-                assert_eq!(refusal.body().reason, Reason::DiskFull);
-                break;
-            }
-            // The disk is looked at every other second; until the first look orders are taken.
-            Some(Message::Granted(_)) => assert!(begun.elapsed() < PATIENCE, "never refused"),
-            other => panic!("{other:?}"),
-        }
-    }
-    peer.net.close().await;
+    assert_eq!(order_refused(&fabric, &seller).await, Some(Reason::DiskFull));
+    // It orders nothing either: the lease that it holds would have to be kept.
+    let own = lease(&seller, want(100, "0.05")).await;
+    assert!(matches!(own, Err(Failure::DiskFull)), "{own:?}");
     buyer.shutdown().await;
     seller.shutdown().await;
+}
+
+/// Why a node refuses an order that is good; none when it grants it.
+async fn order_refused(fabric: &Fabric, node: &Node) -> Option<Reason> {
+    let mut peer = Peer::linked_to(fabric, node).await;
+    let mandate = mandate_for(fabric, peer.secret.id(), Amount(10_000_000_000));
+    let order = peer.order(node, &mandate, |_, _| {}).await;
+    let answer = peer.ask(node, &Message::Order(order)).await;
+    let reason = match answer {
+        Some(Message::Refused(refused)) => {
+            Some(refused.verify::<Refusal>(&peer.fabric).expect("signed").body().reason)
+        }
+        Some(Message::Granted(_)) => None,
+        other => panic!("{other:?}"),
+    };
+    peer.net.close().await;
+    reason
+}
+
+async fn records_of_strangers() {
+    let fabric = Fabric::new();
+    let node = start(&fabric.home("node"), &config("node", "1", "0.02", &[])).await;
+    until(&node, "it offers", |view| view.nodes.iter().any(|node| node.offer.is_some())).await;
+    let view = node.handle().view().await.expect("view");
+    let facts = node.handle().facts();
+    let id = FabricId(fabric.founder.charter.id());
+    let stranger = Secret::generate().expect("randomness");
+    let hand = Hand { fabric: id, me: stranger.id(), epoch: 1 };
+    let until_when = fabric.now + Span::secs(600);
+    let says = |draft: Draft| stranger.signer().sign(&draft).expect("signs");
+    let subject = key_subject(&stranger.id());
+    // Everything is signed as it should be; what is missing is somebody who vouches for the key.
+    let own = node.handle().view().await.expect("view").nodes[0].clone();
+    let offer = Offer {
+        shapes: own.shapes,
+        rates: own.rates.expect("rates"),
+        classes: vec![Class::Firm],
+        max_term: Span::secs(60),
+        runtimes: own.runtimes,
+        isolation: own.isolation,
+    };
+    let offer = says(hand.draft(subject, 1, until_when, &offer).expect("fits"));
+    let itself = Certificate {
+        organisation: "acme".into(),
+        name: "x".into(),
+        role: Role::Node,
+        key: stranger.id(),
+        not_before: fabric.now,
+    };
+    let itself = says(hand.draft(subject, 0, until_when, &itself).expect("fits"));
+    let host = |certificate| HostRecord {
+        name: "x".into(),
+        version: "0".into(),
+        addresses: Addresses { link: facts.link.clone(), ..Addresses::default() },
+        hardware: Resources::new(1, 1, 1),
+        processor: String::new(),
+        labels: Vec::new(),
+        cell: 0,
+        returns: 0,
+        certificate,
+    };
+    let by_itself = says(hand.draft(subject, 1, until_when, &host(itself)).expect("fits"));
+    let mut peer = Peer::linked_to(&fabric, &node).await;
+    for records in [vec![offer.clone()], vec![by_itself.clone()], vec![by_itself, offer]] {
+        let answer = peer.ask(&node, &Message::Records(records)).await;
+        assert_eq!(answer, Some(Message::Done), "heard, and not believed");
+    }
+    let after = node.handle().view().await.expect("view");
+    assert_eq!((after.records, after.nodes.len()), (view.records, view.nodes.len()));
+    peer.net.close().await;
+
+    // What breaks a rule costs the link.
+    let alien = Fabric::new();
+    let foreign = alien.founder.admit(stranger.id(), Role::Node, "x", alien.now).expect("admits");
+    let foreign = says(hand.draft(subject, 1, until_when, &host(foreign)).expect("fits"));
+    let name = |n| RecordName { key: stranger.id(), kind: Kind::Offer, epoch: n, seq: 0, tag: 0 };
+    for (what, message) in [
+        ("a certificate of another fabric", Message::Records(vec![foreign])),
+        ("too many names", Message::Announce((0..2_049).map(name).collect())),
+        ("a digest of another size", Message::Digest(vec![0; 255])),
+        ("an order as a record", Message::Records(vec![fabric.founder.charter.clone()])),
+    ] {
+        let mut peer = Peer::linked_to(&fabric, &node).await;
+        assert_eq!(peer.ask(&node, &message).await, None, "{what}");
+        peer.until_gone().await;
+        peer.net.close().await;
+    }
+    assert_eq!(node.handle().view().await.expect("view").records, view.records);
+    node.shutdown().await;
+}
+
+async fn packets_of_strangers() {
+    let fabric = Fabric::new();
+    let node = start(&fabric.home("node"), &config("node", "1", "0.02", &[])).await;
+    until(&node, "it is up", |view| view.nodes.len() == 1).await;
+    let to = node.handle().facts().probe;
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("binds");
+    let id = FabricId(fabric.founder.charter.id());
+    let stranger = Secret::generate().expect("randomness");
+    let signed = |fabric: &FabricId, bytes: &[u8]| {
+        let signature = stranger.signer().sign_packet(fabric, bytes);
+        [&stranger.id().0[..], &signature.0, bytes].concat()
+    };
+    let mut flipped = signed(&id, b"content");
+    flipped[100] ^= 1;
+    let elsewhere = signed(&FabricId(Hash([9; 32])), b"content");
+    let bad = [vec![], vec![1; 95], vec![0xff; 300], flipped, elsewhere];
+    let counts = || node.handle().counts().rejected.load(std::sync::atomic::Ordering::Relaxed);
+    let before = counts();
+    for packet in bad.iter().filter(|packet| !packet.is_empty()) {
+        socket.send_to(packet, to).await.expect("sent");
+    }
+    let begun = Instant::now();
+    while counts() < before + 4 {
+        assert!(begun.elapsed() < PATIENCE, "{} were rejected", counts() - before);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Well signed by a key that nobody admitted, with whatever in it.
+    socket.send_to(&signed(&id, &[0; 40]), to).await.expect("sent");
+    socket.send_to(&signed(&id, b""), to).await.expect("sent");
+    let view = node.handle().view().await.expect("view");
+    assert_eq!((view.nodes.len(), view.packets_refused, view.halted), (1, 0, None));
+    assert_eq!(order_refused(&fabric, &node).await, None, "it works on");
+    node.shutdown().await;
+}
+
+async fn followers() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    let buyer = start(&fabric.home("buyer"), &config("buyer", "0", "0.02", &[&seller])).await;
+    let other = start(&fabric.home("other"), &config("other", "0", "0.02", &[&seller])).await;
+    for node in [&buyer, &other] {
+        until(node, "the offer is known", |view| view.nodes.iter().any(|n| !n.shapes.is_empty()))
+            .await;
+    }
+    let leased = lease(&buyer, want(500, "0.05")).await.expect("granted");
+    claim(&buyer, leased.lease, job(&buyer)).await;
+    let (key, at) = (seller.handle().facts().me.0, vec![seller.handle().facts().data]);
+    let lease = leased.lease;
+    let good = attach::Request { lease, stdout: 0, stderr: 0 }.encode();
+    let unknown = attach::Request { lease: LeaseId(Hash([7; 32])), stdout: 0, stderr: 0 }.encode();
+    let mut long = good.clone();
+    long.push(0);
+    for (what, node, channel, body, why) in [
+        ("another node", &other, attach::ATTACH, good.clone(), Turned::Denied),
+        ("no such lease", &buyer, attach::ATTACH, unknown, Turned::Denied),
+        ("another channel", &buyer, 200, good.clone(), Turned::BadRequest),
+        ("a cut request", &buyer, attach::ATTACH, good[..47].to_vec(), Turned::BadRequest),
+        ("a trailing byte", &buyer, attach::ATTACH, long, Turned::BadRequest),
+    ] {
+        let opened = node.handle().data().open(key, at.clone(), channel, body).await;
+        match opened {
+            Err(LinkError::Refused { refused, .. }) => assert_eq!(refused.why, why, "{what}"),
+            other => panic!("{what}: {other:?}"),
+        }
+    }
+    // The delegate follows, also again after the end.
+    for _ in 0..2 {
+        let (stdout, outcome) = follow(&buyer, lease).await;
+        assert_eq!((stdout.as_slice(), outcome), (&b"hello world"[..], Outcome::Exited(7)));
+    }
+    release(&buyer, lease).await;
+    for node in [other, buyer, seller] {
+        node.shutdown().await;
+    }
+}
+
+async fn padding() {
+    let fabric = Fabric::new();
+    let seller = start(&fabric.home("seller"), &config("seller", "1", "0.02", &[])).await;
+    until(&seller, "it offers", |view| view.nodes.iter().any(|node| node.offer.is_some())).await;
+    let limit = Kind::Order.max_len();
+    for (len, granted) in [(limit, true), (limit + 1, false), (60 * 1024, false)] {
+        let mut peer = Peer::linked_to(&fabric, &seller).await;
+        let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+        let order = peer.order(&seller, &mandate, |_, _| {}).await;
+        let mut envelope = Envelope::decode(&order.envelope).expect("an envelope");
+        let extension = |bytes| Extension { tag: 9, critical: false, bytes };
+        envelope.extensions = vec![extension(vec![])];
+        let encode = |envelope: &Envelope| wire::encode::<65_536>(envelope).expect("it fits");
+        let bare = encode(&envelope).len();
+        envelope.extensions = vec![extension(vec![0; len - bare])];
+        // Signed by hand: an honest signer would not sign what is too long.
+        let padded = encode(&envelope);
+        let order = sign_anything(&peer.secret, padded);
+        let answer = peer.ask(&seller, &Message::Order(order)).await;
+        if granted {
+            assert!(matches!(answer, Some(Message::Granted(_))), "{answer:?}");
+        } else {
+            assert_eq!(answer, None);
+            peer.until_gone().await;
+        }
+        peer.net.close().await;
+    }
+    let view = seller.handle().view().await.expect("it lives");
+    assert_eq!(view.counters.grants, 1);
+    seller.shutdown().await;
+}
+
+/// The signature that [`leasehold_proto::words::sign`] describes, over any envelope.
+fn sign_anything(secret: &Secret, envelope: Vec<u8>) -> Signed {
+    let decoded: Envelope = wire::decode::<65_536, _>(&envelope).expect("an envelope");
+    let id = Hash::of(&envelope);
+    let kind = decoded.header.kind.name().into_owned();
+    let mut text = Vec::new();
+    for part in [&b"leasehold/v1"[..], kind.as_bytes(), &decoded.header.fabric.0.0, &id.0] {
+        text.extend((part.len() as u64).to_le_bytes());
+        text.extend(part);
+    }
+    let key = ed25519_dalek::SigningKey::from_bytes(secret.seed());
+    let signature = Signature(ed25519_dalek::Signer::sign(&key, &text).to_bytes());
+    Signed { envelope, signature }
 }
 
 async fn twins() {
@@ -743,7 +951,15 @@ async fn twins() {
     let twin = start(&copy, &config("copy", "1", "0.01", &[&witness])).await;
     let view = until(&twin, "the copy finds out", |view| view.halted.is_some()).await;
     assert!(view.halted.expect("why").contains("two nodes run with one key"));
+    until(&original, "the original finds out", |view| view.halted.is_some()).await;
     until(&witness, "the proof is kept", |view| view.counters.equivocations > 0).await;
+    until(&witness, "nobody is sent there any more", |view| {
+        view.nodes.iter().all(|node| node.shapes.is_empty())
+    })
+    .await;
+    for node in [&twin, &original] {
+        assert_eq!(order_refused(&fabric, node).await, Some(Reason::NotReady));
+    }
     twin.shutdown().await;
     original.shutdown().await;
     witness.shutdown().await;

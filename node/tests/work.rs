@@ -63,6 +63,7 @@ fn main() -> ExitCode {
         ("required_isolation_is_required", |room| Box::pin(required_isolation(room))),
         ("it_works_without_cgroups", |room| Box::pin(without_cgroups(room))),
         ("it_works_without_privilege", |room| Box::pin(without_privilege(room))),
+        ("words_at_a_wardens_door_disturb_no_job", |room| Box::pin(wardens_door(room))),
         ("two_jobs_run_side_by_side", |room| Box::pin(side_by_side(room))),
     ];
     let filter = text.iter().find(|arg| !arg.starts_with('-')).copied().unwrap_or("");
@@ -564,6 +565,47 @@ async fn stop(mut room: Room) {
         room.work.stop("ffffffff", "nobody").await;
     }
     assert!(started.elapsed() < PATIENCE);
+}
+
+async fn wardens_door(mut room: Room) {
+    use std::io::Write as _;
+    let mut spec = room.spec("00000075", &tick_forever());
+    spec.grace_ms = 3_600_000;
+    spec.deadline_boot_ms = boot_ms() + 3_600_000;
+    room.work.start(spec).await.expect("started");
+    room.spoke("00000075").await;
+    let dir = room.root.path().join("x".repeat(120)).join("jobs/00000075");
+    // An address of a unix socket is short: through the open directory, as the node does it.
+    let open = fs::File::open(&dir).expect("opens");
+    let path = format!("/proc/self/fd/{}/socket", std::os::fd::AsRawFd::as_raw_fd(&open));
+    let knock = |words: &[u8]| {
+        let mut stream = std::os::unix::net::UnixStream::connect(&path).expect("connects");
+        // A warden that has heard enough hangs up.
+        let _ = stream.write_all(words);
+        stream
+    };
+    let long = vec![b'a'; 2 << 20];
+    let mut doors = Vec::new();
+    for words in [
+        &b"\n"[..],
+        b"no json\n",
+        b"{\"stop\":{}}\n",
+        b"{\"unheard_of\":1}\n",
+        b"[[[[[[[[[[[[[[[[[[",
+        b"{\"stop\":{\"why\":\"half a li",
+        &[0xff; 300],
+        &long,
+        b"",
+    ] {
+        doors.push(knock(words));
+    }
+    // Those stay open, and the job goes on as if nobody had knocked.
+    assert_eq!(room.work.status("00000075").map(|status| status.state), Some(State::Running));
+    room.work.extend("00000075", boot_ms() + 7_200_000).await.expect("it hears its node");
+    room.work.stop("00000075", "enough").await;
+    let (outcome, _) = room.end("00000075").await;
+    assert_eq!(outcome, Outcome::Stopped { why: "enough".into() });
+    drop(doors);
 }
 
 async fn extend(mut room: Room) {

@@ -76,6 +76,8 @@ pub fn rank(want: &Want, candidates: &[Candidate<'_>], dice: &mut Dice) -> Ranki
         }
     }
     dice.shuffle(&mut fitting);
+    // Those with room come into the sample first.
+    fitting.sort_by_key(|fit| fit.full);
     ranking.unsampled = fitting.len().saturating_sub(SAMPLE);
     fitting.truncate(SAMPLE);
     let cheapest = fitting.iter().map(|fit| fit.rate).min().unwrap_or_default().0.max(1);
@@ -92,6 +94,8 @@ struct Fit<'a> {
     candidate: &'a Candidate<'a>,
     offer: &'a Verified<Offer>,
     rate: Amount,
+    /// Whether it had too little free when it was last heard of.
+    full: bool,
 }
 
 fn name_of(candidate: &Candidate<'_>) -> String {
@@ -112,13 +116,16 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     for (name, value) in want.labels.iter().filter(|label| !labels.contains(label)) {
         reasons.push(format!("it is not labelled {name}={value}"));
     }
-    if !body.fits(&want.shape) {
-        // Of several shapes the one that lacks least tells the most.
-        let short = body.shapes.iter().map(|room| want.shape.shortage(room));
-        let least = short.min_by_key(Vec::len);
-        reasons.extend(least.unwrap_or_else(|| vec!["it has nothing free".into()]));
+    // What is free changes faster than it is heard of: a host that could fit at all may be asked.
+    let full = !body.fits(&want.shape);
+    let possible = candidate.host.is_some_and(|host| want.shape.fits(&host.hardware));
+    if full && !possible {
+        let host = candidate.host.map(|host| want.shape.shortage(&host.hardware));
+        reasons.extend(host.unwrap_or_else(|| vec!["it has nothing free".into()]));
     }
-    if !body.classes.contains(&want.class) {
+    if body.classes.is_empty() {
+        reasons.push("it sells nothing".into());
+    } else if !body.classes.contains(&want.class) {
         reasons.push(format!("it does not sell {:?}", want.class).to_lowercase());
     }
     if want.term > body.max_term {
@@ -139,13 +146,13 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
         Some(_) => {}
     }
     match rate {
-        Some(rate) if reasons.is_empty() => Ok(Fit { candidate, offer, rate }),
+        Some(rate) if reasons.is_empty() => Ok(Fit { candidate, offer, rate, full }),
         _ => Err(reasons),
     }
 }
 
 fn score(want: &Want, fit: &Fit<'_>, cheapest: u64, dice: &mut Dice) -> Choice {
-    let Fit { candidate, offer, rate } = fit;
+    let Fit { candidate, offer, rate, full } = fit;
     let price = u64::try_from(u128::from(rate.0) * 1000 / u128::from(cheapest)).unwrap_or(u64::MAX);
     // A tight fit leaves the large shapes to those who need them.
     let room = offer.body().shapes.iter().map(|s| s.cpu_milli).max().unwrap_or(0);
@@ -155,13 +162,17 @@ fn score(want: &Want, fit: &Fit<'_>, cheapest: u64, dice: &mut Dice) -> Choice {
     let risk = bad * 400 / (all + 2);
     let noise = dice.below(NOISE);
     // Not a veto: where nobody else fits, it is asked again.
-    let avoided = if candidate.avoided { AVOIDED } else { 0 };
+    let last = if *full { 2 * AVOIDED } else { 0 };
+    let avoided = if candidate.avoided { AVOIDED } else { 0 } + last;
     let mut why = vec![format!("{rate}/h")];
     if price > 1000 {
         let percent = (price - 1000).div_ceil(10);
         why.push(format!("{percent}% above the cheapest"));
     } else {
         why.push("the cheapest that fits".into());
+    }
+    if *full {
+        why.push("it had too little free when it was last heard of".into());
     }
     if candidate.avoided {
         why.push("it refused or failed a moment ago".into());

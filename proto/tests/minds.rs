@@ -3,15 +3,17 @@
 #[path = "common/people.rs"]
 mod people;
 
+use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::id::{Hash, KeyId, LeaseId};
 use leasehold_proto::base::money::Amount;
-use leasehold_proto::base::resource::Resources;
+use leasehold_proto::base::resource::{Rates, Resources};
 use leasehold_proto::base::time::{Boot, Now, Span, Wall};
 use leasehold_proto::minds::admission::{Admission, NotAdmitted, NotEntitled};
 use leasehold_proto::minds::holdings::{Held, Holdings, Judged, Placed, Stage};
 use leasehold_proto::minds::pricing::{HONOUR, Policy, Pricing};
 use leasehold_proto::minds::seek::{Next, PATIENCE, Pursuit};
 use leasehold_proto::minds::spread::{Spread, Taken};
+use leasehold_proto::placement::{Candidate, rank};
 use leasehold_proto::words::chain::Chain;
 use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{
@@ -19,7 +21,7 @@ use leasehold_proto::words::contract::{
 };
 use leasehold_proto::words::message::{RecordSaid, verify_record};
 use leasehold_proto::words::object::key_subject;
-use leasehold_proto::words::record::Offer;
+use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
 use leasehold_proto::words::sign::{Draft, Hand, Verified};
 use leasehold_proto::words::usage::{ObjectionReason, Receipt, Usage};
 use leasehold_proto::words::want::{Choice, Want};
@@ -285,6 +287,100 @@ fn a_late_search_waits_and_does_not_spin() {
     assert_eq!(pursuit.waits_until(), Some(wait));
     pursuit.silent(&order(3), String::new());
     assert_eq!(pursuit.next(wait), Next::Failed);
+}
+
+// --- placement ---
+
+#[test]
+fn hosts_are_ranked_for_reasons_and_the_full_come_last() {
+    let people = People::new();
+    let offer = |free: u64, classes: Vec<Class>, cents: u64| -> Verified<Offer> {
+        let offer = Offer {
+            shapes: if free > 0 {
+                vec![Resources::new(free * 1000, free << 30, 0)]
+            } else {
+                vec![]
+            },
+            rates: Rates { cpu_hour: Amount(cents * 10_000_000), ..Rates::default() },
+            classes,
+            max_term: Span::secs(600),
+            runtimes: vec!["wasm".into()],
+            isolation: vec!["wasm".into()],
+        };
+        let hand = people.hand(1);
+        let draft = hand.draft(key_subject(&hand.me), 1, WALL + Span::secs(60), &offer);
+        people.says(&draft.expect("it fits"))
+    };
+    let host = |name: &str, cores: u64| HostRecord {
+        name: name.into(),
+        version: String::new(),
+        addresses: Addresses::default(),
+        hardware: Resources::new(cores * 1000, cores << 30, 0),
+        processor: String::new(),
+        labels: vec![("zone".into(), "a".into())],
+        cell: 0,
+        returns: 0,
+        certificate: people.lessor_certificate.clone(),
+    };
+    let firm = || vec![Class::Firm];
+    let small = offer(4, firm(), 1);
+    let dear = offer(4, firm(), 2);
+    let full = offer(0, firm(), 1);
+    let idle = offer(0, Vec::new(), 1);
+    let hosts = [
+        ("cheap", host("cheap", 4), Some(&small), true, false),
+        ("dear", host("dear", 4), Some(&dear), true, false),
+        ("lately", host("lately", 4), Some(&small), true, true),
+        ("full", host("full", 4), Some(&full), true, false),
+        ("tiny", host("tiny", 1), Some(&full), true, false),
+        ("down", host("down", 4), Some(&small), false, false),
+        ("idle", host("idle", 4), Some(&idle), true, false),
+        ("silent", host("silent", 4), None, true, false),
+    ];
+    let key = |n: usize| KeyId([u8::try_from(n).expect("few") + 1; 32]);
+    let candidates: Vec<_> = (0..)
+        .zip(&hosts)
+        .map(|(n, (_, host, offer, up, avoided))| Candidate {
+            key: key(n),
+            host: Some(host),
+            offer: *offer,
+            up: *up,
+            avoided: *avoided,
+            record: (0, 0),
+        })
+        .collect();
+    let two = Want { shape: Resources::new(2000, 2 << 30, 0), ..want() };
+    let names = |want: &Want| {
+        let ranking = rank(want, &candidates, &mut Dice::new(7));
+        let choices: Vec<_> = ranking.choices.iter().map(|c| c.name.clone()).collect();
+        (choices, ranking)
+    };
+    let (chosen, ranking) = names(&two);
+    assert_eq!(chosen, ["cheap", "dear", "lately", "full"]);
+    assert!(ranking.choices[3].why.contains("too little free"), "{:?}", ranking.choices[3]);
+    for (name, why) in
+        [("tiny", "cpu"), ("down", "down"), ("idle", "sells nothing"), ("silent", "offers nothing")]
+    {
+        let against = ranking.against.iter().find(|host| host.name == name).expect(name);
+        assert!(against.reasons.iter().any(|said| said.contains(why)), "{against:?}");
+    }
+    // Who names hosts says in which order; who was full or failed still comes last.
+    let named = Want { lessors: vec![key(3), key(1), key(0), key(5)], ..two.clone() };
+    assert_eq!(names(&named).0, ["dear", "cheap", "full"]);
+    for (none, why) in [
+        (Want { max_hourly: Amount(1), ..two.clone() }, "price"),
+        (Want { term: Span::secs(601), ..two.clone() }, "term"),
+        (Want { runtime: "oci".into(), ..two.clone() }, "runtime"),
+        (Want { labels: vec![("zone".into(), "b".into())], ..two.clone() }, "zone=b"),
+        (Want { isolation: vec!["vm".into()], ..two.clone() }, "vm"),
+        (Want { class: Class::Slack, ..two.clone() }, "slack"),
+        (Want { shape: Resources::new(9000, 1 << 30, 0), ..two }, "cpu"),
+    ] {
+        let (chosen, ranking) = names(&none);
+        assert_eq!(chosen, Vec::<String>::new(), "{why}");
+        let against = ranking.against.iter().find(|host| host.name == "cheap").expect("cheap");
+        assert!(against.reasons.iter().any(|said| said.contains(why)), "{why}: {against:?}");
+    }
 }
 
 // --- pricing ---

@@ -29,6 +29,9 @@ use serde::Serialize;
 /// What to measure.
 #[derive(Debug, Args)]
 pub struct Bench {
+    /// As everywhere; a benchmark prints JSON lines without it too
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     what: What,
 }

@@ -191,7 +191,10 @@ impl Scenario {
         let steps = faults(&mut dice, nodes, length);
         let copies = steps.iter().any(|(_, step)| matches!(step, Step::Twin { .. }));
         // Two holders of one key hear of each other by the comparison that is made every minute.
-        let quiet = Span::secs(longest + if copies { 140 } else { 60 });
+        // Who hears of a dead node only by its record, after everybody has stopped speaking of it,
+        // finds out by a probe of its own: one round of them takes half a second a node.
+        let round = nodes as u64 / 2;
+        let quiet = Span::secs(longest + round + if copies { 140 } else { 60 });
         Self { seed, nodes, length, quiet, plant, network, sync_us, load, steps }
     }
 

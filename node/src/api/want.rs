@@ -244,9 +244,14 @@ impl WantText {
         rule("want.claim_within", claim_within > Span::ZERO, "it must be longer than nothing")?;
         // A lease that is shorter than that is claimed within its term, if at all.
         let claim_within = claim_within.min(term);
-        let budget = within("want.budget", quantity::price(&self.budget.0))?;
+        let budget = within("want.budget", quantity::amount(&self.budget.0))?;
+        rule(
+            "want.budget",
+            budget > leasehold_proto::Amount::ZERO,
+            "it must be more than nothing",
+        )?;
         let exposure = match &self.exposure {
-            Some(text) => within("want.exposure", quantity::price(&text.0))?,
+            Some(text) => within("want.exposure", quantity::amount(&text.0))?,
             None => budget,
         };
         let lists = [self.lessors.len(), self.isolation.len(), self.labels.len()];
@@ -334,6 +339,10 @@ pub struct JobText {
     /// Names of files under `/out` that are kept for fetching.
     #[serde(default)]
     pub outputs: Vec<String>,
+    /// Whether the lease is given back by itself once the job has ended. Else it is held, and
+    /// paid, to its term or until it is released.
+    #[serde(default)]
+    pub release_after: bool,
 }
 
 impl JobText {
@@ -355,6 +364,7 @@ impl JobText {
             stdin: self.stdin.as_ref().map(|stdin| stdin.parse("job.stdin")).transpose()?,
             inputs: self.inputs.iter().map(input).collect::<Result<_, NotUnderstood>>()?,
             outputs: self.outputs.clone(),
+            release_after: self.release_after,
         };
         within("job", job.check())?;
         Ok(job)

@@ -39,7 +39,7 @@ pub struct Init {
     #[arg(long, value_name = "PRICE", default_value = "10", value_parser = quantity::price)]
     max_hourly: leasehold_proto::Amount,
     /// The most that one lease ordered by this node may cost in all
-    #[arg(long, value_name = "AMOUNT", default_value = "100", value_parser = quantity::price)]
+    #[arg(long, value_name = "AMOUNT", default_value = "100", value_parser = quantity::amount)]
     max_total: leasehold_proto::Amount,
     /// Sell what the host can spare, at the default prices
     #[arg(long)]
@@ -61,6 +61,9 @@ pub enum InitError {
     /// There is a node already.
     #[error("{} holds a node already; give another --dir, or remove it if it is not needed", .0.display())]
     Exists(PathBuf),
+    /// No lease could ever be made.
+    #[error("--max-term: leases of no length can never be made; say 30d, 12h or 90m")]
+    Term,
     /// The directory or a key.
     #[error(transparent)]
     Home(#[from] HomeError),
@@ -83,6 +86,7 @@ impl InitError {
     pub const fn exit(&self) -> Exit {
         match self {
             Self::Exists(_) => Exit::Conflict,
+            Self::Term => Exit::Usage,
             Self::Home(why) => why.exit(),
             Self::Passphrase(why) => why.exit(),
             Self::Config { .. } => Exit::Io,
@@ -111,6 +115,9 @@ impl Init {
     pub fn run(&self, home: &Home) -> Result<Founded, InitError> {
         if home.holds_node() {
             return Err(InitError::Exists(home.dir().into()));
+        }
+        if self.max_term == Span::ZERO {
+            return Err(InitError::Term);
         }
         // Everything is made before anything is written: a name that breaks a rule leaves nothing
         // that the next try would stumble over.

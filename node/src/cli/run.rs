@@ -232,6 +232,11 @@ impl Run {
 
     /// Without `--yes` a person must be there to be asked.
     fn check_asking(&self) -> Result<(), Failure> {
+        if self.detach && self.output_dir.as_os_str() != "." {
+            let message = "a run that is left alone fetches nothing: say --output NAME without \
+                --output-dir, and `leasehold outputs LEASE --output-dir DIR` once it has ended";
+            return Err(Failure::say(Exit::Usage, message));
+        }
         if self.want.is_none() && self.lease.is_none() {
             let message = "say what is wanted with --max-price and --budget, or which lease to \
                 use with --lease";
@@ -256,6 +261,7 @@ impl Run {
 
     async fn files(&self) -> Result<Files, Failure> {
         let program = transfer::hash(&self.program).await?;
+        self.check_program()?;
         let mut inputs = Vec::new();
         for (name, path) in &self.input {
             inputs.push((name.clone(), transfer::hash(path.as_ref()).await?));
@@ -271,6 +277,22 @@ impl Run {
         Ok(files)
     }
 
+    /// What can be told from the first bytes is told before anything is leased.
+    fn check_program(&self) -> Result<(), Failure> {
+        use std::io::Read as _;
+        let wasm = self.want.as_ref().is_none_or(|want| want.runtime == "wasm");
+        let mut first = [0; 4];
+        let read = std::fs::File::open(&self.program).and_then(|mut file| file.read(&mut first));
+        if wasm && read.is_ok() && first != *b"\0asm" {
+            let message = format!(
+                "{} is not WebAssembly: build it for wasm32-wasip1 (WASI preview 1)",
+                self.program.display()
+            );
+            return Err(Failure::say(Exit::Usage, message));
+        }
+        Ok(())
+    }
+
     fn job(&self, files: &Files, stdin: Option<PayloadText>) -> JobText {
         let input = |(name, local): &(String, Local)| {
             let PayloadText { root, size } = local.payload.clone();
@@ -284,6 +306,8 @@ impl Run {
             stdin,
             inputs: files.inputs.iter().map(input).collect(),
             outputs: self.output.clone(),
+            // Attached, the lease is given back once the outputs are here.
+            release_after: self.detach,
         }
     }
 

@@ -77,7 +77,11 @@ fn check(
 ) -> Result<(String, Value), judge::NotVerified> {
     match item {
         Item::Proof(proof) => {
-            let verdict = judge::proof(proof, fabric)?;
+            let founded = charter
+                .map(|charter| judge::object(charter, None, None, clock::now().wall))
+                .transpose()?;
+            let founded = founded.map(|founded| founded.fabric);
+            let verdict = judge::proof(proof, fabric.or(founded.as_ref()))?;
             let mut object = serde_json::to_value(&verdict).unwrap_or_default();
             object["verified"] = true.into();
             Ok((view::verdict(&verdict), object))

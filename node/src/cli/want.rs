@@ -141,7 +141,9 @@ fn key_of(nodes: &Nodes, on: &str) -> Result<String, Failure> {
     if on.parse::<KeyId>().is_ok() {
         return Ok(on.into());
     }
-    let mut named = nodes.nodes.iter().filter(|node| node.name == on);
+    // A table shows the last characters of a key.
+    let tail = |node: &&crate::api::body::NodeLine| on.len() >= 6 && node.id.ends_with(on);
+    let mut named = nodes.nodes.iter().filter(|node| node.name == on || tail(node));
     match (named.next(), named.next()) {
         (Some(node), None) => Ok(node.id.clone()),
         (None, _) => {
@@ -149,7 +151,9 @@ fn key_of(nodes: &Nodes, on: &str) -> Result<String, Failure> {
             Err(Failure::say(Exit::Usage, message))
         }
         (Some(_), Some(_)) => {
-            let message = format!("several nodes are named '{on}': say its key instead");
+            let message = format!(
+                "several nodes are named '{on}': say the last characters of its key instead, as `leasehold nodes` shows them"
+            );
             Err(Failure::say(Exit::Usage, message))
         }
     }

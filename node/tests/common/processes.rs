@@ -201,9 +201,17 @@ pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 pub(crate) fn terminate(process: &Child) {
+    signal(process, rustix::process::Signal::TERM);
+}
+
+/// What Ctrl-C sends.
+pub(crate) fn interrupt(process: &Child) {
+    signal(process, rustix::process::Signal::INT);
+}
+
+fn signal(process: &Child, signal: rustix::process::Signal) {
     let pid = i32::try_from(process.id()).ok().and_then(rustix::process::Pid::from_raw);
-    rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::TERM)
-        .expect("signalled");
+    rustix::process::kill_process(pid.expect("a pid"), signal).expect("signalled");
 }
 
 impl Drop for Node {

@@ -10,7 +10,7 @@ use crate::minds::admission::departure;
 use crate::minds::holdings::{Held, Holding, Judged, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
-use crate::words::charter::Role;
+use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{
     Acceptance, Authority, Claim, JobSpec, Order, Reason, Refusal, Release, Termination,
 };
@@ -71,8 +71,25 @@ impl Core {
         want: Want,
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
-        if self.mandate.is_none() {
-            return Err(Failure::NoMandate);
+        let mandate = self.mandate.as_ref().ok_or(Failure::NoMandate)?;
+        let allowed = mandate.body();
+        if want.max_hourly > allowed.max_hourly {
+            return Err(Failure::BadOrder(format!(
+                "this node's mandate allows at most {} per hour, the limit asked for is {}",
+                allowed.max_hourly, want.max_hourly
+            )));
+        }
+        if want.budget > allowed.max_total {
+            return Err(Failure::BadOrder(format!(
+                "this node's mandate allows at most {} in all, the budget asked for is {}",
+                allowed.max_total, want.budget
+            )));
+        }
+        if want.term > allowed.max_term {
+            return Err(Failure::BadOrder(format!(
+                "this node's mandate allows terms of at most {}, asked for is {}",
+                allowed.max_term, want.term
+            )));
         }
         if self.pursuits.len() >= MAX_PURSUITS {
             return Err(Failure::Busy);
@@ -259,6 +276,12 @@ impl Core {
         certificate: Signed,
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
+        let admitted: Verified<Certificate> = certificate
+            .verify(&self.hand.fabric)
+            .map_err(|why| Failure::BadOrder(format!("the lessee's certificate: {why}")))?;
+        self.admission
+            .admits(&admitted, &lessee, Role::Tenant, now.wall)
+            .map_err(|why| Failure::BadOrder(format!("the lessee's certificate: {why}")))?;
         let ranking = self.rank(now, want);
         let Some(choice) = ranking.choices.into_iter().next() else {
             return Err(Failure::NothingFits(ranking.against));
@@ -400,12 +423,14 @@ impl Core {
         let figures = body.figures.iter();
         let figures: Vec<_> =
             figures.map(|f| format!("{}: have {}, need {}", f.of, f.have, f.need)).collect();
+        let detail =
+            if figures.is_empty() { body.reason.meaning().into() } else { figures.join(", ") };
         self.avoid(now, from, false);
         self.holdings.drop_order(order);
         out.push(Effect::Keep(Kept::DropHeld(*order)));
         if let Some(command) = self.command_of(order) {
             if let Some(pursuit) = self.pursuits.get_mut(&command) {
-                pursuit.refused(order, body.reason, figures.join(", "));
+                pursuit.refused(order, body.reason, detail);
             }
             self.pursue(now, command, out);
         }

@@ -358,7 +358,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.book.report(lease, usage);
-        if self.book.reaped(lease, outcome) {
+        if self.book.reaped(lease, outcome) || self.book.release_after(now, lease) {
             self.close(now, lease, out);
         } else {
             self.keep_lent(lease, out);
@@ -390,12 +390,15 @@ impl Core {
         if running {
             let (outcome, usage) = orphan.cloned().unwrap_or((Outcome::Lost, Usage::default()));
             let lost = !matches!(outcome, Outcome::Exited(_));
-            if orphan.is_some() {
+            // What is lost is billed to its last receipt, and its usage is told up to there too.
+            if orphan.is_some() && !lost {
                 self.book.report(lease, usage);
             }
             self.book.reaped(lease, outcome);
             if lost || !same_boot {
                 self.book.drain_lost(now, lease);
+            } else {
+                self.book.release_after(now, lease);
             }
         } else if !same_boot {
             self.book.drain_lost(now, lease);

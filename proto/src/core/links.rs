@@ -24,6 +24,8 @@ const HOST_LIFE: Span = Span::secs(90 * 60);
 const RETURNS: u32 = 16;
 /// The number of the offer that ends a key with two holders.
 const LAST_WORD: u64 = u64::MAX;
+/// How often it is sent back to its key: links take the connections of one peer by turns.
+const LAST_WORDS: usize = 4;
 /// How many records are pulled by one question: their answer must fit one message.
 const PULL_AT_ONCE: usize = 100;
 /// The most links kept; those beyond were dialled for one order and are closed when idle. Every
@@ -408,6 +410,14 @@ impl Core {
         match self.spread.take(now.boot, now.wall, said, from.as_ref()) {
             Taken::New if name.kind == Kind::HostRecord => {
                 self.learn_member(now, &name.key, out);
+            }
+            // Said by one holder of the key, perhaps over this very link: the other one, whose
+            // connection is another under the same name, must hear it too.
+            Taken::New if name.seq == LAST_WORD => {
+                let linked = self.links.get(&name.key).is_some_and(|link| link.admitted);
+                for _ in 0..if linked { LAST_WORDS } else { 0 } {
+                    self.send_records(name.key, &[name], out);
+                }
             }
             // One proof says all; a node that lies a thousand times fills no disk here.
             Taken::Equivocation(a, b) if self.equivocators.insert(name.key) => {

@@ -91,6 +91,8 @@ pub struct Lent {
     pub end: Option<(EndReason, KeyId)>,
     /// How its job ended.
     pub outcome: Option<Outcome>,
+    /// Whether it is given back by itself once its job has ended.
+    pub release_after: bool,
     /// The acts that were accepted.
     pub acts: Vec<Act>,
     /// Where the receipts stand.
@@ -388,6 +390,7 @@ impl Book {
             stopped: None,
             end: None,
             outcome: None,
+            release_after: false,
             acts: Vec::new(),
             chain: Chain::default(),
             acknowledged: (0, Amount::ZERO),
@@ -432,6 +435,7 @@ impl Book {
         let every = lease.terms.receipt_every;
         lease.kept.stage = Stage::Active;
         lease.kept.claimed = Some(now.boot);
+        lease.kept.release_after = body.job.release_after;
         lease.receipt_due = now.boot + every;
         lease.running = true;
         self.accept(id, body.act, claim.id(), now)
@@ -514,6 +518,14 @@ impl Book {
         lease.running = false;
         lease.kept.outcome.get_or_insert(outcome);
         lease.kept.stage == Stage::Draining
+    }
+
+    /// The job has ended: a lease that was claimed for that long drains. True when it does.
+    pub fn release_after(&mut self, now: Now, id: &LeaseId) -> bool {
+        let Some(lease) = self.leases.get(id) else { return false };
+        let over = lease.kept.outcome.is_some() && lease.kept.release_after;
+        let by = lease.terms.delegate;
+        over && self.drain(now, id, EndReason::Released, by)
     }
 
     /// Takes what the job's meter says.

@@ -229,11 +229,15 @@ impl Holdings {
         }
         let checked = kept.chain.check(&terms, body).and_then(|()| {
             // What was never claimed costs nothing. After a reboot of this host the boot clock
-            // says nothing about the claim any more, and the wall clock has to do.
+            // says nothing about the claim any more, and the wall clock has to do, unless it has
+            // evidently been set back since.
             let passed = match kept.claim_sent.filter(|_| !kept.claim_refused) {
                 Some((sent, _)) if kept.boot == boot => {
                     let span = now.boot.since(sent);
                     span + span.scale(DRIFT_PPM, 1_000_000) + RESOLUTION
+                }
+                Some((_, sent)) if now.wall + SKEW < sent + kept.chain.usage.billed => {
+                    body.usage.billed
                 }
                 Some((_, sent)) => now.wall.since(sent) + SKEW,
                 None => return Err(ObjectionReason::Time),

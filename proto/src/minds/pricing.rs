@@ -149,7 +149,7 @@ impl Pricing {
         Offer {
             shapes: if sells { vec![free.clone()] } else { Vec::new() },
             rates: self.policy.rates.clone(),
-            classes: vec![Class::Firm],
+            classes: if self.policy.selling { vec![Class::Firm] } else { Vec::new() },
             max_term: self.policy.max_term,
             runtimes: self.policy.runtimes.clone(),
             isolation: self.policy.isolation.clone(),

@@ -190,6 +190,31 @@ pub enum Reason {
     Busy,
 }
 
+impl Reason {
+    /// What it means, for a person who asked.
+    #[must_use]
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Capacity => "it has too little free",
+            Self::Price => "its price is above the limit",
+            Self::StaleOffer => "its offer has changed since",
+            Self::WrongLessor => "the order names another host",
+            Self::Expired => "the order's validity is over, or reaches too far",
+            Self::NotAdmitted => "it does not admit who asks",
+            Self::Mandate => "the mandate does not allow this order",
+            Self::Conflict => "another order had the same request id",
+            Self::NotOffered => "it does not sell this",
+            Self::DiskFull => "its disk is full",
+            Self::NotReady => "it takes on nothing new now",
+            Self::UnknownLease => "it does not know the lease",
+            Self::Ended => "the lease is over",
+            Self::InUse => "the lease is in use already",
+            Self::BadJob => "the job breaks a rule",
+            Self::Busy => "too many requests wait there",
+        }
+    }
+}
+
 /// What ran short.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Figure {
@@ -244,6 +269,8 @@ pub struct JobSpec {
     pub inputs: Vec<Input>,
     /// Files it writes under `/out` that are kept for fetching.
     pub outputs: Vec<String>,
+    /// Whether the lease is given back by itself once the job has ended.
+    pub release_after: bool,
 }
 
 /// A file that a job finds.

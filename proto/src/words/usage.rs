@@ -47,7 +47,7 @@ pub enum Outcome {
     OutOfMemory,
     /// The lease's end came first.
     Deadline,
-    /// The lessee stopped it.
+    /// It was stopped: by the lessee, or because the lease ended before its term.
     Stopped,
     /// Its processes vanished.
     Lost,
@@ -82,7 +82,7 @@ impl fmt::Display for Outcome {
             Self::NoPayload(text) => write!(f, "a payload could not be had: {text}"),
             Self::OutOfMemory => f.write_str("wanted more memory than leased"),
             Self::Deadline => f.write_str("was ended at the end of its lease"),
-            Self::Stopped => f.write_str("was stopped by the lessee"),
+            Self::Stopped => f.write_str("was stopped"),
             Self::Lost => f.write_str("was lost with its host or node"),
             Self::OutOfDisk => f.write_str("wrote more than the disk leased"),
         }

@@ -197,6 +197,7 @@ pub fn job() -> JobSpec {
         stdin: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
+        release_after: false,
     }
 }
 

@@ -219,6 +219,7 @@ impl Story {
             stdin: Some(payload(b"")),
             inputs: vec![Input { name: "in.txt".into(), payload: payload(b"an input") }],
             outputs: vec!["out.txt".into()],
+            release_after: true,
         };
         let claim = delegate_pen.sign(lease.0, &Claim { lease, act: act(b"claim"), job });
         let acceptance = Acceptance { lease, act: act(b"claim"), of: claim.id() };

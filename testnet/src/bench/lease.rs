@@ -31,7 +31,7 @@ use crate::fleet::{Fleet, Plan, config};
 /// What comes before it counts: links open, caches warm, the first grants lapsed.
 const WARM_UP: Duration = Duration::from_secs(2);
 /// How long a grant waits to be claimed. Short: so much capacity is promised at once.
-const CLAIM_WITHIN: &str = "500ms";
+const CLAIM_WITHIN: &str = "250ms";
 /// How long two nodes may take to see each other.
 const MAP: Duration = Duration::from_secs(30);
 /// How many errors a client meets before it gives up.

@@ -98,6 +98,7 @@ fn job(dice: &mut Dice) -> JobSpec {
         stdin: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
+        release_after: false,
     }
 }
 
