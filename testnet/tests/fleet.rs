@@ -141,7 +141,10 @@ async fn a_killed_node_keeps_every_grant_it_sent() {
     const CLIENTS: usize = 8;
     let mut buys = fleet::config("buyer");
     buys.offer.sell = false;
-    let nodes = vec![fleet::config("seller"), buys, fleet::config("other")];
+    // Nothing may lapse while the test runs.
+    let mut sells = fleet::config("seller");
+    sells.offer.max_claim_within = "20m".into();
+    let nodes = vec![sells, buys, fleet::config("other")];
     let mut fleet = Fleet::start(plan(nodes)).await.expect("starts");
     let root = fleet.root().to_path_buf();
     fleet.map(PATIENCE).await.expect("all see all");
