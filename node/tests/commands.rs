@@ -1,0 +1,287 @@
+//! What a program is given and what a person sees of it: arguments, environment and inputs, its
+//! output followed or read later, leases requested before, and payloads that cannot be had.
+
+#[path = "common/processes.rs"]
+mod processes;
+
+use std::io::Read as _;
+use std::process::{Child, Output, Stdio};
+
+use processes::{COPY, ENDLESS, Fabric, Node, WANT, program, stderr, until, want};
+use serde_json::{Value, json};
+
+/// Writes its arguments and `/in/data` to standard output and its environment to standard error;
+/// exits with 44 where there is no `/in/data`.
+const TELL: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_read" (func $fd_read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_open" (func $path_open
+    (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "args_sizes_get" (func $args_sizes
+    (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "args_get" (func $args (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $env_sizes
+    (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_get" (func $env (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 64) "data")
+  (func $write (param $fd i32) (param $at i32) (param $len i32)
+    (i32.store (i32.const 0) (local.get $at))
+    (i32.store (i32.const 4) (local.get $len))
+    (drop (call $fd_write (local.get $fd) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func (export "_start")
+    (drop (call $args_sizes (i32.const 1024) (i32.const 1028)))
+    (drop (call $args (i32.const 2048) (i32.const 8192)))
+    (call $write (i32.const 1) (i32.const 8192) (i32.load (i32.const 1028)))
+    (drop (call $env_sizes (i32.const 1024) (i32.const 1028)))
+    (drop (call $env (i32.const 2048) (i32.const 8192)))
+    (call $write (i32.const 2) (i32.const 8192) (i32.load (i32.const 1028)))
+    (if (call $path_open (i32.const 3) (i32.const 0) (i32.const 64) (i32.const 4)
+          (i32.const 0) (i64.const 2) (i64.const 0) (i32.const 0) (i32.const 32))
+      (then (call $exit (i32.const 44))))
+    (i32.store (i32.const 0) (i32.const 16384))
+    (i32.store (i32.const 4) (i32.const 4096))
+    (drop (call $fd_read (i32.load (i32.const 32)) (i32.const 0) (i32.const 1) (i32.const 16)))
+    (call $write (i32.const 1) (i32.const 16384) (i32.load (i32.const 16)))))"#;
+
+/// A seller, and a buyer that knows what it sells.
+fn market(fabric: &Fabric) -> (Node, Node) {
+    let seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    (seller, buyer)
+}
+
+fn file(fabric: &Fabric, name: &str, bytes: &[u8]) -> String {
+    let path = fabric.room.path().join(name);
+    std::fs::write(&path, bytes).expect("written");
+    path.display().to_string()
+}
+
+/// `leasehold run` with what is wanted and `more`.
+fn run(buyer: &Node, more: &[&str]) -> Output {
+    buyer.cli(&[&["run", "--yes"], &WANT[..], more].concat())
+}
+
+/// Starts a job that goes on by itself, and gives its lease.
+fn detached(buyer: &Node, more: &[&str]) -> String {
+    let output = run(buyer, &[&["-d"], more].concat());
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text").trim().to_string()
+}
+
+fn requested(buyer: &Node) -> String {
+    let leased = buyer.cli_json(&[&["lease", "request", "--json"], &WANT[..]].concat());
+    leased["lease"].as_str().expect("a lease").to_string()
+}
+
+/// Asserts that `output` ended with `code` and said all of `parts` on standard error.
+fn ended(output: &Output, code: i32, parts: &[&str]) {
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    for part in parts {
+        assert!(stderr(output).contains(part), "'{part}' in {}", stderr(output));
+    }
+}
+
+/// The end of a lease, once it has one.
+fn end_of(buyer: &Node, lease: &str) -> Value {
+    until("the lease ends", || {
+        let end = buyer.get(&format!("/v1/leases/{lease}/end?timeout_s=30")).json();
+        (end["ended"] == true).then_some(end)
+    })
+}
+
+/// Ends a process that a failed test would leave behind.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+// ---------------------------------------------------------------- what a program is given
+
+#[test]
+fn a_program_is_given_what_the_command_line_says() {
+    let fabric = Fabric::new();
+    let (_seller, buyer) = market(&fabric);
+    let tell = program(&fabric, "tell.wasm", TELL);
+    let data = format!("data={}", file(&fabric, "data", b"from a file"));
+    let given = ["--env", "COLOUR=blue", "--env", "EMPTY=", "--input", &data];
+    let said = ["--", "-a", "b c", ""];
+    let output = run(&buyer, &[&given[..], &[&tell], &said].concat());
+    ended(&output, 0, &["COLOUR=blue\0EMPTY=\0", "cost "]);
+    assert_eq!(output.stdout, b"program\0-a\0b c\0\0from a file");
+
+    // Without the input it ends by its own word, which is the command's too.
+    let output = run(&buyer, &[&tell]);
+    ended(&output, 44, &["the program exited with 44", "cost "]);
+    // What breaks a rule is said before anything is leased.
+    let count =
+        || buyer.cli_json(&["lease", "list", "--all", "--json"])["leases"].as_array().map(Vec::len);
+    let before = count();
+    let climbs = format!("../data={}", file(&fabric, "data", b"x"));
+    for wrong in [["--input", &climbs], ["--env", "=x"], ["--output", "/etc/passwd"]] {
+        let output = run(&buyer, &[&wrong[..], &[&tell]].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
+    }
+    let missing = run(&buyer, &["--input", "data=/no/such/file", &tell]);
+    ended(&missing, 3, &["/no/such/file"]);
+    assert_eq!(count(), before, "nothing was leased for these");
+}
+
+#[test]
+fn a_lease_requested_before_is_used_once() {
+    let fabric = Fabric::new();
+    let (seller, buyer) = market(&fabric);
+    let tell = program(&fabric, "tell.wasm", TELL);
+    let data = format!("data={}", file(&fabric, "data", b"later"));
+    let lease = requested(&buyer);
+    // It is the buyer's to use, not the seller's.
+    ended(&seller.cli(&["run", "--lease", &lease, &tell]), 5, &[&lease]);
+    let both = [&["run", "--lease", &lease], &WANT[..], &[&tell]].concat();
+    assert_eq!(buyer.cli(&both).status.code(), Some(2), "one or the other");
+    // Its price was agreed to: nothing is asked, also without a terminal.
+    let output = buyer.cli(&["run", "--lease", &lease[..8], "--input", &data, &tell]);
+    ended(&output, 0, &["cost "]);
+    assert_eq!(output.stdout, b"program\0later");
+    let end = end_of(&buyer, &lease);
+    assert_eq!((&end["reason"], &end["outcome"]["code"]), (&json!("released"), &json!(0)));
+
+    ended(&buyer.cli(&["run", "--lease", &lease, &tell]), 7, &["over"]);
+    let nobodys = "ab".repeat(32);
+    ended(&buyer.cli(&["run", "--lease", &nobodys, &tell]), 1, &["lease"]);
+    ended(&buyer.cli(&["run", "--lease", "xy", &tell]), 2, &["first digits"]);
+}
+
+// ---------------------------------------------------------------- what a person sees
+
+#[test]
+fn logs_are_read_while_the_job_runs_and_after_it() {
+    let fabric = Fabric::new();
+    let (_seller, buyer) = market(&fabric);
+    let endless = program(&fabric, "endless.wasm", ENDLESS);
+    let lease = detached(&buyer, &[&endless]);
+    let mut logs = buyer.command();
+    logs.args(["logs", "-f", &lease]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut logs = Running(logs.spawn().expect("starts"));
+    let mut begun = [0; 6];
+    let mut stdout = logs.0.stdout.take().expect("piped");
+    stdout.read_exact(&mut begun).expect("it says that it began");
+    assert_eq!(&begun, b"begun\n");
+    assert!(logs.0.try_wait().expect("asked").is_none(), "it follows until the end");
+    let released = buyer.cli(&["lease", "release", &lease]);
+    assert!(released.status.success(), "{released:?}");
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).expect("it comes to the end");
+    assert!(rest.is_empty(), "each byte once: {rest:?}");
+    assert!(logs.0.wait().expect("ends").success());
+
+    // Of one that has ended, both streams or one.
+    let copy = program(&fabric, "copy.wasm", COPY);
+    let input = file(&fabric, "input", b"to be copied");
+    let lease = detached(&buyer, &["--stdin", &input, &copy]);
+    let output = buyer.cli(&["logs", "-f", &lease]);
+    ended(&output, 0, &["noted"]);
+    assert_eq!(output.stdout, b"to be copied");
+    let output = buyer.cli(&["logs", "--stderr", &lease[..12]]);
+    assert_eq!((output.status.code(), output.stdout), (Some(0), b"noted".to_vec()));
+    let logs = buyer.cli_json(&["logs", "--json", &lease]);
+    assert_eq!((&logs["stdout"], &logs["stderr"]), (&json!("to be copied"), &json!("noted")));
+    assert_eq!((&logs["ended"], &logs["outcome"]["code"]), (&json!(true), &json!(7)));
+    ended(&buyer.cli(&["logs", &"ab".repeat(32)]), 1, &["lease"]);
+}
+
+#[test]
+fn offers_of_nodes_that_are_down_are_shown_when_asked_for() {
+    let fabric = Fabric::new();
+    let (mut seller, buyer) = market(&fabric);
+    let of_seller = |more: &[&str]| {
+        let listed = buyer.cli_json(&[&["offers", "--json"], more].concat());
+        let all = listed["offers"].as_array().expect("a list").clone();
+        all.into_iter().find(|offer| offer["name"] == "seller")
+    };
+    assert!(of_seller(&[]).is_some_and(|offer| offer["up"] == true));
+    seller.process.kill().expect("killed");
+    seller.process.wait().expect("gone");
+    until("the seller is seen to be down", || of_seller(&[]).is_none().then_some(()));
+    let offer = of_seller(&["--all"]).expect("its offer is known still");
+    assert_eq!((&offer["up"], &offer["prices"]["cpu_hour"]), (&json!(false), &json!("0.02")));
+    // Nobody is sent there.
+    let copy = program(&fabric, "copy.wasm", COPY);
+    ended(&run(&buyer, &[&copy]), 5, &["no host"]);
+}
+
+#[test]
+fn a_body_is_one_json_document_and_nothing_after_it() {
+    let fabric = Fabric::new();
+    let (_seller, buyer) = market(&fabric);
+    let good = json!({ "want": want() }).to_string();
+    let post = |path: &str, body: &str| {
+        buyer.call(&format!("POST {path}"), &["Content-Type: application/json"], body.as_bytes())
+    };
+    for trailing in ["x", "{}", ",", "\0", &good] {
+        for path in ["/v1/plan", "/v1/leases"] {
+            let answer = post(path, &format!("{good}{trailing}"));
+            let said = (answer.status, answer.code());
+            assert_eq!(said, (400, "bad_request".into()), "{path} and {trailing}");
+        }
+    }
+    assert_eq!(buyer.get("/v1/leases?all=true").json()["leases"], json!([]), "none was made");
+    assert_eq!(post("/v1/plan", &format!(" {good}\r\n")).status, 200, "space is nothing");
+    // Beyond the length that was announced stands another request, which must be one.
+    let head = format!(
+        "POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        buyer.token(),
+        good.len()
+    );
+    let answer = buyer.raw(format!("{head}{good}no request at all\r\n\r\n").as_bytes());
+    assert_eq!(answer.status, 200);
+    let rest = String::from_utf8_lossy(&answer.body).into_owned();
+    assert!(rest.contains("HTTP/1.1 400"), "the second is refused: {rest}");
+}
+
+// ---------------------------------------------------------------- what cannot be had
+
+#[test]
+fn a_damaged_payload_runs_nowhere_and_is_replaced_by_a_good_one() {
+    let fabric = Fabric::new();
+    let (seller, buyer) = market(&fabric);
+    let copy = program(&fabric, "copy.wasm", COPY);
+    let bytes = std::fs::read(&copy).expect("read");
+    let uploaded = buyer.call("POST /v1/payloads", &[], &bytes);
+    assert_eq!(uploaded.status, 201, "{uploaded:?}");
+    let root = blake3::hash(&bytes).to_string();
+    let kept = buyer.dir.join("payloads").join(format!("{root}.data"));
+    let mut damaged = bytes.clone();
+    damaged[bytes.len() / 2] ^= 1;
+    std::fs::write(&kept, &damaged).expect("written");
+
+    let output = run(&buyer, &[&copy]);
+    ended(&output, 1, &["warning: the program", "cost "]);
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let listed = buyer.cli_json(&["lease", "list", "--all", "--json"]);
+    let lease = listed["leases"][0]["lease"].as_str().expect("a lease").to_string();
+    assert_eq!(end_of(&buyer, &lease)["outcome"]["kind"], "no_payload");
+    let holds = |node: &Node| {
+        let listed = node.get("/v1/payloads").json();
+        listed["payloads"].as_array().is_some_and(|all| all.iter().any(|one| one["root"] == *root))
+    };
+    assert!(!holds(&seller), "what does not match its root is not kept");
+    for node in [&buyer, &seller] {
+        let name = format!("{}.proof", node.file.name);
+        let proof = fabric.room.path().join(name).display().to_string();
+        assert!(node.cli(&["lease", "export", &lease, "--out", &proof]).status.success());
+        assert_eq!(node.cli_json(&["verify", "--json", &proof])["verified"], true);
+    }
+    // Its holder has found out, and takes the good bytes when they are sent again.
+    until("the damaged one is set aside", || (!holds(&buyer)).then_some(()));
+    let input = file(&fabric, "input", b"once more");
+    let output = run(&buyer, &["--stdin", &input, &copy]);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert_eq!(output.stdout, b"once more");
+}
