@@ -157,7 +157,7 @@ fn lines(view: &View) -> impl Iterator<Item = LeaseLine> + '_ {
     held.chain(view.lent.iter().map(move |lent| LeaseLine::lent(lent, view, now)))
 }
 
-/// Leases that this node holds or granted
+/// Leases that this node holds or granted, the latest last
 #[utoipa::path(get, path = "/v1/leases", tag = "leases", params(ListParams), responses(
     (status = 200, body = Leases), (status = 401, body = ErrorBody)))]
 pub(super) async fn list(
@@ -165,7 +165,9 @@ pub(super) async fn list(
     Params(params): Params<ListParams>,
 ) -> Result<Json<Leases>, ApiError> {
     let view = app.handle.view().await?;
-    let leases = lines(&view).filter(|line| params.all || !line.is_over()).collect();
+    let mut leases: Vec<_> = lines(&view).filter(|line| params.all || !line.is_over()).collect();
+    // The latest comes last: these texts sort as the times do.
+    leases.sort_by(|one, other| one.decided.cmp(&other.decided));
     Ok(Json(Leases { leases }))
 }
 

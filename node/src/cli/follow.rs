@@ -115,8 +115,8 @@ pub(super) async fn output(
         }
         if !tries.again().await {
             let message = format!(
-                "the job could not be followed for {} s: {why}; it goes on, see `leasehold logs \
-                 {lease}`",
+                "the job could not be followed for {} s: {why}; unless its lease is \
+                 over it goes on: `leasehold lease show {lease}` and `leasehold logs {lease}` tell",
                 PATIENCE.as_secs()
             );
             return Err(Failure::say(Exit::Remote, message));

@@ -174,7 +174,10 @@ impl List {
         session.out.answer(&leases, || {
             let rows = leases.leases.iter().map(row).collect();
             session.out.table(
-                &["LEASE", "SIDE", "STAGE", "LESSOR", "LESSEE", "SHAPE", "LEFT", "RATE", "CHARGE"],
+                &[
+                    "LEASE", "SIDE", "STAGE", "LESSOR", "LESSEE", "SHAPE", "GRANTED", "LEFT",
+                    "RATE", "CHARGE",
+                ],
                 rows,
             )
         })?;
@@ -195,6 +198,8 @@ fn row(line: &LeaseLine) -> Vec<String> {
         short_key(&line.lessor),
         line.lessee.as_deref().map_or_else(dash, short_key),
         shape(&line.shape),
+        // To the second: milliseconds tell a person nothing here.
+        line.decided.split('.').next().unwrap_or_default().into(),
         span(line.left_ms),
         format!("{} {}/h", line.rate, line.currency),
         format!("{} {}", line.charge, line.currency),
