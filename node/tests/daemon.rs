@@ -4,8 +4,8 @@
 #[path = "common/processes.rs"]
 mod processes;
 
-use std::ffi::OsStr;
-use std::net::{TcpListener, UdpSocket};
+use std::io::Read as _;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,7 +19,7 @@ use leasehold_node::cli::up::NodeFile;
 use leasehold_node::home::{Allowance, Home, mandate};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::{Amount, Span};
-use processes::{Fabric, PATIENCE, SLOW, WANT, program, stderr, terminate, until};
+use processes::{Fabric, PATIENCE, WANT, program, stderr, terminate, until};
 use serde_json::{Value, json};
 
 /// A place with nothing in it, and the command line in it.
@@ -81,6 +81,11 @@ impl Room {
 
     /// Starts the daemon of `dir` on ports that the system chooses, and waits until it is ready.
     fn up(&self, dir: &str, more: &[&str]) -> Daemon {
+        self.up_with(dir, more, &[])
+    }
+
+    /// The same with these variables in its environment.
+    fn up_with(&self, dir: &str, more: &[&str], variables: &[(&str, &str)]) -> Daemon {
         let any = "127.0.0.1:0";
         let path = self.text(dir);
         let mut args = vec!["up", "--dir", &path, "--listen-link", any, "--listen-probe", any];
@@ -88,6 +93,7 @@ impl Room {
         args.extend(more);
         let log = std::fs::File::create(self.path(&format!("{dir}.log"))).expect("a log");
         let mut command = self.command(&args);
+        command.envs(variables.iter().copied());
         let mut process = command.stdout(Stdio::null()).stderr(log).spawn().expect("starts");
         let file = until("the daemon is ready", || {
             let over = process.try_wait().expect("asked");
@@ -123,7 +129,7 @@ fn code(output: &Output) -> i32 {
 
 fn stop(daemon: &mut Daemon) {
     terminate(&daemon.process);
-    let ended = daemon.process.wait().expect("ends");
+    let ended = until("it stops", || daemon.process.try_wait().expect("asked"));
     assert!(ended.success(), "{ended:?}");
 }
 
@@ -305,6 +311,31 @@ fn flags_and_variables_go_before_the_file() {
 }
 
 #[test]
+fn a_flag_goes_before_a_variable_and_that_before_the_file() {
+    let room = Room::new();
+    let home = room.text("home");
+    let founded = room.run(&["init", "--dir", &home, "--no-passphrase", "--name", "filed"]);
+    assert!(founded.status.success(), "{founded:?}");
+    let variables = [("LEASEHOLD_NAME", "varied"), ("LEASEHOLD_LOG_FORMAT", "json")];
+    for (flags, variables, name) in [
+        (&[][..], &[][..], "filed"),
+        (&[], &variables, "varied"),
+        (&["--name", "flagged", "--log-format", "human"], &variables, "flagged"),
+    ] {
+        let mut daemon = room.up_with("home", flags, variables);
+        assert_eq!(daemon.file.name, name);
+        stop(&mut daemon);
+        let log = room.log("home");
+        let json = log.lines().all(|line| serde_json::from_str::<Value>(line).is_ok());
+        assert_eq!(json, name == "varied", "{log}");
+    }
+    // A variable that does not read is named, and so is the one that a flag would replace.
+    let mut command = room.command(&["up", "--dir", &home]);
+    command.env("LEASEHOLD_LOG_FORMAT", "xml");
+    refused(&ended(command, "a variable that does not read"), 2, &["xml", "--log-format"]);
+}
+
+#[test]
 fn what_up_cannot_use_it_names_and_the_directory_stays_good() {
     let room = Room::new();
     let home = room.text("home");
@@ -455,38 +486,6 @@ fn bad_programs_end_with_their_name_and_an_agreed_receipt() {
         }
         assert_eq!(seller.get("/healthz").status, 200, "the node is as well as before");
     }
-    // A payload that its holder has lost is said to be missing.
-    let slow = program(&fabric, "slow.wasm", SLOW);
-    let root = blake3::hash(&std::fs::read(&slow).expect("reads"));
-    let leased = buyer.post("/v1/leases", &json!({ "want": processes::want() })).json();
-    let lease = leased["lease"].as_str().expect("a lease").to_string();
-    let uploaded = buyer.call("POST /v1/payloads", &[], &std::fs::read(&slow).expect("reads"));
-    assert_eq!(uploaded.json()["root"], root.to_string());
-    let held = walk(&buyer.dir.join("payloads"), root.to_hex().as_str());
-    assert!(!held.is_empty(), "the payload lies somewhere");
-    let size = std::fs::metadata(&slow).expect("there").len();
-    let claimed = buyer.post(
-        &format!("/v1/leases/{lease}/claim"),
-        &json!({ "job": { "program": { "root": root.to_string(), "size": size } } }),
-    );
-    held.iter().for_each(|path| drop(std::fs::remove_file(path)));
-    // Either the seller was quicker than the loss, or it says what is missing.
-    assert_eq!(claimed.status, 200, "{claimed:?}");
-    let _ = buyer.cli(&["lease", "release", &lease]);
-}
-
-/// Every file below `dir` whose name contains `part`.
-fn walk(dir: &Path, part: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            found.extend(walk(&path, part));
-        } else if path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.contains(part)) {
-            found.push(path);
-        }
-    }
-    found
 }
 
 #[test]
@@ -544,4 +543,52 @@ fn a_seller_killed_with_a_running_job_loses_the_job_and_nothing_else() {
     });
     let node = seller.get("/v1/node").json();
     assert_eq!(node["promised"]["cpu_milli"], 0);
+}
+
+/// Ends a process that a failed test would leave behind.
+struct Follower(Child);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_node_told_to_stop_does_not_wait_for_those_who_follow() {
+    let fabric = Fabric::new();
+    let mut seller = fabric.node("seller", "1", &[]);
+    let mut buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let endless = program(&fabric, "begun.wasm", processes::ENDLESS);
+    let output = buyer.cli(&[&["run", "--yes", "-d"], &WANT[..], &[&endless]].concat());
+    assert!(output.status.success(), "{output:?}");
+    let lease = String::from_utf8(output.stdout).expect("text").trim().to_string();
+    let mut logs = buyer.command();
+    logs.args(["logs", "-f", &lease]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut logs = Follower(logs.spawn().expect("starts"));
+    let mut begun = [0; 6];
+    logs.0.stdout.as_mut().expect("piped").read_exact(&mut begun).expect("it follows");
+    let _silent =
+        [&seller, &buyer].map(|node| TcpStream::connect(node.file.api).expect("connects"));
+    let status = std::fs::read(seller.dir.join("jobs").join(&lease).join("status.json"));
+    let status: Value = serde_json::from_slice(&status.expect("reads")).expect("parses");
+
+    for node in [&mut buyer, &mut seller] {
+        terminate(&node.process);
+        let ended = until("it ends", || node.process.try_wait().expect("asked"));
+        assert!(ended.success(), "{}: {ended:?}", node.file.name);
+    }
+    assert!(logs.0.try_wait().expect("asked").is_none(), "it waits for its node to come back");
+    let command = std::fs::read(format!("/proc/{}/cmdline", status["warden"]["pid"]));
+    let command = String::from_utf8(command.unwrap_or_default()).expect("text");
+    assert!(command.contains(&lease), "the job goes on under its warden");
+    // The next start ends the job, and the lease with it.
+    let (home, api) = (Home::at(&seller.dir), seller.file.api);
+    let seller = fabric.up(&home, "seller", "1", &[], api);
+    until("the lease is lost", || {
+        let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
+        (shown["end"] == "lost").then_some(())
+    });
 }
