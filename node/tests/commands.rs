@@ -160,6 +160,25 @@ fn a_lease_requested_before_is_used_once() {
 // ---------------------------------------------------------------- what a person sees
 
 #[test]
+fn a_bad_end_is_said_in_words_and_both_sides_tell_the_same() {
+    let fabric = Fabric::new();
+    let (seller, buyer) = market(&fabric);
+    let traps = "(module (func (export \"_start\") unreachable))";
+    let output = run(&buyer, &[&program(&fabric, "traps.wasm", traps)]);
+    ended(&output, 1, &["warning: the program", "unreachable", "cost "]);
+    let listed = buyer.cli_json(&["lease", "list", "--all", "--json"]);
+    let lease = listed["leases"][0]["lease"].as_str().expect("a lease").to_string();
+    let receipts = |node: &Node| node.cli_json(&["receipts", "--json", &lease])["receipts"].clone();
+    until("both hold the same receipts, countersigned", || {
+        let (lent, held) = (receipts(&seller), receipts(&buyer));
+        let signed = |one: &Value| one["countersigned"] == true;
+        (lent == held && lent.as_array()?.iter().all(signed)).then_some(())
+    });
+    let last = receipts(&buyer).as_array().and_then(|all| all.last()).cloned().expect("a receipt");
+    assert_eq!(last["end"], "released", "{last}");
+}
+
+#[test]
 fn logs_are_read_while_the_job_runs_and_after_it() {
     let fabric = Fabric::new();
     let (_seller, buyer) = market(&fabric);
