@@ -219,6 +219,15 @@ impl Drop for Node {
         if self.process.try_wait().is_ok_and(|ended| ended.is_none()) {
             terminate(&self.process);
         }
+        let begun = Instant::now();
+        while self.process.try_wait().is_ok_and(|ended| ended.is_none()) {
+            if begun.elapsed() > PATIENCE {
+                eprintln!("{} does not stop when told to", self.file.name);
+                let _ = self.process.kill();
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let _ = self.process.wait();
     }
 }
