@@ -79,7 +79,9 @@ impl fmt::Display for Outcome {
             Self::Exited(code) => write!(f, "exited with {code}"),
             Self::Trapped(text) => write!(f, "trapped: {text}"),
             Self::NotRunnable(text) => write!(f, "could not be run: {text}"),
-            Self::NoPayload(text) => write!(f, "a payload could not be had: {text}"),
+            Self::NoPayload(text) => {
+                write!(f, "could not be run: a payload could not be had: {text}")
+            }
             Self::OutOfMemory => f.write_str("wanted more memory than leased"),
             Self::Deadline => f.write_str("was ended at the end of its lease"),
             Self::Stopped => f.write_str("was stopped"),
