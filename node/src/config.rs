@@ -242,12 +242,10 @@ impl Config {
             Err(error) => return Err(read(error)),
         };
         toml::from_str(&text).map_err(|error| {
-            let before = error.span().map(|span| text.get(..span.start).unwrap_or_default());
-            let line = before.map(|before| before.matches('\n').count() + 1);
-            let why = match line {
-                Some(line) => format!("line {line}: {}", error.message().replace('\n', ", ")),
-                None => error.message().replace('\n', ", "),
-            };
+            let mut why = error.message().replace('\n', ", ");
+            if let Some(before) = error.span().and_then(|span| text.get(..span.start)) {
+                why = format!("line {}: {why}", before.matches('\n').count() + 1);
+            }
             ConfigError::Parse { path: path.into(), why }
         })
     }

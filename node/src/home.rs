@@ -193,6 +193,14 @@ impl Founder {
     }
 }
 
+/// A key that is in memory only.
+///
+/// # Errors
+/// When the operating system has no randomness to give.
+pub fn generate() -> Result<Secret, HomeError> {
+    Ok(Secret::generate().map_err(CreateError::from)?)
+}
+
 /// A certificate for an organisation to sign.
 ///
 /// # Errors
@@ -285,7 +293,7 @@ impl Home {
     /// # Errors
     /// When there is one, or it cannot be written.
     pub fn new_key(&self, name: &str, protection: &Protection) -> Result<Secret, HomeError> {
-        let secret = Secret::generate().map_err(CreateError::from)?;
+        let secret = generate()?;
         self.put_key(name, &secret, protection)?;
         Ok(secret)
     }

@@ -284,8 +284,8 @@ impl Node {
         parts: Parts,
         streams: Streams,
     ) -> Self {
-        let Parts { store, payloads, data, net, probe, work, .. } = parts;
-        let Parts { reaped, isolation, admitted, min_disk_free, .. } = parts;
+        let Parts { store, payloads, data, net, probe, work, reaped, isolation, .. } = parts;
+        let Parts { admitted, min_disk_free, .. } = parts;
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);

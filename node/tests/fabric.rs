@@ -3,24 +3,27 @@
 //!
 //! `cargo test -p leasehold-node --test fabric [NAME]` runs those whose name contains NAME.
 
+#[path = "common/founded.rs"]
+mod founded;
+
 use std::ffi::OsString;
 use std::future::Future;
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use leasehold_keys::file::{Protection, Secret};
+use founded::Fabric;
+use leasehold_keys::file::Secret;
 use leasehold_node::Node;
 use leasehold_node::attach::{self, Frame};
 use leasehold_node::config::Config;
 use leasehold_node::data::LinkError;
 use leasehold_node::data::frame::Refusal as Turned;
-use leasehold_node::home::{Allowance, Founder, Founding, Home, mandate};
+use leasehold_node::home::{Allowance, Home, mandate};
 use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetEvent};
 use leasehold_node::node::StartError;
 use leasehold_node::payload::Declared;
 use leasehold_node::work::{Exec, hidden};
-use leasehold_proto::base::time::Wall;
 use leasehold_proto::core::{Command, Ended, Failure, Leased, Reply, View};
 use leasehold_proto::proof;
 use leasehold_proto::words::charter::{Certificate, Role};
@@ -81,48 +84,6 @@ fn main() -> ExitCode {
 }
 
 // ---------------------------------------------------------------- a fabric
-
-struct Fabric {
-    founder: Founder,
-    room: tempfile::TempDir,
-    now: Wall,
-}
-
-impl Fabric {
-    fn new() -> Self {
-        let now = leasehold_node::clock::now().wall;
-        let root = Secret::generate().expect("randomness");
-        let founding = Founding {
-            fabric: "test".into(),
-            currency: "USD".into(),
-            organisation: "acme".into(),
-            max_term: Span::secs(3600),
-            max_order_life: Span::secs(600),
-        };
-        let founder = Founder::found(root, &founding, now).expect("founds");
-        Self { founder, room: tempfile::tempdir().expect("room"), now }
-    }
-
-    fn home(&self, name: &str) -> Home {
-        let home = Home::at(self.room.path().join(name));
-        home.create().expect("home");
-        let key = home.new_key("node.key", &Protection::Clear).expect("key");
-        let certificate = self.founder.admit(key.id(), Role::Node, name, self.now).expect("admits");
-        home.put("charter", &self.founder.charter).expect("charter");
-        home.put("certificate", &certificate).expect("certificate");
-        let tenant = Secret::generate().expect("randomness");
-        let admitted = self.founder.admit(tenant.id(), Role::Tenant, "tenant", self.now);
-        let admitted = admitted.expect("admits");
-        let allowance = Allowance {
-            max_hourly: Amount(u64::MAX),
-            max_total: Amount(u64::MAX),
-            max_term: Span::secs(3600),
-        };
-        let mandate = mandate(&tenant, &admitted, key.id(), allowance, self.now).expect("mandate");
-        home.put("mandate", &mandate).expect("mandate");
-        home
-    }
-}
 
 fn config(name: &str, cpu: &str, price: &str, join: &[&Node]) -> Config {
     let any = "127.0.0.1:0".parse().expect("address");

@@ -452,19 +452,15 @@ impl Core {
                 return;
             }
             Command::Reach(node) => {
-                let reached = Reply::Reached(node, self.data_addresses(&node));
-                out.push(Effect::Answer(command, Ok(reached)));
+                out.push(Effect::Answer(command, Ok(self.reached(node))));
                 return;
             }
-            Command::Lessor(lease) => match self.holdings.get(&lease) {
-                Some(holding) => {
-                    let lessor = holding.kept.lessor;
-                    let reached = Reply::Reached(lessor, self.data_addresses(&lessor));
-                    out.push(Effect::Answer(command, Ok(reached)));
-                    return;
-                }
-                None => Err(Failure::UnknownLease),
-            },
+            Command::Lessor(lease) => {
+                let lessor = self.holdings.get(&lease).map(|holding| holding.kept.lessor);
+                let reached = lessor.map(|lessor| self.reached(lessor));
+                out.push(Effect::Answer(command, reached.ok_or(Failure::UnknownLease)));
+                return;
+            }
             _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
             Command::Lease(_) | Command::LeaseBy(_) if self.disk_full => Err(Failure::DiskFull),
             Command::Lease(want) => self.seek(now, command, want, out),
@@ -564,6 +560,10 @@ impl Core {
     #[must_use]
     pub const fn admissions(&self) -> u64 {
         self.admissions
+    }
+
+    fn reached(&self, node: KeyId) -> Reply {
+        Reply::Reached(node, self.data_addresses(&node))
     }
 
     /// The data-plane addresses of `key`, as its host record says.

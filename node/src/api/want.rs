@@ -9,7 +9,7 @@ use std::fmt;
 use leasehold_keys::text;
 use leasehold_proto::words::contract::{Class, Input, JobSpec};
 use leasehold_proto::words::want::Want;
-use leasehold_proto::{Gpus, Hash, KeyId, Payload, Resources, Span};
+use leasehold_proto::{Amount, Gpus, Hash, KeyId, Payload, Resources, Span};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use utoipa::ToSchema;
 
@@ -245,11 +245,7 @@ impl WantText {
         // A lease that is shorter than that is claimed within its term, if at all.
         let claim_within = claim_within.min(term);
         let budget = within("want.budget", quantity::amount(&self.budget.0))?;
-        rule(
-            "want.budget",
-            budget > leasehold_proto::Amount::ZERO,
-            "it must be more than nothing",
-        )?;
+        rule("want.budget", budget > Amount::ZERO, "it must be more than nothing")?;
         let exposure = match &self.exposure {
             Some(text) => within("want.exposure", quantity::amount(&text.0))?,
             None => budget,

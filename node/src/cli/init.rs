@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 use leasehold_keys::exit::Exit;
-use leasehold_keys::file::{CreateError, Kdf, Protection, Secret};
+use leasehold_keys::file::{Kdf, Protection};
 use leasehold_keys::passphrase::Source;
 use leasehold_proto::Span;
 use leasehold_proto::words::charter::Role;
 
 use crate::config::{Config, FILE};
-use crate::home::{Allowance, Founder, Founding, Home, HomeError, mandate};
+use crate::home::{Allowance, Founder, Founding, Home, HomeError, generate, mandate};
 use crate::{clock, quantity};
 
 /// Found a fabric and make this host its first node.
@@ -175,11 +175,6 @@ impl Init {
         let passphrase = source.choose("the organisation's root key and the tenant key")?;
         Ok(Protection::Passphrase(passphrase, Kdf::DEFAULT))
     }
-}
-
-/// A key that is in memory only.
-pub(super) fn generate() -> Result<Secret, HomeError> {
-    Ok(Secret::generate().map_err(CreateError::from)?)
 }
 
 /// Writes the configuration with every field in it, for an operator to change.

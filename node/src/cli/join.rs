@@ -18,10 +18,10 @@ use leasehold_proto::words::contract::Mandate;
 use leasehold_proto::words::sign::{Verified, VerifyError};
 use leasehold_proto::{FabricId, KeyId};
 
-use super::init::{InitError, generate, write_config};
+use super::init::{InitError, write_config};
 use crate::clock;
 use crate::config::Config;
-use crate::home::{Home, HomeError, certificate_draft, read_one};
+use crate::home::{Home, HomeError, certificate_draft, generate, read_one};
 
 /// Make this host a node of a fabric that exists.
 ///

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use leasehold_keys::exit::Exit;
+use leasehold_proto::words::contract::is_file_name;
 use serde_json::json;
 
 use super::follow::{self, Sink};
@@ -53,7 +54,7 @@ impl Outputs {
         let (mut fetched, mut text) = (Vec::new(), String::new());
         for file in end.outputs.iter().filter(|file| wanted(&file.name)) {
             // The name is the lessor's word: it must name one file and no way anywhere.
-            if file.name.contains('/') || file.name == ".." || file.name == "." {
+            if !is_file_name(&file.name) {
                 let message = "the lessor names an output that is no plain file name";
                 return Err(Failure::say(Exit::No, message));
             }
@@ -61,9 +62,7 @@ impl Outputs {
             let path =
                 transfer::download(session, &lease, &file.name, &payload, &self.output_dir).await?;
             text.push_str(&format!("{}\n", path.display()));
-            fetched.push(json!({
-                "name": file.name, "path": path, "size": payload.size, "root": payload.root,
-            }));
+            fetched.push(transfer::line(&file.name, &path, &payload));
         }
         session.out.answer(&json!({ "lease": lease, "outputs": fetched }), || text)?;
         Ok(Exit::Ok)

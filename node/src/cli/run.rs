@@ -260,8 +260,8 @@ impl Run {
     }
 
     async fn files(&self) -> Result<Files, Failure> {
-        let program = transfer::hash(&self.program).await?;
         self.check_program()?;
+        let program = transfer::hash(&self.program).await?;
         let mut inputs = Vec::new();
         for (name, path) in &self.input {
             inputs.push((name.clone(), transfer::hash(path.as_ref()).await?));
@@ -328,9 +328,7 @@ impl Run {
             };
             let payload = PayloadText::of(&file.payload);
             let path = transfer::download(session, lease, name, &payload, &self.output_dir).await?;
-            fetched.push(json!({
-                "name": name, "path": path, "size": payload.size, "root": payload.root,
-            }));
+            fetched.push(transfer::line(name, &path, &payload));
         }
         Ok(fetched)
     }

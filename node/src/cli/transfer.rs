@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use leasehold_keys::exit::Exit;
+use serde_json::{Value, json};
 use tokio_util::io::ReaderStream;
 
 use super::output::Out;
@@ -122,6 +123,11 @@ pub(super) async fn upload_stdin(session: &Session) -> Result<PayloadText, Failu
     let wait = Duration::from_secs(86_400);
     let sent: Uploaded = session.client.upload("/v1/payloads", source, wait).await?;
     Ok(PayloadText { root: sent.root, size: sent.size })
+}
+
+/// A fetched output as `--json` shows it.
+pub(super) fn line(name: &str, path: &Path, payload: &PayloadText) -> Value {
+    json!({ "name": name, "path": path, "size": payload.size, "root": payload.root })
 }
 
 /// Fetches a declared output into `dir`, checked against its root. The file appears whole or not

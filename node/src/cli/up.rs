@@ -233,14 +233,15 @@ impl Up {
         write_atomic(&path, &text, 0o600, Existing::Replace)?;
         tracing::info!(node = %facts.me, name = facts.name, %api, link = ?facts.link, "ready");
         let told = tokio::select! {
-            () = stop => true,
-            () = node.ended() => false,
+            () = stop => {
+                tracing::info!("stopping");
+                true
+            }
+            () = node.ended() => {
+                tracing::error!("the node can go on no more");
+                false
+            }
         };
-        if told {
-            tracing::info!("stopping");
-        } else {
-            tracing::error!("the node can go on no more");
-        }
         let _ = std::fs::remove_file(&path);
         drop(published);
         closing.cancel();

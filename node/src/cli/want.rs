@@ -152,7 +152,8 @@ fn key_of(nodes: &Nodes, on: &str) -> Result<String, Failure> {
         }
         (Some(_), Some(_)) => {
             let message = format!(
-                "several nodes are named '{on}': say the last characters of its key instead, as `leasehold nodes` shows them"
+                "several nodes are named '{on}': say the last characters of its key instead, as \
+                 `leasehold nodes` shows them"
             );
             Err(Failure::say(Exit::Usage, message))
         }

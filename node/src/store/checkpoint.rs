@@ -237,45 +237,37 @@ impl Checkpoint {
     ) -> Result<Self, Fault> {
         let path = path_of(dir, number);
         let unfinished = temporary(&path);
-        let created = Self::write_whole(disk, dir, header, number, seq, sum, entries);
-        if created.is_err() {
+        let write = || {
+            let mut file = disk.create(&unfinished).map_err(Fault::write(&unfinished))?;
+            let mut head = header.encode();
+            head.resize(HEADER, 0);
+            file.write_at(0, &head).map_err(Fault::write(&unfinished))?;
+            let mut read = Sum::default();
+            let mut frames = Frames { end: HEADER as u64, bytes: Vec::new(), seq };
+            for entry in entries {
+                let (key, value) = entry?;
+                read.add(&key, &value);
+                frames
+                    .push(file.as_mut(), &key, Some(&value))
+                    .map_err(Fault::write(&unfinished))?;
+            }
+            if read != sum {
+                // The state that was to be written is not the one that was kept: the database
+                // lost something while in use. The file that is there stays.
+                let what = "entries are missing from the state to be written".into();
+                return Err(Fault::Tree { path: dir.to_owned(), source: what });
+            }
+            let end = frames.finish(file.as_mut(), sum).map_err(Fault::write(&unfinished))?;
+            file.sync().map_err(Fault::sync(&unfinished))?;
+            put_in_place(disk, &unfinished, &path)?;
+            Ok((file, end))
+        };
+        let written = write();
+        if written.is_err() {
             // On a full disk what was written so far is what is lacking.
             let _ = disk.remove(&unfinished);
         }
-        created
-    }
-
-    fn write_whole(
-        disk: &dyn Disk,
-        dir: &Path,
-        header: &Header,
-        number: u64,
-        seq: u64,
-        sum: Sum,
-        entries: impl Iterator<Item = Result<(Vec<u8>, Vec<u8>), Fault>>,
-    ) -> Result<Self, Fault> {
-        let path = path_of(dir, number);
-        let unfinished = temporary(&path);
-        let mut file = disk.create(&unfinished).map_err(Fault::write(&unfinished))?;
-        let mut head = header.encode();
-        head.resize(HEADER, 0);
-        file.write_at(0, &head).map_err(Fault::write(&unfinished))?;
-        let mut read = Sum::default();
-        let mut frames = Frames { end: HEADER as u64, bytes: Vec::new(), seq };
-        for entry in entries {
-            let (key, value) = entry?;
-            read.add(&key, &value);
-            frames.push(file.as_mut(), &key, Some(&value)).map_err(Fault::write(&unfinished))?;
-        }
-        if read != sum {
-            // The state that was to be written is not the one that was kept: the database lost
-            // something while in use. The file that is there stays.
-            let what = "entries are missing from the state to be written".into();
-            return Err(Fault::Tree { path: dir.to_owned(), source: what });
-        }
-        let end = frames.finish(file.as_mut(), sum).map_err(Fault::write(&unfinished))?;
-        file.sync().map_err(Fault::sync(&unfinished))?;
-        put_in_place(disk, &unfinished, &path)?;
+        let (file, end) = written?;
         let (dir, header) = (dir.to_owned(), *header);
         Ok(Self { dir, header, number, path, file, base_end: end, end })
     }

@@ -3,19 +3,20 @@
 
 #![allow(dead_code)] // each test executable uses a part of it
 
+#[path = "founded.rs"]
+mod founded;
+
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use leasehold_keys::file::{Protection, Secret};
+pub(crate) use founded::Fabric;
 use leasehold_node::api::token;
 use leasehold_node::cli::up::NodeFile;
 use leasehold_node::config::Config;
-use leasehold_node::home::{Allowance, Founder, Founding, Home, mandate};
-use leasehold_proto::words::charter::Role;
-use leasehold_proto::{Amount, Span, Wall};
+use leasehold_node::home::Home;
 use serde_json::{Value, json};
 
 /// Nothing here waits for a fixed time; this is only when to give up.
@@ -79,12 +80,6 @@ pub(crate) const SLOW: &str = r#"(module
     (call $say (i32.const 80) (i32.const 5))
     (call $exit (i32.const 3))))"#;
 
-pub(crate) struct Fabric {
-    pub(crate) founder: Founder,
-    pub(crate) room: tempfile::TempDir,
-    pub(crate) now: Wall,
-}
-
 /// A node as a process, ended when dropped.
 pub(crate) struct Node {
     pub(crate) process: Child,
@@ -94,37 +89,8 @@ pub(crate) struct Node {
 }
 
 impl Fabric {
-    pub(crate) fn new() -> Self {
-        let now = leasehold_node::clock::now().wall;
-        let root = Secret::generate().expect("randomness");
-        let founding = Founding {
-            fabric: "test".into(),
-            currency: "USD".into(),
-            organisation: "acme".into(),
-            max_term: Span::secs(3600),
-            max_order_life: Span::secs(600),
-        };
-        let founder = Founder::found(root, &founding, now).expect("founds");
-        Self { founder, room: tempfile::tempdir().expect("room"), now }
-    }
-
     pub(crate) fn node(&self, name: &str, cpu: &str, join: &[&Node]) -> Node {
-        let home = Home::at(self.room.path().join(name));
-        home.create().expect("home");
-        let key = home.new_key("node.key", &Protection::Clear).expect("key");
-        let certificate = self.founder.admit(key.id(), Role::Node, name, self.now).expect("admits");
-        home.put("charter", &self.founder.charter).expect("charter");
-        home.put("certificate", &certificate).expect("certificate");
-        let tenant = Secret::generate().expect("randomness");
-        let admitted = self.founder.admit(tenant.id(), Role::Tenant, "tenant", self.now);
-        let admitted = admitted.expect("admits");
-        let allowance = Allowance {
-            max_hourly: Amount(u64::MAX),
-            max_total: Amount(u64::MAX),
-            max_term: Span::secs(3600),
-        };
-        let mandate = mandate(&tenant, &admitted, key.id(), allowance, self.now).expect("mandate");
-        home.put("mandate", &mandate).expect("mandate");
+        let home = self.home(name);
         self.up(&home, name, cpu, join, "127.0.0.1:0".parse().expect("address"))
     }
 

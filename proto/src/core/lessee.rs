@@ -6,7 +6,7 @@ use super::{Acting, CommandId, Core, Effect, Kept, Notice, Pending, Record, Tick
 use crate::base::dice::Dice;
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::time::{Boot, Now, SKEW, Span};
-use crate::minds::admission::departure;
+use crate::minds::admission::{departure, exceeded};
 use crate::minds::holdings::{Held, Holding, Judged, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
@@ -73,22 +73,11 @@ impl Core {
     ) -> Result<(), Failure> {
         let mandate = self.mandate.as_ref().ok_or(Failure::NoMandate)?;
         let allowed = mandate.body();
-        if want.max_hourly > allowed.max_hourly {
+        if let Some(what) = exceeded(allowed, want.max_hourly, want.budget, want.term) {
             return Err(Failure::BadOrder(format!(
-                "this node's mandate allows at most {} per hour, the limit asked for is {}",
-                allowed.max_hourly, want.max_hourly
-            )));
-        }
-        if want.budget > allowed.max_total {
-            return Err(Failure::BadOrder(format!(
-                "this node's mandate allows at most {} in all, the budget asked for is {}",
-                allowed.max_total, want.budget
-            )));
-        }
-        if want.term > allowed.max_term {
-            return Err(Failure::BadOrder(format!(
-                "this node's mandate allows terms of at most {}, asked for is {}",
-                allowed.max_term, want.term
+                "its {what} exceeds this node's mandate, which allows {} per hour, {} in all and \
+                 terms of {}",
+                allowed.max_hourly, allowed.max_total, allowed.max_term
             )));
         }
         if self.pursuits.len() >= MAX_PURSUITS {

@@ -461,14 +461,13 @@ impl Core {
         }
         let told_lately = matches!(self.receipts_out.get(&lease), Some(Some(_)));
         let counts = !waits || told_lately;
-        self.untold.insert(lease, tries + u32::from(counts));
-        self.untold_due.set(lease, next);
+        let (to, termination) = (known.terms.delegate, known.kept.termination.clone());
+        self.tell_at(lease, next, tries + u32::from(counts));
         if waits {
             self.send_receipt(now, &lease, out);
             return;
         }
-        if let Some(draft) = known.kept.termination.clone() {
-            let to = known.terms.delegate;
+        if let Some(draft) = termination {
             let what = Utterance::Signs(Word::Terminated, draft);
             self.ask(to, Pending::Termination(lease), what, out);
         }

@@ -1,8 +1,8 @@
 //! Links, membership and the map: who is there, who is admitted, what everybody offers.
 
-use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
 use std::collections::BTreeSet;
 
+use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
 use crate::base::id::KeyId;
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::member::{Peer, Sign};
@@ -199,14 +199,13 @@ impl Core {
 
     fn admit(&mut self, key: KeyId, certificate: &Verified<Certificate>) {
         let until = certificate.header().not_after;
-        let known = self.admitted.insert(key, until);
-        match known {
-            None => self.admissions += 1,
+        match self.admitted.get_mut(&key) {
             // Of two certificates the longer one counts.
-            Some(known) if known > until => {
-                self.admitted.insert(key, known);
+            Some(known) => *known = until.max(*known),
+            None => {
+                self.admitted.insert(key, until);
+                self.admissions += 1;
             }
-            Some(_) => {}
         }
     }
 

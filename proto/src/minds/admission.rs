@@ -4,7 +4,8 @@
 //! clock that it judges validity by is the judge's own, with [`SKEW`] of patience for others'.
 
 use crate::base::id::{FabricId, Hash, KeyId};
-use crate::base::time::{SKEW, Wall};
+use crate::base::money::Amount;
+use crate::base::time::{SKEW, Span, Wall};
 use crate::words::charter::{Certificate, Charter, Role};
 use crate::words::contract::{Authority, Grant, Mandate, Order};
 use crate::words::sign::{Signed, Verified, VerifyError, is_usable};
@@ -223,16 +224,27 @@ fn within_mandate(order: &Order, mandate: &Verified<Mandate>, at: Wall) -> Resul
     if !terms.lessors.is_empty() && !terms.lessors.contains(&order.lessor) {
         return Err(NotEntitled::Lessor);
     }
-    for (exceeds, what) in [
-        (order.ceiling > terms.max_hourly, "hourly price"),
-        (order.cap > terms.max_total, "total price"),
-        (order.term > terms.max_term, "term"),
-    ] {
-        if exceeds {
-            return Err(NotEntitled::Exceeds(what));
-        }
+    match exceeded(terms, order.ceiling, order.cap, order.term) {
+        Some(what) => Err(NotEntitled::Exceeds(what)),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Which limit of a mandate these ask to exceed.
+#[must_use]
+pub fn exceeded(
+    terms: &Mandate,
+    hourly: Amount,
+    total: Amount,
+    term: Span,
+) -> Option<&'static str> {
+    [
+        (hourly > terms.max_hourly, "hourly price"),
+        (total > terms.max_total, "total price"),
+        (term > terms.max_term, "term"),
+    ]
+    .into_iter()
+    .find_map(|(exceeds, what)| exceeds.then_some(what))
 }
 
 /// What a grant says differently than its order allows; `None` when it keeps to it.

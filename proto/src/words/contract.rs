@@ -352,7 +352,8 @@ fn are_texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> bool {
 }
 
 /// Whether `name` names one file in a directory and nothing else.
-fn is_file_name(name: &str) -> bool {
+#[must_use]
+pub fn is_file_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 255
         && name != "."
