@@ -172,6 +172,7 @@ impl Jobs {
         args.extend(job.args.iter().cloned());
         Ok(Spec {
             lease: start.lease.to_string(),
+            token: String::new(),
             runtime: work::Runtime::Wasm,
             program: path(&job.program)?,
             args,

@@ -54,8 +54,8 @@ pub use process::Process;
 pub use runner::runner_main;
 pub use spec::{
     DEFAULT_LOG_LIMIT, Input, MAX_ARGUMENT_BYTES, MAX_DEPTH, MAX_FILES, MAX_LOG_LIMIT, MAX_NAME,
-    MAX_PROGRAM, MIN_MEMORY, Outcome, OutputFile, Runtime, Spec, SpecError, State, Status, Usage,
-    boot_ms, check_name,
+    MAX_PROGRAM, MAX_REASON, MAX_TOKEN, MIN_MEMORY, NOTICE, NOTICE_VARIABLE, Notice, Outcome,
+    OutputFile, Runtime, Spec, SpecError, State, Status, Usage, boot_ms, check_name,
 };
 pub use warden::warden_main;
 
@@ -436,11 +436,42 @@ impl Work {
     /// Moves a job's deadline back, and returns when the warden has it in force and on disk.
     /// A deadline is never moved forward, and not after the job began to end.
     pub async fn extend(&self, lease: &str, deadline_boot_ms: u64) -> Result<(), AskError> {
+        self.request(lease, Ask::Extend { deadline_boot_ms }).await
+    }
+
+    /// Freezes a job: returns when its program runs no instruction any more, until it is thawed.
+    /// Its term goes on, and so does its use of memory; its end, whatever brings it, thaws it.
+    /// Freezing what is frozen changes nothing. Refused once the job began to end.
+    pub async fn freeze(&self, lease: &str) -> Result<(), AskError> {
+        self.request(lease, Ask::Freeze).await
+    }
+
+    /// Lets a frozen job run on, and returns when it does. Thawing what is not frozen changes
+    /// nothing.
+    pub async fn thaw(&self, lease: &str) -> Result<(), AskError> {
+        self.request(lease, Ask::Thaw).await
+    }
+
+    /// Tells a program, in its file `/in/.notice`, why and when it will be ended; returns when it
+    /// can read that. The file holds one JSON object, `{"reason": "...", "ends_in_ms": N,
+    /// "ends_at_unix_ms": N}`, and a later notice replaces it whole. Nothing else follows from a
+    /// notice: the deadline stays as it is. Refused once the job began to end.
+    pub async fn notice(&self, lease: &str, notice: Notice) -> Result<(), AskError> {
+        self.request(lease, Ask::Notice { notice: Some(notice) }).await
+    }
+
+    /// Takes a notice back. Where there is none, nothing changes.
+    pub async fn unnotice(&self, lease: &str) -> Result<(), AskError> {
+        self.request(lease, Ask::Notice { notice: None }).await
+    }
+
+    /// Asks a warden for something that it does or refuses.
+    async fn request(&self, lease: &str, request: Ask) -> Result<(), AskError> {
         let job = self.job(lease)?;
         if job.view.borrow().state.ended() {
             return Err(AskError::Refused("the job has ended".to_owned()));
         }
-        match ask(&job.dir, &Ask::Extend { deadline_boot_ms }).await? {
+        match ask(&job.dir, &request).await? {
             Answer::Done { .. } => Ok(()),
             Answer::Refused { why } => Err(AskError::Refused(why)),
             Answer::Status { .. } => {
@@ -786,8 +817,10 @@ fn bury(dir: &Path) -> io::Result<(Status, File)> {
         let job: Option<JobFile> = read_json(&dir.join(file::JOB)).ok();
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let status = Status {
-            lease: job.map_or(name, |job| job.spec.lease),
+            lease: job.as_ref().map_or(name, |job| job.spec.lease.clone()),
+            token: job.map(|job| job.spec.token).unwrap_or_default(),
             state: State::Failed,
+            frozen: false,
             boot_id: boot_id(),
             warden: Process { pid: 0, start: 0 },
             runner: None,
@@ -805,27 +838,33 @@ fn bury(dir: &Path) -> io::Result<(Status, File)> {
     };
     let this_boot = status.boot_id == boot_id();
     let mut changed = false;
+    // A warden may have died between making a group and writing that it did.
+    let job: Option<JobFile> = read_json(&dir.join(file::JOB)).ok();
+    let left = || job.and_then(|job| Cgroup::existing(&job.node, &status.lease));
+    let group = status.cgroup.take().or_else(left);
     if this_boot {
         if !status.warden.wait_gone(DIES) {
             return Err(io::Error::other("its warden does not end"));
         }
+        // The kernel has killed the runner with its parent; this makes sure and waits. In a frozen
+        // group of version 1 also the killed stay, until killing the group as a whole thaws it.
         if let Some(runner) = &status.runner {
-            // The kernel has killed it with its parent; this makes sure and waits.
             runner.kill()?;
-            if !runner.wait_gone(DIES) {
-                return Err(io::Error::other("its runner does not end"));
-            }
+        }
+        if let Some(group) = &group
+            && !group.kill(DIES)
+        {
+            return Err(io::Error::other("its cgroup does not become empty"));
+        }
+        if let Some(runner) = &status.runner
+            && !runner.wait_gone(DIES)
+        {
+            return Err(io::Error::other("its runner does not end"));
         }
     }
-    // A warden may have died between making a group and writing that it did.
-    let job: Option<JobFile> = read_json(&dir.join(file::JOB)).ok();
-    let left = || job.and_then(|job| Cgroup::existing(&job.node, &status.lease));
-    if let Some(group) = status.cgroup.take().or_else(left) {
+    if let Some(group) = group {
         changed = true;
         if this_boot {
-            if !group.kill(DIES) {
-                return Err(io::Error::other("its cgroup does not become empty"));
-            }
             if !status.state.ended() {
                 // The kernel counted on after the warden's last sample.
                 let usage = &mut status.usage;
@@ -837,6 +876,10 @@ fn bury(dir: &Path) -> io::Result<(Status, File)> {
                 return Err(io::Error::other("its cgroup cannot be removed"));
             }
         }
+    }
+    if status.frozen {
+        changed = true;
+        status.frozen = false;
     }
     if !status.state.ended() {
         changed = true;

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::future::Future;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -14,8 +15,9 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use leasehold_node::work::{
-    AskError, DEFAULT_LOG_LIMIT, Exec, Input, Outcome, Process, Runtime, Spec, StartError, State,
-    Status, Stream, Usage, Work, WorkEvent, boot_ms, hidden, isolation,
+    AskError, DEFAULT_LOG_LIMIT, Exec, Input, MAX_REASON, NOTICE, NOTICE_VARIABLE, Notice, Outcome,
+    Process, Runtime, Spec, StartError, State, Status, Stream, Usage, Work, WorkEvent, boot_ms,
+    hidden, isolation,
 };
 use tokio::sync::mpsc;
 
@@ -65,6 +67,11 @@ fn main() -> ExitCode {
         ("it_works_without_privilege", |room| Box::pin(without_privilege(room))),
         ("words_at_a_wardens_door_disturb_no_job", |room| Box::pin(wardens_door(room))),
         ("two_jobs_run_side_by_side", |room| Box::pin(side_by_side(room))),
+        ("a_frozen_job_uses_no_processor", |room| Box::pin(frozen(room))),
+        ("a_frozen_job_ends_in_order_at_its_deadline", |room| Box::pin(frozen_at_deadline(room))),
+        ("a_killed_warden_takes_a_frozen_runner_along", |room| Box::pin(killed_frozen(room))),
+        ("a_notice_is_found_and_only_read", |room| Box::pin(noticed(room))),
+        ("a_notice_is_replaced_whole", |room| Box::pin(notice_whole(room))),
     ];
     let filter = text.iter().find(|arg| !arg.starts_with('-')).copied().unwrap_or("");
     let (mut passed, mut failed) = (0, 0);
@@ -97,13 +104,15 @@ const IMPORTS: &str = r#"
   (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "path_unlink_file" (func $unlink
     (param i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_close" (func $close (param i32) (result i32)))
   (import "wasi_snapshot_preview1" "path_open" (func $open
     (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
 "#;
 
 /// Small functions that the programs share. `$say fd at len` writes all or traps; `$create dir
 /// name len` opens a new file below a preopened directory and returns the error, with the
-/// descriptor at address 32.
+/// descriptor at address 32; `$write_open` and `$read_open` do so with one that is there.
+/// `$nap nanoseconds` sleeps inside a host call.
 const FUNCTIONS: &str = r#"
   (func $say (param $fd i32) (param $at i32) (param $len i32)
     (block $done (loop $more
@@ -118,6 +127,9 @@ const FUNCTIONS: &str = r#"
   (func $create (param $dir i32) (param $name i32) (param $len i32) (result i32)
     (call $open (local.get $dir) (i32.const 0) (local.get $name) (local.get $len)
       (i32.const 9) (i64.const 64) (i64.const 64) (i32.const 0) (i32.const 32)))
+  (func $write_open (param $dir i32) (param $name i32) (param $len i32) (result i32)
+    (call $open (local.get $dir) (i32.const 0) (local.get $name) (local.get $len)
+      (i32.const 0) (i64.const 64) (i64.const 64) (i32.const 0) (i32.const 32)))
   (func $read_open (param $dir i32) (param $name i32) (param $len i32) (result i32)
     (call $open (local.get $dir) (i32.const 0) (local.get $name) (local.get $len)
       (i32.const 0) (i64.const 2) (i64.const 0) (i32.const 0) (i32.const 32)))
@@ -130,6 +142,12 @@ const FUNCTIONS: &str = r#"
       (br_if $done (i32.eqz (i32.load (i32.const 24))))
       (call $say (local.get $to) (i32.const 4096) (i32.load (i32.const 24)))
       (br $more))))
+  ;; A subscription: userdata 0, tag 0 (clock), id 1 (monotonic), timeout at 24.
+  (func $nap (param $ns i64)
+    (i32.store (i32.const 1040) (i32.const 1))
+    (i64.store (i32.const 1048) (local.get $ns))
+    (if (call $poll (i32.const 1024) (i32.const 2048) (i32.const 1) (i32.const 40))
+      (then unreachable)))
 "#;
 
 /// A program with this body of `_start`, and these bytes at address 64.
@@ -171,13 +189,62 @@ fn hog() -> Vec<u8> {
 
 /// Sleeps for an hour inside a host call.
 fn sleeper() -> Vec<u8> {
-    // A subscription: userdata 0, tag 0 (clock), id 1 (monotonic), timeout in nanoseconds at 24.
     program(
         "zzz",
         "(call $say (i32.const 1) (i32.const 64) (i32.const 3))
-         (i32.store (i32.const 1040) (i32.const 1))
-         (i64.store (i32.const 1048) (i64.const 3600000000000))
-         (drop (call $poll (i32.const 1024) (i32.const 2048) (i32.const 1) (i32.const 40)))",
+         (call $nap (i64.const 3600000000000))",
+    )
+}
+
+/// Waits for a notice, tries everything but reading on it, and copies it to standard output.
+fn reads_its_notice() -> Vec<u8> {
+    program(
+        ".noticeready",
+        "(local $fd i32)
+         (call $say (i32.const 2) (i32.const 71) (i32.const 5))
+         (block $there (loop $again
+           (br_if $there (i32.eqz (call $read_open (i32.const 3) (i32.const 64) (i32.const 7))))
+           (call $nap (i64.const 5000000))
+           (br $again)))
+         (local.set $fd (i32.load (i32.const 32)))
+         (if (i32.eqz (call $create (i32.const 3) (i32.const 64) (i32.const 7)))
+           (then (call $exit (i32.const 90))))
+         (if (i32.eqz (call $write_open (i32.const 3) (i32.const 64) (i32.const 7)))
+           (then (call $exit (i32.const 91))))
+         (if (i32.eqz (call $unlink (i32.const 3) (i32.const 64) (i32.const 7)))
+           (then (call $exit (i32.const 92))))
+         (call $copy (local.get $fd) (i32.const 1))",
+    )
+}
+
+/// Waits for a notice, reads it over and over, and ends when it is gone: with code 0 if each time
+/// it began with a brace and ended with one.
+fn reads_until_it_is_gone() -> Vec<u8> {
+    program(
+        ".noticex",
+        "(local $spoke i32) (local $fd i32)
+         (loop $again
+           (if (call $read_open (i32.const 3) (i32.const 64) (i32.const 7))
+             (then
+               (if (local.get $spoke) (then (call $exit (i32.const 0))))
+               (call $nap (i64.const 5000000))
+               (br $again)))
+           (local.set $fd (i32.load (i32.const 32)))
+           (i32.store (i32.const 16) (i32.const 4096))
+           (i32.store (i32.const 20) (i32.const 4096))
+           (if (call $fd_read (local.get $fd) (i32.const 16) (i32.const 1) (i32.const 24))
+             (then unreachable))
+           (if (i32.eqz (i32.load (i32.const 24))) (then (call $exit (i32.const 80))))
+           (if (i32.ne (i32.load8_u (i32.const 4096)) (i32.const 123))
+             (then (call $exit (i32.const 81))))
+           (if (i32.ne (i32.load8_u (i32.add (i32.const 4095) (i32.load (i32.const 24))))
+                       (i32.const 125))
+             (then (call $exit (i32.const 82))))
+           (if (call $close (local.get $fd)) (then unreachable))
+           (if (i32.eqz (local.get $spoke))
+             (then (call $say (i32.const 1) (i32.const 71) (i32.const 1))))
+           (local.set $spoke (i32.const 1))
+           (br $again))",
     )
 }
 
@@ -252,10 +319,33 @@ impl Room {
         }
     }
 
+    /// The first sample of the meter, of those taken from now on, that is as wanted.
+    async fn sample(&mut self, lease: &str, wanted: impl Fn(&Usage) -> bool) -> Usage {
+        let now = boot_ms() - self.work.status(lease).expect("known").started_boot_ms;
+        let sampled = async {
+            loop {
+                match self.events.recv().await.expect("an event") {
+                    WorkEvent::Usage { lease: of, usage }
+                        if of == lease && usage.wall_ms > now && wanted(&usage) =>
+                    {
+                        return usage;
+                    }
+                    WorkEvent::Ended { outcome, .. } => panic!("it ended: {outcome}"),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, sampled).await.expect("a sample")
+    }
+
     /// Waits until the program has written to its standard output.
     async fn spoke(&self, lease: &str) {
+        self.spoke_to(lease, Stream::Stdout).await;
+    }
+
+    async fn spoke_to(&self, lease: &str, stream: Stream) {
         let mut output = self.work.output(lease).expect("known");
-        let chunk = tokio::time::timeout(PATIENCE, output.read(Stream::Stdout, 0, 100)).await;
+        let chunk = tokio::time::timeout(PATIENCE, output.read(stream, 0, 100)).await;
         assert!(!chunk.expect("in time").expect("read").bytes.is_empty(), "it ended silently");
     }
 }
@@ -263,6 +353,7 @@ impl Room {
 fn spec(lease: &str, program: PathBuf) -> Spec {
     Spec {
         lease: lease.to_owned(),
+        token: String::new(),
         runtime: Runtime::Wasm,
         program,
         args: vec!["program".into()],
@@ -348,7 +439,14 @@ async fn arguments_environment_stdin(mut room: Room) {
     assert_eq!(outcome, Outcome::Exited { code: 0 });
     let stdout = room.text("00000002", Stream::Stdout).await;
     assert_eq!(stdout, format!("name\0a b\0\0{long}"));
-    assert_eq!(room.text("00000002", Stream::Stderr).await, "COLOUR=blue\0EMPTY=\0");
+    // Where a notice would be is the one thing that is added, and only where it is not said.
+    let stderr = room.text("00000002", Stream::Stderr).await;
+    assert_eq!(stderr, "COLOUR=blue\0EMPTY=\0LEASEHOLD_NOTICE=/in/.notice\0");
+    let mut spec = room.spec("00000004", &echo);
+    spec.env = vec![(NOTICE_VARIABLE.into(), "elsewhere".into())];
+    assert_eq!(room.run(spec).await.0, Outcome::Exited { code: 0 });
+    let stderr = room.text("00000004", Stream::Stderr).await;
+    assert_eq!(stderr, "LEASEHOLD_NOTICE=elsewhere\0");
 }
 
 async fn only_declared_outputs_are_kept(mut room: Room) {
@@ -680,6 +778,161 @@ async fn side_by_side(mut room: Room) {
     }
 }
 
+// ---------------------------------------------------------------- frozen, and told
+
+async fn frozen(mut room: Room) {
+    uses_no_processor_while_frozen(&mut room, "00000130").await;
+    let unknown = room.work.freeze("ffffffff").await;
+    assert!(matches!(unknown, Err(AskError::Unknown(_))), "{unknown:?}");
+    // Where no cgroup freezes, a signal does.
+    let mut room = Room::with(Exec { cgroups: false, ..Exec::default() });
+    uses_no_processor_while_frozen(&mut room, "00000131").await;
+}
+
+async fn uses_no_processor_while_frozen(room: &mut Room, lease: &str) {
+    let mut spec = room.spec(lease, &tick_forever());
+    // If its end needed the grace, this would run out of patience.
+    spec.grace_ms = 3_600_000;
+    spec.deadline_boot_ms = boot_ms() + 3_600_000;
+    let deadline = spec.deadline_boot_ms;
+    room.work.start(spec).await.expect("started");
+    room.spoke(lease).await;
+    for _ in 0..2 {
+        room.work.freeze(lease).await.expect("frozen");
+        room.work.freeze(lease).await.expect("still frozen");
+        until("the status", || room.work.status(lease).is_some_and(|status| status.frozen)).await;
+        // The first sample from now on may hold what the kernel had not counted yet.
+        let first = room.sample(lease, |_| true).await;
+        let second = room.sample(lease, |_| true).await;
+        let third = room.sample(lease, |_| true).await;
+        assert_eq!((second.cpu_ms, third.cpu_ms), (first.cpu_ms, first.cpu_ms));
+        assert!(third.wall_ms > first.wall_ms && third.memory_mib_ms > first.memory_mib_ms);
+        room.work.thaw(lease).await.expect("thawed");
+        room.work.thaw(lease).await.expect("still thawed");
+        until("the status", || room.work.status(lease).is_some_and(|status| !status.frozen)).await;
+        room.sample(lease, |usage| usage.cpu_ms > third.cpu_ms).await;
+    }
+    // Its term is its term, and it ends in order, frozen or not.
+    room.work.freeze(lease).await.expect("frozen");
+    room.work.extend(lease, deadline + 1).await.expect("extended");
+    room.work.stop(lease, "enough").await;
+    let (outcome, _) = room.end(lease).await;
+    assert_eq!(outcome, Outcome::Stopped { why: "enough".into() });
+    assert!(room.work.status(lease).is_some_and(|status| !status.frozen));
+    let ended = room.work.freeze(lease).await;
+    assert!(matches!(ended, Err(AskError::Refused(_))), "{ended:?}");
+}
+
+async fn frozen_at_deadline(mut room: Room) {
+    // On a slow machine the deadline may pass before it is frozen: then with more room.
+    for (n, room_ms) in [3000, 12_000, 60_000].into_iter().enumerate() {
+        let lease = format!("0000014{n}");
+        let mut spec = room.spec(&lease, &tick_forever());
+        // If it were not thawed, only the end of the grace would end it.
+        spec.grace_ms = 3_600_000;
+        spec.deadline_boot_ms = boot_ms() + room_ms;
+        let deadline = spec.deadline_boot_ms;
+        room.work.start(spec).await.expect("started");
+        let frozen = room.work.freeze(&lease).await;
+        let (outcome, _) = room.end(&lease).await;
+        assert_eq!(outcome, Outcome::Deadline);
+        assert!(boot_ms() >= deadline, "it ended before its deadline");
+        if frozen.is_ok() {
+            return;
+        }
+    }
+    panic!("no job could be frozen in time");
+}
+
+async fn killed_frozen(mut room: Room) {
+    for (lease, cgroups) in [("00000150", true), ("00000151", false)] {
+        if !cgroups {
+            room = Room::with(Exec { cgroups, ..Exec::default() });
+        }
+        room.work.start(room.spec(lease, &tick_forever())).await.expect("started");
+        room.spoke(lease).await;
+        room.work.freeze(lease).await.expect("frozen");
+        let status = room.work.status(lease).expect("known");
+        status.warden.kill().expect("killed");
+        let (outcome, _) = room.end(lease).await;
+        assert!(matches!(outcome, Outcome::Lost { .. }), "{outcome:?}");
+        assert!(room.work.status(lease).is_some_and(|status| !status.frozen));
+    }
+}
+
+/// Runs a program that waits for its notice, and checks what it read.
+async fn finds_its_notice(room: &mut Room, lease: &str) {
+    let job = room.work.start(room.spec(lease, &reads_its_notice())).await;
+    job.expect("started");
+    room.spoke_to(lease, Stream::Stderr).await;
+    let reason = "the owner's own work\nis \"back\" ".to_owned() + &"ä".repeat(300);
+    let before = unix_ms();
+    let notice = Notice { reason: reason.clone(), end_boot_ms: boot_ms() + 300_000 };
+    room.work.notice(lease, notice).await.expect("put");
+    let after = unix_ms();
+    assert_eq!(room.end(lease).await.0, Outcome::Exited { code: 0 });
+    let text = room.text(lease, Stream::Stdout).await;
+    let read: serde_json::Value = serde_json::from_str(&text).expect("json");
+    let short: String = reason.chars().take(MAX_REASON).collect();
+    assert_eq!(read["reason"], short);
+    let ends_in_ms = read["ends_in_ms"].as_u64().expect("a number");
+    let ends_at = read["ends_at_unix_ms"].as_u64().expect("a number");
+    assert!(ends_in_ms <= 300_000, "{text}");
+    assert!((before..=after).contains(&(ends_at - ends_in_ms)), "{before} {text} {after}");
+    assert_eq!(read.as_object().map(serde_json::Map::len), Some(3), "{text}");
+    let ended = room.work.unnotice(lease).await;
+    assert!(matches!(ended, Err(AskError::Refused(_))), "{ended:?}");
+}
+
+fn unix_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::try_from(now.expect("after 1970").as_millis()).expect("fits")
+}
+
+async fn noticed(mut room: Room) {
+    finds_its_notice(&mut room, "00000160").await;
+
+    // Nobody but the warden's user could change it, even without WebAssembly around the program.
+    room.work.start(room.spec("00000161", &sleeper())).await.expect("started");
+    room.spoke("00000161").await;
+    let path = room.root.path().join("x".repeat(120)).join("jobs/00000161/in/.notice");
+    // Where there is none, there is none to take back.
+    room.work.unnotice("00000161").await.expect("nothing to do");
+    let notice = Notice { reason: "r".into(), end_boot_ms: 0 };
+    room.work.notice("00000161", notice.clone()).await.expect("put");
+    let (file, dir) = (fs::metadata(&path), fs::metadata(path.parent().expect("a parent")));
+    let (file, dir) = (file.expect("put"), dir.expect("there"));
+    assert_eq!((file.mode() & 0o7777, dir.mode() & 0o7777), (0o444, 0o755));
+    let me = rustix::process::geteuid().as_raw();
+    assert_eq!((file.uid(), dir.uid()), (me, me));
+    let text = fs::read_to_string(&path).expect("read");
+    assert!(text.contains("\"ends_in_ms\":0,"), "a time that has passed is now: {text}");
+    // It can be put while nothing runs, and taken back.
+    room.work.freeze("00000161").await.expect("frozen");
+    let again = Notice { reason: "other".into(), ..notice };
+    room.work.notice("00000161", again).await.expect("put");
+    assert!(fs::read_to_string(&path).expect("read").contains("\"other\""));
+    room.work.unnotice("00000161").await.expect("taken back");
+    assert!(!path.exists());
+    room.work.stop("00000161", "enough").await;
+    room.end("00000161").await;
+    assert!(!path.parent().is_some_and(Path::exists));
+}
+
+async fn notice_whole(mut room: Room) {
+    let mut spec = room.spec("00000170", &reads_until_it_is_gone());
+    spec.cpu_milli = 2000;
+    room.work.start(spec).await.expect("started");
+    let notice = |n: usize| Notice { reason: "r".repeat(n), end_boot_ms: boot_ms() };
+    room.work.notice("00000170", notice(1)).await.expect("put");
+    room.spoke("00000170").await;
+    for n in 0..400 {
+        room.work.notice("00000170", notice(1 + 250 * (n % 2))).await.expect("put");
+    }
+    room.work.unnotice("00000170").await.expect("taken back");
+    assert_eq!(room.end("00000170").await.0, Outcome::Exited { code: 0 });
+}
+
 // ---------------------------------------------------------------- processes that die
 
 async fn killed_warden(mut room: Room) {
@@ -840,6 +1093,10 @@ async fn bad_specifications(room: Room) {
     let mut device = room.spec("000000f2", &hello());
     device.inputs = vec![Input { name: "x".into(), path: "/dev/zero".into() }];
     assert!(matches!(room.work.start(device).await, Err(StartError::Input { .. })));
+    let mut notice = room.spec("000000f5", &hello());
+    notice.inputs = vec![Input { name: NOTICE.into(), path: "/dev/null".into() }];
+    let error = room.work.start(notice).await.expect_err("refused");
+    assert!(error.to_string().contains("notices are put"), "{error}");
     assert_eq!(fs::read_dir(&jobs).expect("listed").count(), 0, "something is left");
 
     let exec = Exec { program: "/no/such/program".into(), ..Exec::default() };
@@ -893,6 +1150,8 @@ async fn be_unprivileged(dir: &Path) -> ExitCode {
     assert!(offered.iter().all(|word| status.isolation.contains(word)), "{offered:?} {status:?}");
     let outcome = room.run(room.spec("00000121", &hog())).await.0;
     assert_eq!(outcome, Outcome::OutOfMemory { limit: 32 << 20 });
+    uses_no_processor_while_frozen(&mut room, "00000122").await;
+    finds_its_notice(&mut room, "00000123").await;
     ExitCode::SUCCESS
 }
 

@@ -24,6 +24,8 @@ const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 const UNIFIED: &str = "unified";
 /// The period of the processor quota, in microseconds: the kernel's own default.
 const PERIOD_US: u64 = 100_000;
+/// How long freezing may take where it only helps to kill.
+const FREEZES_TO_KILL: Duration = Duration::from_millis(20);
 
 /// The group of one runner: a directory per controller, or the one of version 2.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -302,7 +304,7 @@ impl Cgroup {
                 // cgroup.kill came with Linux 5.14; the loop below does without.
                 let _ = fs::write(dir.join("cgroup.kill"), "1");
             }
-            self.freeze(true);
+            self.freeze(true, FREEZES_TO_KILL);
             for pid in self.members() {
                 let Some(pid) = (pid > 0).then(|| rustix::process::Pid::from_raw(pid)).flatten()
                 else {
@@ -310,7 +312,8 @@ impl Cgroup {
                 };
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
-            self.freeze(false);
+            // On version 1 also the killed end only when thawed.
+            self.freeze(false, Duration::ZERO);
             if self.members().is_empty() {
                 return true;
             }
@@ -321,26 +324,43 @@ impl Cgroup {
         }
     }
 
-    fn freeze(&self, on: bool) {
+    /// Freezes all members, or lets them run on, and waits until that is in force, at most so long.
+    /// False where it is not, and where this group cannot freeze.
+    pub(super) fn freeze(&self, on: bool, at_most: Duration) -> bool {
         let (path, word) = if let Some(dir) = self.dirs.get(UNIFIED) {
             (dir.join("cgroup.freeze"), if on { "1" } else { "0" })
         } else if let Some(dir) = self.dirs.get("freezer") {
             (dir.join("freezer.state"), if on { "FROZEN" } else { "THAWED" })
         } else {
-            return;
+            return false;
         };
-        if fs::write(&path, word).is_err() || !on || self.dirs.contains_key(UNIFIED) {
-            return;
+        // The file of version 2 came with Linux 5.2.
+        if fs::write(&path, word).is_err() {
+            return false;
         }
-        // Freezing is not instant on version 1, and a task in an uninterruptible wait delays it.
-        for _ in 0..20 {
-            match fs::read_to_string(&path) {
-                Ok(state) if state.trim() != "FROZEN" => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                _ => return,
+        // Neither version freezes at once: a member in an uninterruptible wait delays it.
+        let end = Instant::now() + at_most;
+        while self.frozen() != Some(on) {
+            if Instant::now() >= end {
+                return false;
             }
+            std::thread::sleep(Duration::from_millis(1));
         }
+        true
+    }
+
+    /// Whether this group can freeze its members as a whole.
+    pub(super) fn freezes(&self) -> bool {
+        self.frozen().is_some()
+    }
+
+    /// Whether all members are frozen; none where this group cannot freeze.
+    fn frozen(&self) -> Option<bool> {
+        if let Some(dir) = self.dirs.get(UNIFIED) {
+            return keyed(&dir.join("cgroup.events"), "frozen ").map(|frozen| frozen == 1);
+        }
+        let state = fs::read_to_string(self.dirs.get("freezer")?.join("freezer.state")).ok()?;
+        Some(state.trim() == "FROZEN")
     }
 
     /// Removes the directories of an empty group. A zombie still counts as a member, so this may

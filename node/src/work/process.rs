@@ -84,19 +84,34 @@ impl Process {
         Some((field("VmRSS:")?, field("VmHWM:")?))
     }
 
-    /// Kills it, if it is still there; a process that only has the same pid is not touched.
-    pub fn kill(&self) -> io::Result<()> {
+    /// Whether all its threads are stopped by a signal (SIGSTOP, signal(7)).
+    pub(super) fn stopped(&self) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
+        let stopped = threads.flatten().all(|thread| {
+            let stat = fs::read_to_string(thread.path().join("stat"));
+            // One that ended between the two looks runs no more.
+            stat.ok().and_then(|text| parse_stat(&text)).is_none_or(|stat| stat.state == 'T')
+        });
+        stopped && self.alive()
+    }
+
+    /// A descriptor that holds on to this process; none if it is gone, also if another process
+    /// has its pid by now.
+    pub(super) fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = (self.pid > 0).then(|| Pid::from_raw(self.pid)).flatten() else {
-            return Ok(());
+            return Ok(None);
         };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
-            Err(Errno::SRCH) => return Ok(()),
+            Err(Errno::SRCH) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        if !self.alive() {
-            return Ok(());
-        }
+        Ok(self.alive().then_some(fd))
+    }
+
+    /// Kills it, if it is still there; a process that only has the same pid is not touched.
+    pub fn kill(&self) -> io::Result<()> {
+        let Some(fd) = self.pidfd()? else { return Ok(()) };
         match pidfd_send_signal(&fd, Signal::KILL) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),

@@ -32,6 +32,15 @@ pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 pub const MAX_NAME: usize = 1024;
 /// The deepest relative file name, in components.
 pub const MAX_DEPTH: usize = 16;
+/// The longest token, in hexadecimal digits.
+pub const MAX_TOKEN: usize = 128;
+/// The name below `/in` under which a job finds a notice. No input may have it.
+pub const NOTICE: &str = ".notice";
+/// The variable that tells a program where it would find a notice, unless its specification sets
+/// the variable itself.
+pub const NOTICE_VARIABLE: &str = "LEASEHOLD_NOTICE";
+/// The longest reason of a notice, in characters; a longer one is cut.
+pub const MAX_REASON: usize = 256;
 /// The longest JSON line or file that one of the three processes takes from another.
 pub(super) const MAX_JSON: u64 = 8 << 20;
 
@@ -51,6 +60,8 @@ pub(super) mod file {
     pub(crate) const STDERR: &str = "stderr";
     /// The guest's `/in`.
     pub(crate) const IN: &str = "in";
+    /// The next notice, until it is moved into the guest's `/in` as a whole.
+    pub(crate) const NOTICE: &str = "notice";
     /// The guest's `/out`, while it runs.
     pub(crate) const OUT: &str = "out";
     /// The declared outputs, once the job has ended.
@@ -83,13 +94,17 @@ pub struct Input {
 pub struct Spec {
     /// The lease the job runs under: its id in lowercase hexadecimal, 8 to 128 digits.
     pub lease: String,
+    /// What the node's books know this job by, beside its lease: at most [`MAX_TOKEN`] lowercase
+    /// hexadecimal digits, chosen by the node and handed back in [`Status`]. It means nothing here.
+    #[serde(default)]
+    pub token: String,
     /// The engine.
     pub runtime: Runtime,
     /// The file that holds the program.
     pub program: PathBuf,
     /// All arguments, the program's name first.
     pub args: Vec<String>,
-    /// The environment, complete: nothing of the host's is added.
+    /// The environment, complete: nothing of the host's is added, only [`NOTICE_VARIABLE`].
     pub env: Vec<(String, String)>,
     /// The file that standard input reads from; none means an empty one.
     pub stdin: Option<PathBuf>,
@@ -122,6 +137,12 @@ pub enum SpecError {
     /// The lease id would not be a safe directory name.
     #[error("lease id {0:?} is not 8 to 128 lowercase hexadecimal digits")]
     Lease(String),
+    /// The token is not what a token may be.
+    #[error("the token is not at most {MAX_TOKEN} lowercase hexadecimal digits")]
+    Token,
+    /// An input would lie where notices are put.
+    #[error("no input may be called {0:?}: notices are put at `{NOTICE}`")]
+    Reserved(String),
     /// A file name is not relative and plain.
     #[error("file name {0:?} is not a plain relative name (no leading slash, no `.` or `..`)")]
     Name(String),
@@ -149,10 +170,16 @@ impl Spec {
     /// Checks everything that can be checked without looking at the host.
     pub fn check(&self) -> Result<(), SpecError> {
         check_lease(&self.lease)?;
+        if self.token.len() > MAX_TOKEN || !hexadecimal(&self.token) {
+            return Err(SpecError::Token);
+        }
         let inputs: Vec<&str> = self.inputs.iter().map(|input| input.name.as_str()).collect();
         let outputs: Vec<&str> = self.outputs.iter().map(String::as_str).collect();
         check_names(&inputs)?;
         check_names(&outputs)?;
+        if let Some(name) = inputs.iter().find(|name| Path::new(name).starts_with(NOTICE)) {
+            return Err(SpecError::Reserved((*name).to_owned()));
+        }
         let mut bytes = 0usize;
         for arg in &self.args {
             bytes = bytes.saturating_add(arg.len() + 1);
@@ -181,12 +208,15 @@ impl Spec {
 
 /// Checks that a lease id can name a directory and a cgroup.
 pub(super) fn check_lease(lease: &str) -> Result<(), SpecError> {
-    let digits = lease.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    if digits && (8..=128).contains(&lease.len()) {
+    if hexadecimal(lease) && (8..=128).contains(&lease.len()) {
         Ok(())
     } else {
         Err(SpecError::Lease(lease.to_owned()))
     }
+}
+
+fn hexadecimal(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 fn check_names(names: &[&str]) -> Result<(), SpecError> {
@@ -338,8 +368,14 @@ pub struct OutputFile {
 pub struct Status {
     /// The lease.
     pub lease: String,
+    /// The token of the specification.
+    #[serde(default)]
+    pub token: String,
     /// Where the job stands.
     pub state: State,
+    /// Whether the program is frozen: it is there, and runs no instruction until it is thawed.
+    #[serde(default)]
+    pub frozen: bool,
     /// The boot that pids and boot times belong to; of another boot, no process is left.
     pub boot_id: String,
     /// The warden.
@@ -362,6 +398,16 @@ pub struct Status {
     pub outputs: Vec<OutputFile>,
     /// The declared outputs that were not there, not regular files, or over the disk limit.
     pub outputs_missing: Vec<String>,
+}
+
+/// What a node has to tell a running program: why it will be ended, and when. The program finds it
+/// as a JSON object in the file [`NOTICE`] below `/in`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// Why, in words for whoever wrote the program; cut at [`MAX_REASON`] characters.
+    pub reason: String,
+    /// When, in milliseconds of `CLOCK_BOOTTIME`.
+    pub end_boot_ms: u64,
 }
 
 /// What `spec.json` holds: the specification and what the warden needs beside it.
@@ -388,6 +434,13 @@ pub(super) enum Ask {
     Extend { deadline_boot_ms: u64 },
     /// An early end.
     Stop { why: String },
+    /// No instruction until told otherwise; answered when it is in force.
+    Freeze,
+    /// On with a frozen program; answered when it is in force.
+    Thaw,
+    /// What the program is to find in its notice file, or that there is to be none; answered when
+    /// it is so.
+    Notice { notice: Option<Notice> },
 }
 
 /// What a warden answers, one JSON line each.
@@ -439,6 +492,13 @@ pub fn boot_ms() -> u64 {
     seconds.saturating_mul(1000).saturating_add(nanos / 1_000_000)
 }
 
+/// Now, in milliseconds since 1970, as this host's wall clock has it: for people and programs to
+/// read, never to decide by.
+pub(super) fn unix_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+}
+
 /// The id of this boot (random(4)); empty where the host has none.
 pub(super) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -484,6 +544,7 @@ mod tests {
     pub(crate) fn spec() -> Spec {
         Spec {
             lease: "00112233".into(),
+            token: "c0ffee".into(),
             runtime: Runtime::Wasm,
             program: "/dev/null".into(),
             args: vec!["program".into()],
@@ -523,10 +584,18 @@ mod tests {
     fn a_specification_is_held_to_its_limits() {
         assert_eq!(spec().check(), Ok(()));
         type Edit = fn(&mut Spec);
-        let bad: [(&str, Edit); 12] = [
+        let bad: [(&str, Edit); 16] = [
             ("lease with a slash", |s| s.lease = "../../../etc".into()),
             ("lease in capitals", |s| s.lease = "AABBCCDD".into()),
             ("short lease", |s| s.lease = "aa".into()),
+            ("token in capitals", |s| s.token = "AA".into()),
+            ("long token", |s| s.token = "a".repeat(MAX_TOKEN + 1)),
+            ("input where notices are put", |s| {
+                s.inputs = vec![Input { name: ".notice".into(), path: "/x".into() }];
+            }),
+            ("input below where notices are put", |s| {
+                s.inputs = vec![Input { name: ".notice/x".into(), path: "/x".into() }];
+            }),
             ("output that climbs", |s| s.outputs = vec!["../x".into()]),
             ("output twice", |s| s.outputs = vec!["x".into(), "x".into()]),
             ("too many outputs", |s| s.outputs = (0..2000).map(|n| n.to_string()).collect()),
@@ -544,6 +613,23 @@ mod tests {
             edit(&mut spec);
             assert!(spec.check().is_err(), "{what}");
         }
+    }
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read() {
+        let mut job = serde_json::to_value(spec()).expect("json");
+        let gone = job.as_object_mut().and_then(|job| job.remove("token"));
+        assert_eq!(gone, Some("c0ffee".into()));
+        let read: Spec = serde_json::from_value(job).expect("a specification");
+        assert_eq!(read, Spec { token: String::new(), ..spec() });
+
+        let text = r#"{"lease":"00112233","state":"running","boot_id":"b","warden":{"pid":1,
+            "start":2},"runner":null,"cgroup":null,"isolation":[],"deadline_boot_ms":1,
+            "started_boot_ms":1,"usage":{"wall_ms":0,"cpu_ms":0,"memory":0,"memory_peak":0,
+            "memory_mib_ms":0,"disk":0,"log_dropped":0},"outcome":null,"outputs":[],
+            "outputs_missing":[]}"#;
+        let status: Status = serde_json::from_str(text).expect("a status");
+        assert_eq!((status.token.as_str(), status.frozen), ("", false));
     }
 
     #[test]

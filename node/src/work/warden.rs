@@ -8,7 +8,7 @@
 //!                             |  deadline, stop, disk limit         |
 //!                             +------------------+------------------+
 //!                                                v
-//!                                       ending: Stop, then SIGKILL
+//!                              ending: thaw if frozen, Stop, then SIGKILL
 //!                                                |  runner reaped, cgroup empty
 //!                                                v
 //!                                        Exited | Failed  (final, then the warden ends)
@@ -18,6 +18,9 @@
 //! goes on while the host sleeps, and enforces the deadline itself, so that a job ends in time
 //! whether or not there is a node. Everything it does happens in one loop over one bounded
 //! channel; the threads around it only wait for one thing each.
+//!
+//! It can freeze the runner, as a whole where there is a cgroup that does it and by SIGSTOP where
+//! not, and puts notices where the program finds them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, PipeReader, Read, Write};
@@ -32,18 +35,20 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
+use serde::Serialize;
 
 use super::cgroup::{Cgroup, Limits};
 use super::meter::Meter;
 use super::process::{self, Process};
 use super::runner::{Line, send};
 use super::spec::{
-    Answer, Ask, JobFile, MAX_PROGRAM, Outcome, Said, Spec, State, Status, Tell, Usage, boot_id,
-    boot_ms, file, read_json, write_json,
+    Answer, Ask, JobFile, MAX_PROGRAM, MAX_REASON, NOTICE, Notice, Outcome, Said, Spec, State,
+    Status, Tell, Usage, boot_id, boot_ms, file, read_json, unix_ms, write_json,
 };
 use super::{confine, disk, wasm};
 
@@ -59,6 +64,8 @@ const GO_MS: u64 = 2000;
 const MAX_CONNECTIONS: usize = 32;
 /// How long one who asked may take to read the answer.
 const SLOW_READER: Duration = Duration::from_secs(5);
+/// How long freezing the runner, or thawing it, may take until it is refused.
+const FREEZES: Duration = Duration::from_millis(500);
 /// Threads that the runner needs beside the program's own.
 const RUNNER_THREADS: u64 = 16;
 
@@ -93,7 +100,9 @@ fn warden(dir: &Path) -> io::Result<()> {
     let me = Process::current().ok_or_else(|| io::Error::other("/proc is not there"))?;
     let status = Status {
         lease: job.spec.lease.clone(),
+        token: job.spec.token.clone(),
         state: State::Starting,
+        frozen: false,
         boot_id: boot_id(),
         warden: me,
         runner: None,
@@ -120,6 +129,7 @@ fn warden(dir: &Path) -> io::Result<()> {
         // Whatever is left dies with this process, and the node clears up behind it.
         let mut status = board.read();
         status.state = State::Failed;
+        status.frozen = false;
         status.outcome = Some(Outcome::Lost { message: format!("the warden failed: {error}") });
         board.post(status.clone());
         write_json(Path::new(file::STATUS), &status, true)?;
@@ -360,9 +370,55 @@ impl Warden {
             Cause::Stopped(_) => now.saturating_add(self.spec.grace_ms).min(self.last_ms()),
         };
         self.cause = Some(cause);
+        self.thaw_to_end(now);
         self.kill_at = Some(self.kill_at.map_or(kill_at, |at| at.min(kill_at)));
         if send(&self.control, &Tell::Stop).is_err() {
             self.kill_at = Some(now);
+        }
+    }
+
+    /// Freezes the runner or thaws it, and waits until that is in force. False where it did not
+    /// come to that; a runner that cannot be frozen is left running.
+    fn freeze(&mut self, on: bool, now: u64) -> bool {
+        // The deadline does not wait for this.
+        let left = Duration::from_millis(self.status.deadline_boot_ms.saturating_sub(now));
+        let at_most = if self.cause.is_none() { FREEZES.min(left) } else { FREEZES };
+        let done = self.try_freeze(on, at_most);
+        if on && !done {
+            self.try_freeze(false, Duration::ZERO);
+        }
+        if on || done {
+            self.status.frozen = on && done;
+        }
+        done
+    }
+
+    fn try_freeze(&self, on: bool, at_most: Duration) -> bool {
+        if let Some(group) = self.cgroup.as_ref().filter(|group| group.freezes()) {
+            return group.freeze(on, at_most);
+        }
+        let Some(runner) = self.status.runner else { return false };
+        // Not yet waited for, so the pid is still its own. Whoever is stopped so cannot say no.
+        let signal = if on { Signal::STOP } else { Signal::CONT };
+        let Some(pid) = Pid::from_raw(runner.pid) else { return false };
+        if kill_process(pid, signal).is_err() {
+            return false;
+        }
+        let end = Instant::now() + at_most;
+        while runner.stopped() != on {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+
+    /// Lets a frozen runner run on, because it cannot end in order unless it does.
+    fn thaw_to_end(&mut self, now: u64) {
+        if self.status.frozen {
+            self.freeze(false, now);
+            let _ = self.post(false);
         }
     }
 
@@ -425,6 +481,7 @@ impl Warden {
     fn go(&mut self, outcome: Option<Outcome>, now: u64) {
         self.said = Some(outcome);
         self.sample(now);
+        self.thaw_to_end(now);
         let _ = send(&self.control, &Tell::Bye);
         let kill_at = now + GO_MS;
         self.kill_at = Some(self.kill_at.map_or(kill_at, |at| at.min(kill_at)));
@@ -434,7 +491,7 @@ impl Warden {
         let refused = |why: &str| Answer::Refused { why: why.to_owned() };
         let now = boot_ms();
         match ask {
-            Ask::Extend { .. } if self.cause.is_some() || self.said.is_some() => {
+            Ask::Extend { .. } | Ask::Freeze | Ask::Notice { .. } if self.ending() => {
                 refused("the job is already ending")
             }
             Ask::Extend { deadline_boot_ms } if deadline_boot_ms < self.status.deadline_boot_ms => {
@@ -450,17 +507,41 @@ impl Warden {
                     self.status.deadline_boot_ms = old;
                     return refused(&format!("it cannot be written down: {error}"));
                 }
-                Answer::Done { deadline_boot_ms }
+                self.done()
             }
+            Ask::Freeze | Ask::Thaw => {
+                let on = matches!(ask, Ask::Freeze);
+                let done = self.freeze(on, now);
+                self.sample(now);
+                // What is in force is in force, also where no disk is left to say so.
+                let _ = self.post(false);
+                match (done, on) {
+                    (true, _) => self.done(),
+                    (false, true) => refused("the program cannot be frozen"),
+                    (false, false) => refused("the program cannot be thawed"),
+                }
+            }
+            Ask::Notice { notice } => match put_notice(notice, now) {
+                Ok(()) => self.done(),
+                Err(error) => refused(&format!("the notice cannot be put: {error}")),
+            },
             Ask::Stop { why } => {
                 if self.cause.is_none() {
                     let why = why.chars().take(256).collect();
                     self.end(Cause::Stopped(why), now);
                 }
-                Answer::Done { deadline_boot_ms: self.status.deadline_boot_ms }
+                self.done()
             }
             Ask::Status | Ask::Watch => Answer::Status { status: Box::new(self.status.clone()) },
         }
+    }
+
+    fn done(&self) -> Answer {
+        Answer::Done { deadline_boot_ms: self.status.deadline_boot_ms }
+    }
+
+    fn ending(&self) -> bool {
+        self.cause.is_some() || self.said.is_some()
     }
 
     /// Ends the runner without a word, because this warden cannot go on.
@@ -479,6 +560,7 @@ impl Warden {
         if let Some(group) = &self.cgroup {
             group.kill(Duration::from_secs(5));
         }
+        self.status.frozen = false;
         self.sample(boot_ms());
         let starved = self.cgroup.as_ref().is_some_and(Cgroup::out_of_memory);
         let exit = self.child.wait()?;
@@ -534,6 +616,38 @@ impl Warden {
             },
         }
     }
+}
+
+/// What a program reads in its notice file. Times are given twice, since a program has no boot
+/// clock: how long from when this was written, and when by the host's wall clock.
+#[derive(Serialize)]
+struct NoticeFile {
+    reason: String,
+    ends_in_ms: u64,
+    ends_at_unix_ms: u64,
+}
+
+/// Puts a notice where the program finds it, or takes it away. A program that looks sees the old
+/// one or the new one, never a part: the file is made outside, and moved in when it is whole.
+fn put_notice(notice: Option<Notice>, now: u64) -> io::Result<()> {
+    let to = Path::new(file::IN).join(NOTICE);
+    let Some(Notice { reason, end_boot_ms }) = notice else {
+        return match fs::remove_file(to) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+    };
+    let ends_in_ms = end_boot_ms.saturating_sub(now);
+    let notice = NoticeFile {
+        reason: reason.chars().take(MAX_REASON).collect(),
+        ends_in_ms,
+        ends_at_unix_ms: unix_ms().saturating_add(ends_in_ms),
+    };
+    let from = Path::new(file::NOTICE);
+    write_json(from, &notice, false)?;
+    // The runner is another user, and has no more than reading to do with it.
+    fs::set_permissions(from, fs::Permissions::from_mode(0o444))?;
+    fs::rename(from, to)
 }
 
 /// Makes the directory that the guest writes to, and returns the user that the runner turns into
@@ -618,7 +732,7 @@ fn hear(control: UnixStream, events: &SyncSender<Event>) -> io::Result<()> {
 
 /// Waits for the runner's end without reaping it, so that its numbers can still be read.
 fn wait(pid: i32, events: &SyncSender<Event>) -> io::Result<()> {
-    use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
     let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("the runner has no pid"))?;
     let events = events.clone();
     thread("wait", move || {

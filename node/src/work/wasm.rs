@@ -10,7 +10,7 @@ use wasmtime::{Config, Engine, Linker, Module, ResourceLimiter, Store, Trap};
 use wasmtime_wasi::p1::{self, WasiP1Ctx};
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtxBuilder, cli};
 
-use super::spec::{Outcome, Spec};
+use super::spec::{NOTICE, NOTICE_VARIABLE, Outcome, Spec};
 
 /// The longest message that an outcome carries, in bytes.
 const MAX_MESSAGE: usize = 4096;
@@ -78,6 +78,9 @@ pub(super) fn context(
 ) -> Result<WasiP1Ctx, Outcome> {
     let mut builder = WasiCtxBuilder::new();
     builder.args(&spec.args).envs(&spec.env);
+    if !spec.env.iter().any(|(name, _)| name == NOTICE_VARIABLE) {
+        builder.env(NOTICE_VARIABLE, format!("/in/{NOTICE}"));
+    }
     builder.stdout(cli::OutputFile::new(stdout)).stderr(cli::OutputFile::new(stderr));
     if let Some(stdin) = stdin {
         builder.stdin(cli::InputFile::new(stdin));
