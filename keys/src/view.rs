@@ -11,8 +11,8 @@ use leasehold_proto::minds::admission::Admission;
 use leasehold_proto::proof::{Proof, Verdict};
 use leasehold_proto::words::charter::{Certificate, Charter, Limits, Organisation, Role};
 use leasehold_proto::words::contract::{
-    Acceptance, Authority, Claim, Class, Figure, Grant, Input, JobSpec, Mandate, Order, Refusal,
-    Release, Termination,
+    Acceptance, Authority, Claim, Class, Commit, EarlyEnd, Figure, Gang, GangOf, Grant, Input,
+    JobSpec, Mandate, Member, Order, Refusal, Release, Renew, Renewal, Termination,
 };
 use leasehold_proto::words::object::{Body, Envelope, Header, Kind, Object, draft_json};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
@@ -95,6 +95,7 @@ pub fn verdict(verdict: &Verdict) -> String {
         lessee,
         delegate,
         rate,
+        term,
         worst_case,
         decided,
         receipts,
@@ -102,6 +103,7 @@ pub fn verdict(verdict: &Verdict) -> String {
         charge,
         acknowledged,
         acknowledged_charge,
+        credit,
         end,
         price_checked,
     } = verdict;
@@ -119,12 +121,14 @@ pub fn verdict(verdict: &Verdict) -> String {
     let follows = if *price_checked { "recomputed from the offer" } else { "no offer inside" };
     let rate = format!("{} per hour ({follows})", page.money(*rate));
     page.line("rate", rate);
+    page.line("term", term);
     page.amount("at most", *worst_case);
     page.line("receipts", receipts);
     page.usage(usage);
     page.amount("owed", *charge);
     let agreed = format!("{} up to receipt {acknowledged}", page.money(*acknowledged_charge));
     page.line("countersigned", agreed);
+    page.amount("credit", *credit);
     page.line("ended", end.map_or_else(|| "not, as far as exported".into(), |end| word(&end)));
     page.text
 }
@@ -144,14 +148,15 @@ pub fn json(item: &Item) -> Value {
             let each = |list: &[Signed]| -> Vec<Value> {
                 list.iter().map(|signed| signed_json(signed, 0)).collect()
             };
-            let Proof { charter, offer, order, grant, receipts, acknowledgements, termination } =
-                &**proof;
+            let Proof { charter, offer, order, grant, renewals, .. } = &**proof;
+            let Proof { receipts, acknowledgements, termination, .. } = &**proof;
             json!({
                 "type": "proof",
                 "charter": signed_json(charter, 0),
                 "offer": offer.as_ref().map(|signed| signed_json(signed, 0)),
                 "order": signed_json(order, 0),
                 "grant": signed_json(grant, 0),
+                "renewals": each(renewals),
                 "receipts": each(receipts),
                 "acknowledgements": each(acknowledgements),
                 "termination": termination.as_ref().map(|signed| signed_json(signed, 0)),
@@ -279,6 +284,19 @@ impl Page<'_> {
         self.line(name, money);
     }
 
+    fn early(&mut self, early: &EarlyEnd) {
+        let EarlyEnd { notice, freeze, credit_permille } = early;
+        let credit = percent(*credit_permille);
+        self.line("taken back", format!("after {notice} of notice, then {freeze} frozen"));
+        self.line("credit then", format!("{credit} of the price of the time missed"));
+    }
+
+    fn gang_of(&mut self, gang: Option<&GangOf>) {
+        if let Some(GangOf { gang, size }) = gang {
+            self.line("for gang", format!("{gang} of {size} members"));
+        }
+    }
+
     fn until(&mut self, name: &str, until: Wall) {
         let passed = self.context.now.is_some_and(|now| until < now);
         let note = if passed { " (EXPIRED)" } else { "" };
@@ -317,7 +335,8 @@ impl Page<'_> {
     }
 
     fn proof(&mut self, proof: &Proof) {
-        let Proof { charter, offer, order, grant, receipts, acknowledgements, termination } = proof;
+        let Proof { charter, offer, order, grant, renewals, .. } = proof;
+        let Proof { receipts, acknowledgements, termination, .. } = proof;
         self.raw("proof of a lease (shown object by object; 'verify' says whether it holds)");
         self.depth += 1;
         self.signed("charter", charter);
@@ -327,6 +346,9 @@ impl Page<'_> {
         }
         self.signed("order", order);
         self.signed("grant", grant);
+        for renewal in renewals {
+            self.signed("last renewal", renewal);
+        }
         for (number, receipt) in (1..).zip(receipts) {
             self.signed(&format!("receipt {number}"), receipt);
         }
@@ -386,6 +408,10 @@ impl Page<'_> {
             Kind::Receipt => self.of::<Receipt>(body),
             Kind::Acknowledgement => self.of::<Acknowledgement>(body),
             Kind::Objection => self.of::<Objection>(body),
+            Kind::Renew => self.of::<Renew>(body),
+            Kind::Renewal => self.of::<Renewal>(body),
+            Kind::Gang => self.of::<Gang>(body),
+            Kind::Commit => self.of::<Commit>(body),
             Kind::Unknown(_) => {
                 self.line("body", format!("{} bytes of an unknown kind", body.len()));
             }
@@ -445,6 +471,12 @@ impl Page<'_> {
     }
 }
 
+/// Thousandths as people read them.
+fn percent(permille: u16) -> String {
+    let (whole, tenth) = (permille / 10, permille % 10);
+    if tenth == 0 { format!("{whole} %") } else { format!("{whole}.{tenth} %") }
+}
+
 /// Writes every field of a body.
 trait Shown {
     fn show(&self, page: &mut Page<'_>);
@@ -500,11 +532,14 @@ impl Shown for HostRecord {
 
 impl Shown for Offer {
     fn show(&self, page: &mut Page<'_>) {
-        let Self { shapes, rates, classes, max_term, runtimes, isolation } = self;
+        let Self { shapes, rates, slack_permille, classes, early, max_term, .. } = self;
+        let Self { runtimes, isolation, .. } = self;
         for shape in shapes {
             page.line("free", shape);
         }
         page.rates(rates);
+        page.line("slack", format!("at {} of that", percent(*slack_permille)));
+        page.early(early);
         page.line("classes", list(classes.iter().map(|one| class(*one))));
         page.line("longest term", max_term);
         page.line("runtimes", list(runtimes));
@@ -544,6 +579,8 @@ impl Shown for Order {
             shape,
             class: asked,
             term,
+            longest,
+            gang,
             claim_within,
             ceiling,
             cap,
@@ -557,6 +594,8 @@ impl Shown for Order {
         page.line("for", shape);
         page.line("class", class(*asked));
         page.line("term", term);
+        page.line("renewable", format!("up to {longest}"));
+        page.gang_of(gang.as_ref());
         let ceiling = format!("{} per hour", page.money(*ceiling));
         page.line("at most", ceiling);
         page.amount("and in all", *cap);
@@ -585,6 +624,9 @@ impl Shown for Grant {
             cap,
             exposure,
             term,
+            longest,
+            early,
+            gang,
             claim_within,
             grace,
             receipt_every,
@@ -598,6 +640,9 @@ impl Shown for Grant {
         page.line("lends", shape);
         page.line("class", class(*lent));
         page.line("term", term);
+        page.line("renewable", format!("up to {longest}"));
+        page.early(early);
+        page.gang_of(gang.as_ref());
         let rate = format!("{} per hour", page.money(*rate));
         page.line("rate", rate);
         page.amount("at most in all", *cap);
@@ -654,15 +699,58 @@ impl Shown for Release {
     }
 }
 
+impl Shown for Renew {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { lease, act, version, term } = self;
+        page.line("lease", lease);
+        page.line("act", act);
+        page.line("in version", version);
+        page.line("term", term);
+    }
+}
+
+impl Shown for Renewal {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { lease, act, of, version, term } = self;
+        page.line("lease", lease);
+        page.line("act", act);
+        page.line("grants", of);
+        page.line("now in version", version);
+        page.line("term", term);
+    }
+}
+
+impl Shown for Gang {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { gang, lessee, delegate, members } = self;
+        page.line("gang", gang);
+        page.line("lessee", lessee);
+        page.line("delegate", delegate);
+        for (rank, Member { lessor, lease }) in members.iter().enumerate() {
+            page.line(&format!("rank {rank}"), format!("lease {lease} of {lessor}"));
+        }
+    }
+}
+
+impl Shown for Commit {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { gang, lease } = self;
+        page.line("gang", gang);
+        page.line("lease", lease);
+    }
+}
+
 impl Shown for Termination {
     fn show(&self, page: &mut Page<'_>) {
-        let Self { lease, reason, by, at, billed, charge, credit, receipt, outcome } = self;
+        let Self { lease, reason, by, at, billed, charge, missed, .. } = self;
+        let Self { credit, receipt, outcome, .. } = self;
         page.line("lease", lease);
         page.line("reason", word(reason));
         page.line("by", by);
         page.line("at", at);
         page.line("billed time", billed);
         page.amount("owed", *charge);
+        page.line("missed time", missed);
         page.amount("credit", *credit);
         page.line("final receipt", receipt);
         match outcome {

@@ -7,7 +7,9 @@
 //! POST /v1/payloads      GET /v1/payloads  /v1/payloads/{root}
 //! POST /v1/plan  /v1/orders  /v1/leases
 //! GET  /v1/leases  /v1/leases/{lease}
-//! POST /v1/leases/{lease}/claim  …/release
+//! POST /v1/gangs
+//! POST /v1/leases/{lease}/claim  …/renew  …/release  …/revoke
+//! POST /v1/reclaim  /v1/drain  /v1/resume
 //! GET  /v1/leases/{lease}/end  …/output  …/outputs/{name}  …/receipts  …/proof
 //! ```
 //!
@@ -22,6 +24,7 @@ mod guard;
 mod lease;
 mod node;
 mod openapi;
+mod operator;
 mod payload;
 pub mod token;
 pub mod want;
@@ -107,7 +110,13 @@ fn routes() -> Vec<Route> {
         route("/v1/leases", &["get", "post"], Quick, get(lease::list).post(lease::request)),
         route("/v1/leases/{lease}", &["get"], Quick, get(lease::show)),
         route("/v1/leases/{lease}/claim", &["post"], Quick, post(lease::claim)),
+        route("/v1/leases/{lease}/renew", &["post"], Quick, post(lease::renew)),
         route("/v1/leases/{lease}/release", &["post"], Quick, post(lease::release)),
+        route("/v1/leases/{lease}/revoke", &["post"], Quick, post(operator::revoke)),
+        route("/v1/gangs", &["post"], Quick, post(lease::gang)),
+        route("/v1/reclaim", &["post"], Quick, post(operator::reclaim)),
+        route("/v1/drain", &["post"], Quick, post(operator::drain)),
+        route("/v1/resume", &["post"], Quick, post(operator::resume)),
         route("/v1/leases/{lease}/end", &["get"], Slow, get(lease::end)),
         route("/v1/leases/{lease}/output", &["get"], Slow, get(lease::output)),
         route("/v1/leases/{lease}/outputs/{name}", &["get"], Slow, get(lease::file)),

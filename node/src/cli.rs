@@ -14,6 +14,7 @@ mod lease;
 mod logs;
 mod nodes;
 mod offers;
+mod operator;
 mod order;
 mod output;
 mod outputs;
@@ -113,9 +114,15 @@ enum Command {
     /// Orders for a lessee to sign elsewhere
     #[command(subcommand)]
     Order(order::Order),
-    /// Request, show, list, release and export leases
+    /// Request, show, list, renew, release, revoke and export leases
     #[command(subcommand)]
     Lease(lease::Lease),
+    /// Take slack capacity back, cheapest credit first
+    Reclaim(operator::Reclaim),
+    /// Grant and renew nothing any more, and empty the host
+    Drain(operator::Drain),
+    /// End a drain or reclaim
+    Resume(operator::Resume),
     /// List jobs that run on the node or under leases it holds
     Ps(ps::Ps),
     /// Print a job's output
@@ -325,6 +332,9 @@ async fn dispatch(cli: Cli, exec: Exec) -> Result<u8, Failure> {
         Command::Offers(args) => args.run(&Session::open(&global)?).await?,
         Command::Order(args) => args.run(&Session::open(&global)?).await?,
         Command::Lease(args) => args.run(&Session::open(&global)?).await?,
+        Command::Reclaim(args) => args.run(&Session::open(&global)?).await?,
+        Command::Drain(args) => args.run(&Session::open(&global)?).await?,
+        Command::Resume(args) => args.run(&Session::open(&global)?).await?,
         Command::Ps(args) => args.run(&Session::open(&global)?).await?,
         Command::Logs(args) => args.run(&Session::open(&global)?).await?,
         Command::Outputs(args) => args.run(&Session::open(&global)?).await?,

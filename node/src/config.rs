@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use leasehold_proto::minds::pricing::Policy;
+use leasehold_proto::words::contract::EarlyEnd;
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::{Amount, GpuRate, Gpus, Rates, Resources, Span};
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,16 @@ pub struct Offer {
     pub max_claim_within: String,
     /// How long a job may take to end after its lease before it is killed.
     pub grace: String,
+    /// What slack capacity costs, of the firm price (`"60%"`); empty: no slack is sold.
+    pub slack: String,
+    /// How long before it stands still a job is told that its lease is taken back.
+    pub notice: String,
+    /// How long it then stands frozen, unbilled, before it is ended; a job whose tenant does not
+    /// countersign is frozen for as long.
+    pub freeze: String,
+    /// What a lessee gets back of the price of the time it misses when this side ends its lease
+    /// (`"10%"`), at most what it was charged.
+    pub credit: String,
     /// Free disk space below which nothing new is promised.
     pub min_disk_free: String,
 }
@@ -166,6 +177,10 @@ impl Default for Offer {
             max_term: text("24h"),
             max_claim_within: text("5m"),
             grace: text("5s"),
+            slack: text("60%"),
+            notice: text("30s"),
+            freeze: text("10s"),
+            credit: text("10%"),
             min_disk_free: text("256M"),
         }
     }
@@ -357,6 +372,9 @@ impl Config {
         let price = |field: &'static str, text: &str| -> Result<Amount, ConfigError> {
             quantity::price(text).map_err(|why| value(field, why))
         };
+        let share = |field: &'static str, text: &str| -> Result<u16, ConfigError> {
+            quantity::share(text).map_err(|why| value(field, why))
+        };
         let mut gpu_hour = Vec::new();
         for (kind, text) in &offer.gpu_hour {
             gpu_hour.push(GpuRate { kind: kind.clone(), hour: price("offer.gpu_hour", text)? });
@@ -368,6 +386,15 @@ impl Config {
                 memory_gib_hour: price("offer.memory_gib_hour", &offer.memory_gib_hour)?,
                 disk_gib_hour: price("offer.disk_gib_hour", &offer.disk_gib_hour)?,
                 gpu_hour,
+            },
+            slack_permille: match offer.slack.as_str() {
+                "" => None,
+                text => Some(share("offer.slack", text)?),
+            },
+            early: EarlyEnd {
+                notice: self.span("offer.notice", &offer.notice)?,
+                freeze: self.span("offer.freeze", &offer.freeze)?,
+                credit_permille: share("offer.credit", &offer.credit)?,
             },
             max_term: self.span("offer.max_term", &offer.max_term)?,
             max_claim_within: self.span("offer.max_claim_within", &offer.max_claim_within)?,

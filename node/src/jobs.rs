@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use leasehold_proto::core::{Event, Orphans, StartJob};
+use leasehold_proto::core::{Event, Notified, Orphan, Orphans, StartJob};
 use leasehold_proto::words::contract::EndReason;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::{Hash, KeyId, LeaseId, Payload, Span};
+use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -48,15 +48,26 @@ struct Job {
     delegate: [u8; 32],
     phase: watch::Sender<Phase>,
     stop: CancellationToken,
+    /// What its warden is to enforce; until there is one it is only written here.
+    wanted: watch::Sender<Wanted>,
     /// Room for those who follow it.
     following: Arc<Semaphore>,
 }
 
+/// What a job's warden is to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Wanted {
+    deadline: Boot,
+    frozen: bool,
+    notice: Option<work::Notice>,
+}
+
 impl Job {
-    fn new(delegate: KeyId, phase: Phase) -> Self {
+    fn new(delegate: KeyId, phase: Phase, deadline: Boot) -> Self {
         Self {
             delegate: delegate.0,
             phase: watch::channel(phase).0,
+            wanted: watch::channel(Wanted { deadline, frozen: false, notice: None }).0,
             stop: CancellationToken::new(),
             following: Arc::new(Semaphore::new(MAX_FOLLOWING)),
         }
@@ -110,14 +121,14 @@ impl Jobs {
 
     /// Starts a job: everything that follows is told through the events.
     pub(crate) fn start(&self, start: StartJob) {
-        let job = Job::new(start.delegate, Phase::Fetching);
+        let job = Job::new(start.delegate, Phase::Fetching, start.deadline);
         let stop = job.stop.clone();
         hold(&self.inner.jobs).insert(start.lease, job);
         let jobs = self.clone();
         tokio::spawn(async move {
             let lease = start.lease;
             match jobs.begin(&start, &stop).await {
-                Ok(()) => jobs.set_phase(&lease, Phase::Running),
+                Ok(()) => jobs.running(lease, start.deadline).await,
                 Err(outcome) => {
                     let end = End { outcome, outputs: Vec::new(), dropped: 0 };
                     jobs.finish(lease, end, Usage::default()).await;
@@ -140,6 +151,127 @@ impl Jobs {
         // From here on not given up half-way: a stop that comes meanwhile finds a job to stop.
         let started = self.inner.work.start(self.spec(start)?).await;
         started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))
+    }
+
+    /// The warden is there. What was decided while it was not is told to it first.
+    async fn running(&self, lease: LeaseId, deadline: Boot) {
+        let mut known = Wanted { deadline, frozen: false, notice: None };
+        loop {
+            let wanted = {
+                let jobs = hold(&self.inner.jobs);
+                let Some(job) = jobs.get(&lease) else { return };
+                let wanted = job.wanted.borrow().clone();
+                if wanted == known {
+                    // Under the lock: from here on every change is told at once.
+                    job.phase.send_if_modified(|now| {
+                        let fetching = matches!(now, Phase::Fetching);
+                        if fetching {
+                            *now = Phase::Running;
+                        }
+                        fetching
+                    });
+                    return;
+                }
+                wanted
+            };
+            if wanted.deadline > known.deadline {
+                self.extend_now(&lease, wanted.deadline).await;
+            }
+            if wanted.notice != known.notice {
+                self.notify_now(&lease, wanted.notice.clone()).await;
+            }
+            if wanted.frozen != known.frozen {
+                self.freeze_now(&lease, wanted.frozen).await;
+            }
+            known = wanted;
+        }
+    }
+
+    /// Notes what a job's warden is to know. True when there is a warden to tell.
+    fn want(&self, lease: &LeaseId, change: impl FnOnce(&mut Wanted)) -> Option<bool> {
+        let jobs = hold(&self.inner.jobs);
+        let job = jobs.get(lease)?;
+        job.wanted.send_modify(change);
+        let running = matches!(*job.phase.borrow(), Phase::Running);
+        Some(running)
+    }
+
+    /// Gives a job a later deadline, and tells when that is in force. A job that is still being
+    /// fetched for has nothing to be ended yet: its warden will start with it.
+    pub(crate) fn extend(&self, lease: LeaseId, deadline: Boot) {
+        let later = |wanted: &mut Wanted| wanted.deadline = wanted.deadline.max(deadline);
+        let running = self.want(&lease, later);
+        let jobs = self.clone();
+        tokio::spawn(async move {
+            let done = match running {
+                Some(true) => jobs.extend_now(&lease, deadline).await,
+                Some(false) => true,
+                None => false,
+            };
+            let _ = jobs.inner.events.send(Event::Extended(lease, deadline, done)).await;
+        });
+    }
+
+    async fn extend_now(&self, lease: &LeaseId, deadline: Boot) -> bool {
+        let name = lease.to_string();
+        let in_force =
+            |status: work::Status| status.state.ended() || status.deadline_boot_ms >= deadline.0;
+        match self.inner.work.extend(&name, deadline.0).await {
+            Ok(()) => true,
+            // One that is later already, or a job that has ended, needs none.
+            Err(error) => {
+                let needless = self.inner.work.status(&name).is_some_and(in_force);
+                if !needless {
+                    tracing::warn!(lease = name, %error, "a warden did not take a new deadline");
+                }
+                needless
+            }
+        }
+    }
+
+    /// Freezes a job, or lets it go on.
+    pub(crate) fn freeze(&self, lease: LeaseId, frozen: bool) {
+        let running = self.want(&lease, |wanted| wanted.frozen = frozen);
+        if running == Some(true) {
+            let jobs = self.clone();
+            tokio::spawn(async move { jobs.freeze_now(&lease, frozen).await });
+        }
+    }
+
+    async fn freeze_now(&self, lease: &LeaseId, frozen: bool) {
+        let (work, name) = (&self.inner.work, lease.to_string());
+        let done = if frozen { work.freeze(&name).await } else { work.thaw(&name).await };
+        if let Err(error) = done {
+            tracing::warn!(lease = name, frozen, %error, "a job cannot be frozen or thawed");
+        }
+    }
+
+    /// Tells a job that its lease is taken back, or that it is not after all.
+    pub(crate) fn notify(&self, lease: LeaseId, notified: Option<Notified>) {
+        let notice = notified.map(|Notified { why, end }| {
+            let reason = match why {
+                EndReason::Reclaimed => "reclaimed",
+                EndReason::Revoked => "revoked",
+                _ => "ending",
+            };
+            work::Notice { reason: reason.into(), end_boot_ms: end.0 }
+        });
+        let running = self.want(&lease, |wanted| wanted.notice.clone_from(&notice));
+        if running == Some(true) {
+            let jobs = self.clone();
+            tokio::spawn(async move { jobs.notify_now(&lease, notice).await });
+        }
+    }
+
+    async fn notify_now(&self, lease: &LeaseId, notice: Option<work::Notice>) {
+        let (work, name) = (&self.inner.work, lease.to_string());
+        let done = match notice {
+            Some(notice) => work.notice(&name, notice).await,
+            None => work.unnotice(&name).await,
+        };
+        if let Err(error) = done {
+            tracing::debug!(lease = name, %error, "a job was not told of its lease's end");
+        }
     }
 
     async fn fetch(&self, start: &StartJob, payload: Payload) -> Result<(), Outcome> {
@@ -293,7 +425,8 @@ impl Jobs {
         for (job, delegate) in reaped {
             match (lease_of(&job.lease), delegate) {
                 (Some(lease), Some(delegate)) => {
-                    hold(&self.inner.jobs).insert(lease, Job::new(delegate, Phase::Fetching));
+                    let open = Job::new(delegate, Phase::Fetching, Boot(0));
+                    hold(&self.inner.jobs).insert(lease, open);
                     known.push((lease, job));
                 }
                 _ => self.forget(&job.lease).await,
@@ -338,7 +471,8 @@ impl Jobs {
     /// what follows from it is kept.
     pub(crate) fn orphans(reaped: &[work::Reaped]) -> Orphans {
         let ended = reaped.iter().filter_map(|job| {
-            Some((lease_of(&job.lease)?, (outcome_of(&job.outcome), usage_of(&job.usage))))
+            let ended = Orphan::Ended(outcome_of(&job.outcome), usage_of(&job.usage));
+            Some((lease_of(&job.lease)?, ended))
         });
         ended.collect()
     }

@@ -68,6 +68,25 @@ pub fn span(text: &str) -> Result<Span, String> {
     number.checked_mul(factor).map(Span).ok_or_else(wrong)
 }
 
+/// Reads a share of a price (`10%`, `12.5%`) as thousandths, at most all of it.
+///
+/// # Errors
+/// What was expected.
+pub fn share(text: &str) -> Result<u16, String> {
+    let wrong = || format!("'{text}' is no share: expected 10% or 12.5%, at most 100%");
+    let number = text.strip_suffix('%').ok_or_else(wrong)?;
+    let (whole, tenth) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |s: &str, most: usize| {
+        !s.is_empty() && s.len() <= most && s.bytes().all(|b| b.is_ascii_digit())
+    };
+    if !digits(whole, 3) || !digits(tenth, 1) {
+        return Err(wrong());
+    }
+    let read = |s: &str| s.parse::<u16>().map_err(|_| wrong());
+    let permille = read(whole)? * 10 + read(tenth)?;
+    if permille > 1000 { Err(wrong()) } else { Ok(permille) }
+}
+
 /// Reads a price or an amount (`0.05`, `0.05/h`).
 ///
 /// # Errors
@@ -103,6 +122,7 @@ mod tests {
             [500, 60_000, 600_000, 3_600_000, 604_800_000].map(|ms| Ok(Span(ms)))
         );
         assert_eq!(price("0.05/h"), Ok(Amount(50_000_000)));
+        assert_eq!(["0%", "10%", "12.5%", "100%"].map(share), [0, 100, 125, 1000].map(Ok));
     }
 
     #[test]
@@ -112,6 +132,9 @@ mod tests {
         }
         for text in ["", "M", "1X", "-1M", "1..2G", "99999999999T"] {
             assert!(bytes(text).expect_err(text).contains("expected"));
+        }
+        for text in ["", "10", "%", "-1%", "100.1%", "1.25%", "9999%"] {
+            assert!(share(text).expect_err(text).contains("expected"));
         }
         for text in ["", "s", "1", "1.5h", "99999999999999999d"] {
             assert!(span(text).expect_err(text).contains("expected"));

@@ -79,11 +79,19 @@ async fn from_lessor(
             acknowledgements.push(signed);
         }
     }
+    let mut renewals = Vec::new();
+    if let Some(renew) = &lent.renew {
+        renewals.push(renew.clone());
+        if let Some(act) = lent.acts.iter().find(|act| act.of == renew.id()) {
+            renewals.push(sign(&act.answer)?);
+        }
+    }
     Ok(Proof {
         charter: charter.clone(),
         offer: lent.offer.as_ref().map(sign).transpose()?,
         order: lent.order.clone(),
         grant: sign(&lent.grant)?,
+        renewals,
         receipts,
         acknowledgements,
         termination: lent.termination.as_ref().map(sign).transpose()?,
@@ -109,11 +117,17 @@ async fn from_lessee(
         Placed::Here(draft) => signer.sign(draft)?,
         Placed::Elsewhere(signed) => signed.clone(),
     };
+    let mut renewals = Vec::new();
+    if let Some((renew, _)) = &held.renew {
+        renewals.push(signer.sign(renew)?);
+    }
+    renewals.extend(held.renewal.clone());
     Ok(Proof {
         charter: charter.clone(),
         offer: held.offer.clone(),
         order,
         grant: held.grant.clone().ok_or(ProofError::NotGranted(lease))?,
+        renewals,
         receipts,
         acknowledgements,
         termination: held.termination.clone(),

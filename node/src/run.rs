@@ -370,10 +370,7 @@ impl Loop {
 
     /// Signs what is to be said and encodes it.
     fn frame(&self, what: Utterance) -> Result<Vec<u8>, VerifyError> {
-        let message = match what {
-            Utterance::Plain(message) => message,
-            Utterance::Signs(word, draft) => word.carry(self.signer.sign(&draft)?),
-        };
+        let message = what.carry(|draft| self.signer.sign(draft))?;
         message::encode(&message).map_err(|_| VerifyError::Version(0))
     }
 
@@ -392,6 +389,10 @@ impl Loop {
             }
             Effect::Record(draft) => self.own_record(state, &draft).await,
             Effect::StartJob(start) => self.jobs.start(*start),
+            Effect::ExtendJob(lease, deadline) => self.jobs.extend(lease, deadline),
+            Effect::FreezeJob(lease) => self.jobs.freeze(lease, true),
+            Effect::ThawJob(lease) => self.jobs.freeze(lease, false),
+            Effect::NotifyJob(lease, notified) => self.jobs.notify(lease, notified),
             Effect::StopJob(lease, why) => self.jobs.stop(lease, why),
             Effect::Answer(command, reply) => {
                 if let Some(waiting) = state.waiting.remove(&command) {
@@ -539,6 +540,8 @@ fn tell(notice: &Notice) {
         Notice::TurnedAway(key, why) => tracing::warn!(peer = %key, why, "turned a peer away"),
         Notice::Objected(lease) => tracing::warn!(%lease, "a receipt is not agreed on"),
         Notice::Granted(lease) => tracing::info!(%lease, "granted"),
+        Notice::Frozen(lease, why) => tracing::info!(%lease, ?why, "frozen"),
+        Notice::Thawed(lease) => tracing::info!(%lease, "goes on"),
         Notice::Ended(lease, reason) => tracing::info!(%lease, ?reason, "ended"),
         Notice::Up(key) => tracing::info!(node = %key, "a node is up"),
         Notice::Down(key) => tracing::warn!(node = %key, "a node is down"),

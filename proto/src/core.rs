@@ -12,22 +12,25 @@
 //! - [`Core::next_wake`] says when [`Event::Woke`] is due; waking early is harmless.
 //!
 //! The core is a `match`, not a mind: it hands one mind what it needs of another. `links` does
-//! membership and the map, `lessor` the leases granted here, `lessee` those held from here.
+//! membership and the map, `lessor` the leases granted here, `lessee` those held from here, `gang`
+//! what binds several of either together, `operator` what the host's owner wants back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 pub mod effect;
 pub mod event;
+mod gang;
 pub mod kept;
 mod lessee;
 mod lessor;
 mod links;
+mod operator;
 pub mod view;
 
-pub use effect::{Effect, Notice, StartJob};
+pub use effect::{Effect, Notice, Notified, StartJob};
 pub use event::{Command, CommandId, Ended, Event, Failure, Leased, Reply, Ticket, Token};
-pub use kept::Kept;
+pub use kept::{Holdback, Kept};
 pub use view::View;
 
 use crate::base::dice::Dice;
@@ -37,6 +40,7 @@ use crate::base::plant::Plant;
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, BootId, Now, Span, Wall};
 use crate::minds::admission::{Admission, CharterError, NotAdmitted};
+use crate::minds::assembly::{Assembly, Whole};
 use crate::minds::book::{self, Book, Lent};
 use crate::minds::holdings::{self, Held, Holdings};
 use crate::minds::member::{Membership, Peer, Timing};
@@ -162,8 +166,28 @@ pub enum StartError {
     Kept(LeaseId),
 }
 
-/// What became of jobs while no node watched: how they ended and what they used.
-pub type Orphans = BTreeMap<LeaseId, (Outcome, Usage)>;
+/// What became of a job while no node watched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Orphan {
+    /// It ended, or was ended: how, and what it used.
+    Ended(Outcome, Usage),
+    /// It runs on under its warden, which this node watches again: what it used so far, and
+    /// whether it stands still.
+    Adopted(Usage, bool),
+}
+
+/// The jobs of an earlier run, by lease.
+pub type Orphans = BTreeMap<LeaseId, Orphan>;
+
+/// The leases whose jobs may still run in this boot, by what was kept, with the claim that each
+/// job was started for: of what wardens are found these are adopted, and all others ended.
+pub fn adoptable(saved: &[Kept], boot: BootId) -> BTreeMap<LeaseId, Hash> {
+    let lent = saved.iter().filter_map(|kept| match kept {
+        Kept::Lent(lease, lent) => Some((*lease, book::running_claim(lent, boot)?)),
+        _ => None,
+    });
+    lent.collect()
+}
 
 /// What a question was about.
 #[derive(Clone, Debug)]
@@ -176,6 +200,9 @@ enum Pending {
     Order(Hash),
     Claim(LeaseId),
     Release(LeaseId),
+    Renew(LeaseId),
+    Gang(LeaseId),
+    Commits(LeaseId),
     Receipt(LeaseId),
     Termination(LeaseId),
     Inquire(LeaseId),
@@ -201,6 +228,14 @@ struct Waiting {
 struct Acting {
     commands: Vec<CommandId>,
     tries: u32,
+}
+
+/// A renewal that waits for the job's warden.
+#[derive(Debug)]
+struct Extending {
+    ticket: Ticket,
+    deadline: Boot,
+    answer: Draft,
 }
 
 /// An ended lease that was dropped from memory.
@@ -241,6 +276,19 @@ pub struct Core {
     pending: BTreeMap<Token, Pending>,
     claims: BTreeMap<LeaseId, Acting>,
     releases: BTreeMap<LeaseId, Acting>,
+    renewals: BTreeMap<LeaseId, Acting>,
+    /// Renewals that are durable and wait for the job's warden to take a deadline.
+    extending: BTreeMap<LeaseId, Vec<Extending>>,
+    holdback: Holdback,
+    /// Members of gangs that wait for the words of the others.
+    gathering: BTreeMap<LeaseId, gang::Gathering>,
+    /// Gangs that are being brought together here.
+    assemblies: BTreeMap<CommandId, Assembly>,
+    /// Their certificates, while members are asked to commit.
+    certificates: BTreeMap<Hash, Draft>,
+    /// Gangs of leases that are held here, by certificate, and the gang of each lease.
+    gangs: BTreeMap<Hash, Whole>,
+    gang_members: BTreeMap<LeaseId, Hash>,
     awaiting_end: BTreeMap<LeaseId, Vec<CommandId>>,
     /// Held leases whose end is overdue: when to ask next, and how often that failed.
     inquiries: BTreeMap<LeaseId, (Boot, u32)>,
@@ -324,6 +372,14 @@ impl Core {
             pending: BTreeMap::new(),
             claims: BTreeMap::new(),
             releases: BTreeMap::new(),
+            renewals: BTreeMap::new(),
+            extending: BTreeMap::new(),
+            holdback: Holdback::default(),
+            gathering: BTreeMap::new(),
+            assemblies: BTreeMap::new(),
+            certificates: BTreeMap::new(),
+            gangs: BTreeMap::new(),
+            gang_members: BTreeMap::new(),
             awaiting_end: BTreeMap::new(),
             inquiries: BTreeMap::new(),
             untold: BTreeMap::new(),
@@ -362,7 +418,9 @@ impl Core {
         now: Now,
         out: &mut Vec<Effect>,
     ) -> Result<(), StartError> {
-        let Saved { lent, held, mut receipts, .. } = saved;
+        let Saved { lent, held, mut receipts, mut claimed, holdback, gangs, .. } = saved;
+        self.book.withhold(holdback.withheld.clone());
+        self.holdback = holdback;
         for (id, kept) in lent {
             let receipts = receipts.remove(&id).unwrap_or_default();
             if book::is_past(&kept, now.wall) {
@@ -370,6 +428,10 @@ impl Core {
             }
             let restored = self.book.restore(now.boot, kept, receipts);
             restored.ok_or(StartError::Kept(id))?;
+            if let Some(claim) = claimed.remove(&id) {
+                let claim = claim.verify(&self.hand.fabric);
+                self.book.set_pending(&id, claim.ok());
+            }
             self.resume_lent(now, &id, orphans.get(&id), out);
         }
         for (order, kept) in held {
@@ -384,6 +446,9 @@ impl Core {
                 .and_then(Result::ok)
                 .map(|papers| (LeaseId(papers.grant.id()), papers.grant.body().clone()));
             self.holdings.restore(kept, terms);
+        }
+        for (certificate, (draft, together)) in gangs {
+            self.restore_gang(certificate, &draft, together);
         }
         Ok(())
     }
@@ -401,6 +466,9 @@ impl Core {
             Event::Own(said) => self.own_record(now, said),
             Event::Asked { command, what } => self.asked(now, command, what, out),
             Event::Usage(lease, usage) => self.book.report(&lease, usage),
+            Event::Extended(lease, deadline, done) => {
+                self.extended(&lease, deadline, done, out);
+            }
             Event::JobEnded(lease, outcome, usage) => {
                 self.job_ended(now, &lease, outcome, usage, out);
             }
@@ -415,6 +483,7 @@ impl Core {
         self.wake_links(now, out);
         self.wake_lessor(now, out);
         self.wake_lessee(now, out);
+        self.wake_gangs(now, out);
     }
 
     /// When [`Event::Woke`] is due at the latest.
@@ -428,6 +497,7 @@ impl Core {
             self.untold_due.next(),
             Some(self.pricing.next_wake().max(self.last_publish_floor())),
             self.next_pursuit(),
+            self.next_gang(),
         ]
         .into_iter()
         .flatten()
@@ -462,14 +532,33 @@ impl Core {
                 return;
             }
             _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
-            Command::Lease(_) | Command::LeaseBy(_) if self.disk_full => Err(Failure::DiskFull),
+            Command::Lease(_) | Command::LeaseBy(_) | Command::Gang { .. } if self.disk_full => {
+                Err(Failure::DiskFull)
+            }
             Command::Lease(want) => self.seek(now, command, want, out),
+            Command::Gang { want, size, job, together } => {
+                self.gang(now, command, (want, size), (job, together), out)
+            }
             Command::LeaseBy(papers) => self.lease_by(now, command, &papers, out),
             Command::DraftOrder { want, lessee, certificate } => {
                 self.draft_for(now, command, &want, lessee, certificate, out)
             }
             Command::Claim { lease, job } => self.claim(now, command, lease, &job, out),
             Command::Release(lease) => self.release(now, command, lease, out),
+            Command::Renew { lease, term } => self.renew(now, command, lease, term, out),
+            Command::Revoke(lease) => self.revoke(now, command, lease, out),
+            Command::Reclaim { shape, within, dry_run } => {
+                self.reclaim(now, command, &shape, within, dry_run, out);
+                Ok(())
+            }
+            Command::Drain { within, revoke, dry_run } => {
+                self.drain(now, command, within, (revoke, dry_run), out);
+                Ok(())
+            }
+            Command::Resume => {
+                self.resume(now, command, out);
+                Ok(())
+            }
             Command::AwaitEnd(lease) => self.await_end(command, lease, out),
         };
         if let Err(failure) = failed {
@@ -513,6 +602,8 @@ impl Core {
             packets_refused: self.membership.refused(),
             capacity: self.book.capacity().clone(),
             promised: self.book.promised().clone(),
+            withheld: self.book.withheld().clone(),
+            drained: self.holdback.drained,
             nodes: self.view_nodes(now),
             lent: self.view_lent(),
             held: self.view_held(now),
@@ -581,6 +672,9 @@ struct Saved {
     lent: BTreeMap<LeaseId, Lent>,
     held: BTreeMap<Hash, Held>,
     receipts: BTreeMap<LeaseId, VecDeque<(u64, Draft)>>,
+    claimed: BTreeMap<LeaseId, Signed>,
+    holdback: Holdback,
+    gangs: BTreeMap<Hash, (Draft, bool)>,
     equivocators: BTreeSet<KeyId>,
 }
 
@@ -602,7 +696,16 @@ impl Saved {
                 Kept::Equivocation(signed, _) => {
                     sorted.equivocators.extend(signed.header().map(|header| header.signer));
                 }
+                Kept::Claimed(lease, claim) => {
+                    sorted.claimed.insert(lease, claim);
+                }
+                Kept::Holdback(holdback) => sorted.holdback = holdback,
+                Kept::Gang(certificate, draft, together) => {
+                    sorted.gangs.insert(certificate, (draft, together));
+                }
                 Kept::DropHeld(_)
+                | Kept::DropClaimed(_)
+                | Kept::DropGang(_)
                 | Kept::Acknowledged(..)
                 | Kept::Countersigned(..)
                 | Kept::Objected(..) => {}

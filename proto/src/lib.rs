@@ -46,6 +46,7 @@ pub mod words {
 pub mod minds {
     //! The state machines. Each decides one thing and none imports another.
     pub mod admission;
+    pub mod assembly;
     pub mod book;
     pub mod holdings;
     pub mod member;

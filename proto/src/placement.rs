@@ -128,8 +128,8 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     } else if !body.classes.contains(&want.class) {
         reasons.push(format!("it does not sell {:?}", want.class).to_lowercase());
     }
-    if want.term > body.max_term {
-        reasons.push(format!("term: at most {}, asked for {}", body.max_term, want.term));
+    if want.longest > body.max_term {
+        reasons.push(format!("term: at most {}, asked for {}", body.max_term, want.longest));
     }
     if !body.runtimes.contains(&want.runtime) {
         reasons.push(format!("it has no runtime '{}'", want.runtime));
@@ -137,7 +137,7 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     for word in want.isolation.iter().filter(|word| !body.isolation.contains(word)) {
         reasons.push(format!("it does not confine jobs by {word}"));
     }
-    let rate = body.rates.hourly(&want.shape);
+    let rate = body.hourly(&want.shape, want.class);
     match rate {
         None => reasons.push("it has no price for what is asked".into()),
         Some(rate) if rate > want.max_hourly => {

@@ -9,20 +9,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
-use crate::base::time::Wall;
+use crate::base::time::{Span, Wall};
 use crate::minds::admission::{
     Admission, CharterError, NotAdmitted, NotEntitled, NotTimely, departure,
 };
-use crate::words::chain::Chain;
+use crate::words::chain::{Chain, credit};
 use crate::words::charter::Role;
-use crate::words::contract::{EndReason, Grant, Termination};
+use crate::words::contract::{EndReason, Grant, Renew, Renewal, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
+use crate::words::object::Kind;
 use crate::words::record::Offer;
 use crate::words::sign::{Signed, Verified, VerifyError};
 use crate::words::usage::{Acknowledgement, ObjectionReason, Receipt, Usage};
 
 /// The most receipts that one proof may hold.
 pub const MAX_RECEIPTS: usize = 1 << 20;
+/// The most objects about the last renewal.
+const MAX_RENEWALS: usize = 2;
 
 /// A lease with its papers, as exported from a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,8 @@ pub struct Proof {
     pub order: Signed,
     /// The grant, with the lessor's certificate inside.
     pub grant: Signed,
+    /// The renewal that was agreed last: the lessee's act, the lessor's yes to it, or both.
+    pub renewals: Vec<Signed>,
     /// All receipts in order.
     pub receipts: Vec<Signed>,
     /// The acknowledgements that the exporter has, in order; one covers all before it.
@@ -60,6 +65,8 @@ pub struct Verdict {
     pub delegate: KeyId,
     /// The price per hour.
     pub rate: Amount,
+    /// How long it was, renewals included.
+    pub term: Span,
     /// The most it could cost.
     pub worst_case: Amount,
     /// When it was granted, by the lessor's wall clock.
@@ -74,6 +81,8 @@ pub struct Verdict {
     pub acknowledged: u64,
     /// What the lessee agreed to owe.
     pub acknowledged_charge: Amount,
+    /// What the lessor owes back, because its side ended the lease.
+    pub credit: Amount,
     /// Why it ended; `None` while it runs or where no termination was exported.
     pub end: Option<EndReason>,
     /// Whether the price could be recomputed from the offer named in the order.
@@ -109,6 +118,9 @@ pub enum ProofError {
     /// The price does not follow from the offer.
     #[error("offer: {0}")]
     Offer(&'static str),
+    /// A renewal is not one of this lease.
+    #[error("renewal: {0}")]
+    Renewal(&'static str),
     /// A receipt does not follow from the one before it.
     #[error("receipt {number}: {}", objection(.reason))]
     Receipt {
@@ -180,17 +192,23 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
             if offer.id() != asked.offer || offer.signer() != asked.lessor {
                 return Err(ProofError::Offer("it is not the offer that the order names"));
             }
-            if offer.body().rates.hourly(&asked.shape) != Some(given.rate) {
+            if offer.body().hourly(&asked.shape, asked.class) != Some(given.rate) {
                 return Err(ProofError::Offer("the price granted does not follow from it"));
+            }
+            if offer.body().early != given.early {
+                let how = "the grant says otherwise of an early end";
+                return Err(ProofError::Offer(how));
             }
             true
         }
     };
     let lease = LeaseId(grant.id());
-    let (chain, hashes) = check_receipts(proof, &fabric, lease, &grant)?;
+    let term = check_renewals(proof, &fabric, lease, &grant)?;
+    let (chain, hashes) = check_receipts(proof, &fabric, (lease, term), &grant)?;
     let acknowledged = check_acknowledgements(proof, &fabric, lease, given.delegate, &hashes)?;
     let last = hashes.last().and_then(|known| known.2);
-    let end = check_termination(proof, &fabric, lease, &grant, &chain, last)?;
+    let ended = check_termination(proof, &fabric, (lease, term), &grant, &chain, last)?;
+    let (end, credit) = ended.map_or((None, Amount::ZERO), |(end, credit)| (Some(end), credit));
     Ok(Verdict {
         fabric,
         currency: admission.charter().currency.clone(),
@@ -199,13 +217,15 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
         lessee: given.lessee,
         delegate: given.delegate,
         rate: given.rate,
-        worst_case: given.worst_case(),
+        term,
+        worst_case: given.worst_case_over(term),
         decided: given.decided,
         receipts: chain.number,
         usage: chain.usage,
         charge: chain.charge,
         acknowledged: acknowledged.0,
         acknowledged_charge: acknowledged.1,
+        credit,
         end,
         price_checked,
     })
@@ -214,10 +234,49 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
 /// What a checked receipt is remembered by: its hash, its charge, and the end it names.
 type Checked = (Hash, Amount, Option<EndReason>);
 
-fn check_receipts(
+/// The longest term that the parties agreed on. The lessee's act alone is its consent to be billed
+/// for it, and a receipt over it is the lessor's.
+fn check_renewals(
     proof: &Proof,
     fabric: &FabricId,
     lease: LeaseId,
+    grant: &Verified<Grant>,
+) -> Result<Span, ProofError> {
+    if proof.renewals.len() > MAX_RENEWALS {
+        return Err(ProofError::Renewal("a proof holds at most two, of the last one"));
+    }
+    let terms = grant.body();
+    let mut longest = terms.term;
+    for signed in &proof.renewals {
+        let header = of("renewal", signed.header().map_err(VerifyError::from))?;
+        let (about, term, theirs) = match header.kind {
+            Kind::Renew => {
+                let renew: Verified<Renew> = of("renewal", signed.verify(fabric))?;
+                let by = renew.signer();
+                let theirs = by == terms.delegate || by == terms.lessee;
+                (renew.body().lease, renew.body().term, theirs)
+            }
+            _ => {
+                let renewal: Verified<Renewal> = of("renewal", signed.verify(fabric))?;
+                let theirs = renewal.signer() == grant.signer();
+                (renewal.body().lease, renewal.body().term, theirs)
+            }
+        };
+        if about != lease || !theirs {
+            return Err(ProofError::Renewal("it is not by the parties about this lease"));
+        }
+        if term > terms.longest {
+            return Err(ProofError::Renewal("it is longer than the order and grant allow"));
+        }
+        longest = longest.max(term);
+    }
+    Ok(longest)
+}
+
+fn check_receipts(
+    proof: &Proof,
+    fabric: &FabricId,
+    (lease, term): (LeaseId, Span),
     grant: &Verified<Grant>,
 ) -> Result<(Chain, Vec<Checked>), ProofError> {
     if proof.receipts.len() > MAX_RECEIPTS {
@@ -231,7 +290,7 @@ fn check_receipts(
             return Err(ProofError::Parties { what: "receipt", number });
         }
         chain
-            .check(grant.body(), receipt.body())
+            .check(grant.body(), term, receipt.body())
             .map_err(|reason| ProofError::Receipt { number, reason })?;
         chain.advance(receipt.body(), receipt.id());
         hashes.push((receipt.id(), receipt.body().charge, receipt.body().end));
@@ -270,11 +329,11 @@ fn check_acknowledgements(
 fn check_termination(
     proof: &Proof,
     fabric: &FabricId,
-    lease: LeaseId,
+    (lease, term): (LeaseId, Span),
     grant: &Verified<Grant>,
     chain: &Chain,
     last: Option<EndReason>,
-) -> Result<Option<EndReason>, ProofError> {
+) -> Result<Option<(EndReason, Amount)>, ProofError> {
     let Some(signed) = &proof.termination else { return Ok(None) };
     let termination: Verified<Termination> = of("termination", signed.verify(fabric))?;
     let body = termination.body();
@@ -291,5 +350,11 @@ fn check_termination(
     if chain.number > 0 && last != Some(body.reason) {
         return Err(ProofError::Termination("the last receipt is not final, for the same reason"));
     }
-    Ok(Some(body.reason))
+    if body.missed > term.saturating_sub(body.billed) {
+        return Err(ProofError::Termination("more of the term is missing than was left"));
+    }
+    if body.credit != credit(grant.body(), body.charge, body.missed, body.reason) {
+        return Err(ProofError::Termination("the credit does not follow from the lease's terms"));
+    }
+    Ok(Some((body.reason, body.credit)))
 }

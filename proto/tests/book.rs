@@ -41,25 +41,26 @@ fn orders_are_judged_by_price_room_and_request() {
     let base = people.order_body(1, 1, Span::secs(10), SECOND);
     let offer = people.offer();
     let rate = Some(Amount(36_000_000_000));
-    let good = Quote { offer: Some((&offer, rate)), sold: Ok(()) };
+    let early = People::early();
+    let good = Quote { offer: Some((&offer, rate, early)), sold: Ok(()) };
     let table = [
         ("no such offer", base.clone(), Quote { offer: None, sold: Ok(()) }, Reason::StaleOffer),
         (
             "not sold",
             base.clone(),
-            Quote { offer: Some((&offer, rate)), sold: Err(Vec::new()) },
+            Quote { offer: Some((&offer, rate, early)), sold: Err(Vec::new()) },
             Reason::NotOffered,
         ),
         (
             "no price",
             base.clone(),
-            Quote { offer: Some((&offer, None)), sold: Ok(()) },
+            Quote { offer: Some((&offer, None, early)), sold: Ok(()) },
             Reason::NotOffered,
         ),
         (
             "too dear",
             Order { ceiling: Amount(1), ..base.clone() },
-            Quote { offer: Some((&offer, rate)), sold: Ok(()) },
+            Quote { offer: Some((&offer, rate, early)), sold: Ok(()) },
             Reason::Price,
         ),
         ("too large", people.order_body(1, 5, Span::secs(10), SECOND), good, Reason::Capacity),
@@ -152,7 +153,7 @@ fn acts_by_stage() {
             let expected = if which == "claim" { claims } else { releases };
             match (acted, expected) {
                 (Acted::Accepted(_), None) => {}
-                (Acted::Refused(reason), Some(expected)) => assert_eq!(reason, expected),
+                (Acted::Refused(reason, _), Some(expected)) => assert_eq!(reason, expected),
                 (acted, expected) => panic!("{which} when {name}: {acted:?}, not {expected:?}"),
             }
         }
@@ -167,15 +168,15 @@ fn acts_of_strangers_conflicts_and_late_claims_are_refused() {
     let stranger = people::sign(people.fabric, &people.root, lease.0, claim(&people, lease).body());
     let stranger = stranger.verify(&people.fabric).expect("it is signed");
     let acted = book.claim(now(1), &stranger, true);
-    assert!(matches!(acted, Acted::Refused(Reason::NotAdmitted)), "{acted:?}");
+    assert!(matches!(acted, Acted::Refused(Reason::NotAdmitted, _)), "{acted:?}");
     let unknown = LeaseId::default();
     let acted = book.claim(now(1), &claim(&people, unknown), true);
-    assert!(matches!(acted, Acted::Refused(Reason::UnknownLease)), "{acted:?}");
+    assert!(matches!(acted, Acted::Refused(Reason::UnknownLease, _)), "{acted:?}");
     let acted = book.claim(now(1), &claim(&people, lease), false);
-    assert!(matches!(acted, Acted::Refused(Reason::NotOffered)), "no such runtime: {acted:?}");
+    assert!(matches!(acted, Acted::Refused(Reason::NotOffered, _)), "no such runtime: {acted:?}");
     // At `claim_within` it is over, even before the lapse was noticed.
     let acted = book.claim(now(2_000), &claim(&people, lease), true);
-    assert!(matches!(acted, Acted::Refused(Reason::Ended)), "{acted:?}");
+    assert!(matches!(acted, Acted::Refused(Reason::Ended, _)), "{acted:?}");
 
     let (lease, _) = people.granted(&mut book, now(3_000), &ten_seconds(&people, 2));
     let Acted::Accepted(first) = book.claim(now(3_001), &claim(&people, lease), true) else {
@@ -189,7 +190,7 @@ fn acts_of_strangers_conflicts_and_late_claims_are_refused() {
     job.args.push("other".into());
     let other = people.acts(lease.0, &Claim { lease, act: act_id(&lease, "claim"), job });
     let acted = book.claim(now(9_000), &other, true);
-    assert!(matches!(acted, Acted::Refused(Reason::Conflict)), "{acted:?}");
+    assert!(matches!(acted, Acted::Refused(Reason::Conflict, _)), "{acted:?}");
 }
 
 #[test]
@@ -199,7 +200,10 @@ fn the_end_of_a_term_is_due_once_and_billing_stops_there() {
     let (lease, grant) = people.granted(&mut book, now(0), &ten_seconds(&people, 1));
     book.claim(now(500), &claim(&people, lease), true);
     // The clock is read late: one end is due, not one for ever.
-    assert_eq!(book.due(now(12_345).boot), [Turn::Drain(lease, EndReason::Term)]);
+    assert_eq!(
+        book.due(now(12_345).boot),
+        [Turn::Drain(lease, EndReason::Term, people.lessor.id())]
+    );
     assert_eq!(book.due(now(12_345).boot), [], "the caller has it");
     book.drain(now(12_345), &lease, EndReason::Term, people.lessor.id());
     assert!(book.finish(now(12_400), &lease).is_none(), "its job is there still");
@@ -230,7 +234,7 @@ fn exposure_ends_nobody_who_answers_and_everybody_who_does_not() {
         let mut book = people.book(4, 1);
         let (lease, _) = people.granted(&mut book, now(0), &people.order(&body));
         book.claim(now(0), &claim(&people, lease), true);
-        let (mut receipts, mut ended) = (0, None);
+        let (mut receipts, mut ended, mut frozen) = (0, None, None);
         let mut at = 0;
         while let Some(next) = book.next_wake().filter(|next| next.0 < 100_000) {
             at = next.0.max(at);
@@ -244,12 +248,16 @@ fn exposure_ends_nobody_who_answers_and_everybody_who_does_not() {
                             let receipt = draft.id();
                             let ack = Acknowledgement { lease, number, receipt, charge };
                             let ack = people.acts(lease.0, &ack);
-                            assert!(book.acknowledge(now(at + 1_500).boot, &ack));
+                            assert_eq!(book.acknowledge(now(at + 1_500).boot, &ack), Some(false));
                         }
                     }
-                    Turn::Drain(_, reason) => {
+                    Turn::Drain(_, reason, _) => {
                         book.drain(now(at), &lease, reason, people.lessor.id());
                         ended = Some((reason, at));
+                    }
+                    Turn::Freeze(_) => {
+                        frozen.get_or_insert(at);
+                        assert!(book.freeze(now(at).boot, &lease));
                     }
                     Turn::Lapsed(_) => panic!("it was claimed"),
                 }
@@ -261,7 +269,9 @@ fn exposure_ends_nobody_who_answers_and_everybody_who_does_not() {
         } else {
             let (reason, at) = ended.expect("it ends");
             assert_eq!((reason, receipts), (EndReason::Exposure, 8), "no more are written");
-            assert!((4_000..5_000).contains(&at), "at {at}");
+            let frozen = frozen.expect("it stands still first");
+            assert!((4_000..5_000).contains(&frozen), "at {frozen}");
+            assert_eq!(at, frozen + 2_000, "it ends unless somebody answers meanwhile");
         }
     }
 }
@@ -296,16 +306,20 @@ fn budget_and_exposure_end_a_lease_before_its_term() {
         let mut book = people.book(4, 1);
         let (lease, grant) = people.granted(&mut book, now(0), &people.order(&body));
         book.claim(now(0), &claim(&people, lease), true);
-        let mut ended = None;
+        let (mut ended, mut frozen) = (None, None);
         for at in (0..30_000).step_by(100) {
             for turn in book.due(now(at).boot) {
                 match turn {
                     Turn::Receipt(_) => {
                         book.receipt(now(at), &lease);
                     }
-                    Turn::Drain(_, reason) => {
+                    Turn::Drain(_, reason, _) => {
                         book.drain(now(at), &lease, reason, people.lessor.id());
                         ended = Some((reason, at));
+                    }
+                    Turn::Freeze(_) => {
+                        frozen.get_or_insert(at);
+                        assert!(book.freeze(now(at).boot, &lease));
                     }
                     Turn::Lapsed(_) => panic!("it was claimed"),
                 }
@@ -313,7 +327,8 @@ fn budget_and_exposure_end_a_lease_before_its_term() {
         }
         let (reason, at) = ended.unwrap_or_else(|| panic!("{what} ends it"));
         assert_eq!(reason, expected);
-        assert!((3_000..=5_100).contains(&at), "{what}: at {at}");
+        let stopped = frozen.unwrap_or(at);
+        assert!((3_000..=5_100).contains(&stopped), "{what}: at {stopped}");
         book.reaped(&lease, Outcome::Stopped);
         let (_, last) = book.receipt(now(30_000), &lease).expect("the final one");
         let last: Receipt = body_of(&last);
@@ -472,9 +487,12 @@ fn act_on(people: &People, book: &mut Book, said: &mut Said, at: Now, happens: H
                         book.drain(at, &lease, EndReason::Lapsed, people.lessor.id());
                         close(book, said, at, lease);
                     }
-                    Turn::Drain(lease, reason) => {
+                    Turn::Drain(lease, reason, _) => {
                         book.drain(at, &lease, reason, people.lessor.id());
                         close(book, said, at, lease);
+                    }
+                    Turn::Freeze(lease) => {
+                        assert!(book.freeze(at.boot, &lease));
                     }
                     Turn::Receipt(lease) => {
                         let usage = Usage { cpu: Span::millis(at.boot.0), ..Usage::default() };
@@ -539,7 +557,8 @@ proptest! {
             let mut chain = leasehold_proto::words::chain::Chain::default();
             for (_, draft) in said.receipts.get(lease).into_iter().flatten() {
                 let receipt: Receipt = body_of(draft);
-                prop_assert_eq!(chain.check(&grant_of(grant), &receipt), Ok(()));
+                let term = book.get(lease).map_or(Span::ZERO, |known| known.kept.term);
+                prop_assert_eq!(chain.check(&grant_of(grant), term, &receipt), Ok(()));
                 chain.advance(&receipt, draft.id());
             }
             prop_assert!(!chain.closed() || stage(&book, lease) == Stage::Ended);

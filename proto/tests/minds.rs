@@ -47,6 +47,11 @@ fn held(people: &People) -> (Holdings, LeaseId, Grant) {
         claim_sent: None,
         claim_refused: false,
         release: None,
+        term: Span::ZERO,
+        version: 0,
+        renew: None,
+        renewal: None,
+        gang: None,
         chain: Chain::default(),
         acknowledgement: None,
         objection: None,
@@ -59,7 +64,7 @@ fn held(people: &People) -> (Holdings, LeaseId, Grant) {
 
 fn receipt(lease: LeaseId, grant: &Grant, after: &Chain, billed: u64) -> Receipt {
     let usage = Usage { billed: Span::millis(billed), ..after.usage };
-    after.next(lease, grant, usage, None, WALL)
+    after.next(lease, (grant, grant.term), usage, None, WALL)
 }
 
 fn says(people: &People, receipt: &Receipt) -> Verified<Receipt> {
@@ -204,6 +209,7 @@ fn only_the_lessor_ends_a_held_lease_and_only_once() {
         at: WALL,
         billed: Span::ZERO,
         charge: Amount::ZERO,
+        missed: Span::ZERO,
         credit: Amount::ZERO,
         receipt: Hash::default(),
         outcome: None,
@@ -234,6 +240,7 @@ fn want() -> Want {
         shape: Resources::new(1000, 1 << 30, 0),
         class: Class::Firm,
         term: Span::secs(60),
+        longest: Span::secs(60),
         claim_within: Span::secs(10),
         max_hourly: Amount::MAX,
         budget: Amount::MAX,
@@ -302,6 +309,8 @@ fn hosts_are_ranked_for_reasons_and_the_full_come_last() {
                 vec![]
             },
             rates: Rates { cpu_hour: Amount(cents * 10_000_000), ..Rates::default() },
+            slack_permille: 500,
+            early: People::early(),
             classes,
             max_term: Span::secs(600),
             runtimes: vec!["wasm".into()],
@@ -369,7 +378,7 @@ fn hosts_are_ranked_for_reasons_and_the_full_come_last() {
     assert_eq!(names(&named).0, ["dear", "cheap", "full"]);
     for (none, why) in [
         (Want { max_hourly: Amount(1), ..two.clone() }, "price"),
-        (Want { term: Span::secs(601), ..two.clone() }, "term"),
+        (Want { longest: Span::secs(601), ..two.clone() }, "term"),
         (Want { runtime: "oci".into(), ..two.clone() }, "runtime"),
         (Want { labels: vec![("zone".into(), "b".into())], ..two.clone() }, "zone=b"),
         (Want { isolation: vec!["vm".into()], ..two.clone() }, "vm"),
@@ -391,6 +400,8 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
     let policy = Policy {
         selling: true,
         rates: People::rates(),
+        slack_permille: None,
+        early: People::early(),
         max_term: Span::secs(60),
         max_claim_within: Span::secs(60),
         runtimes: vec!["wasm".into()],
@@ -408,11 +419,12 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
     assert!((8..=11).contains(&offers.len()), "a burst, then two a second: {}", offers.len());
     let (at, first) = offers.first().expect("there is one");
     let id = first.id();
-    let quoted = |at: u64| pricing.quote(Boot(at), &id, &free(1)).and_then(|(_, rate)| rate);
+    let quote = |at: u64, class| pricing.quote(Boot(at), &id, &free(1), class);
+    let quoted = |at: u64| quote(at, Class::Firm).and_then(|honoured| honoured.rate);
     assert_eq!(quoted(*at), People::rates().hourly(&free(1)));
     assert!(quoted(at + HONOUR.as_millis()).is_some());
     assert!(quoted(at + HONOUR.as_millis() + 1).is_none(), "too old");
-    assert!(pricing.quote(Boot(0), &Hash::default(), &free(1)).is_none(), "not ours");
+    assert!(pricing.quote(Boot(0), &Hash::default(), &free(1), Class::Firm).is_none(), "not ours");
     // Nothing changed: nothing is said until it must be refreshed, or is restated.
     let say = |at: u64, pricing: &mut Pricing| {
         pricing.publish(now(at), &free(400), &hand).expect("it fits").is_some()
@@ -425,7 +437,7 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
     let order = people.order_body(1, 1, Span::secs(60), Span::secs(1));
     let sold = [
         (order.clone(), true),
-        (Order { term: Span::secs(61), ..order.clone() }, false),
+        (Order { longest: Span::secs(61), ..order.clone() }, false),
         (Order { class: Class::Slack, ..order.clone() }, false),
         (Order { claim_within: Span::secs(61), ..order.clone() }, false),
         (Order { receipt_every: Span::millis(1), ..order }, false),

@@ -12,10 +12,11 @@
 //! | 3 idempotence | one (lessee, request) has one grant per lessor; the answer is to the question |
 //! | 4 bounded life | the end of every job against term and grace |
 //! | 5 the lessee stops first | every view of a held lease against its lessor's deadline |
-//! | 6 ended is final | stages only rise; what is not claimed lapses in time |
+//! | 6 ended is final | stages only rise; what is not claimed lapses in time; terms never shrink, and each renewal is of the version that it names |
 //! | 7 reap before reuse | no lease is over while its job is there |
 //! | 8 epochs | one body per (signer, kind, subject, epoch, seq); every start in a higher epoch |
 //! | 9 receipts | numbers, hashes and charges computed anew; every proof verifies |
+//! | 10 gangs | no job of a gang starts before every member of it has committed |
 //! | liveness | [`Check::settled`]: what must be so once all is quiet |
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,7 +28,9 @@ use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Boot, BootId, Span};
 use leasehold_proto::core::{Kept, LentStage, View};
 use leasehold_proto::minds::book::Lent;
-use leasehold_proto::words::contract::{Acceptance, Grant, Order, Termination};
+use leasehold_proto::words::contract::{
+    Acceptance, Gang, Grant, Member, Order, Renew, Renewal, Termination,
+};
 use leasehold_proto::words::object::{Body, Envelope, Kind};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::usage::{Objection, Receipt};
@@ -81,6 +84,8 @@ pub enum Seen<'a> {
     Signed(&'a Signed, Option<Hash>),
     /// A job was started.
     JobStarted(LeaseId),
+    /// A job's warden has taken a deadline.
+    JobDeadline(LeaseId),
     /// A job's last process is gone.
     JobEnded(LeaseId),
     /// How things stand there.
@@ -139,6 +144,7 @@ enum Evidence {
     Claim,
     Release,
     Acknowledgement,
+    Commit,
 }
 
 /// A lease as the check remembers it.
@@ -149,8 +155,15 @@ struct Lease {
     request: RequestId,
     boot: BootId,
     decided: Boot,
+    /// How long its term is now, and how often that was changed.
+    term: Span,
+    version: u64,
+    /// Whether its term was changed and its job's warden has not taken a deadline since.
+    unextended: bool,
     /// The end of its term, in true time.
     term_end_us: u64,
+    /// The gang that it has committed to, with its members.
+    gang: Option<(Hash, Vec<Member>)>,
     stage: LentStage,
     claimed: bool,
     running: bool,
@@ -194,6 +207,10 @@ pub struct Check {
     copied: BTreeSet<KeyId>,
     /// The highest epoch in which a node of this key was started.
     epochs: BTreeMap<KeyId, u64>,
+    /// Of which version each renewal that was asked for is.
+    renews: HashMap<Hash, u64>,
+    /// The members whose jobs were started, by gang.
+    started: BTreeMap<Hash, (usize, BTreeSet<LeaseId>)>,
     violations: Vec<Violation>,
 }
 
@@ -245,6 +262,11 @@ impl Check {
             Seen::Lent(id, lent) => self.lent(at, id, lent),
             Seen::Signed(signed, answers) => self.signed(at, signed, answers),
             Seen::JobStarted(id) => self.job(at, id, true),
+            Seen::JobDeadline(id) => {
+                if let Some(lease) = self.leases.get_mut(&id) {
+                    lease.unextended = false;
+                }
+            }
             Seen::JobEnded(id) => self.job(at, id, false),
             Seen::View(view) => self.view(at, view),
         }
@@ -293,7 +315,7 @@ impl Check {
         for (id, lent) in leases {
             if let Some(known) = self.leases.get_mut(&id) {
                 known.stage = lent.stage;
-                known.running = false;
+                (known.term, known.version) = (lent.term, lent.version);
                 known.claimed = lent.claimed.is_some();
             }
             self.lent(at, id, lent);
@@ -318,7 +340,7 @@ impl Check {
                 let ahead = (boot.since(at.boot).as_millis() * 1000).saturating_add(at.us);
                 ahead.saturating_sub(at.boot.since(boot).as_millis() * 1000)
             };
-            let term_end_us = us(lent.decided + grant.term);
+            let term_end_us = us(lent.decided + lent.term);
             if host.halted && lent.stage == LentStage::Granted {
                 self.found("8 (epochs)", at, format!("{id} was granted by a halted node"));
                 return;
@@ -331,6 +353,10 @@ impl Check {
                 request: order.request,
                 boot: lent.boot,
                 decided: lent.decided,
+                term: lent.term,
+                version: lent.version,
+                unextended: false,
+                gang: None,
                 term_end_us,
                 stage: LentStage::Granted,
                 claimed: false,
@@ -347,6 +373,25 @@ impl Check {
         }
         if lent.stage == LentStage::Ended && lease.running && lease.host == at.host {
             wrong = Some(("7 (reap before reuse)", format!("lease {id} ended with its job there")));
+        }
+        if (lent.term < lease.term || lent.version < lease.version) && !spared {
+            let what = format!("the term of {id} went from {} to {}", lease.term, lent.term);
+            wrong = Some(("6 (ended is final)", what));
+        }
+        if lent.term != lease.term {
+            (lease.term, lease.term_end_us) = (lent.term, {
+                let end = lent.decided + lent.term;
+                let ahead = (end.since(at.boot).as_millis() * 1000).saturating_add(at.us);
+                ahead.saturating_sub(at.boot.since(end).as_millis() * 1000)
+            });
+        }
+        lease.unextended |= lent.version != lease.version && lease.running;
+        lease.version = lent.version;
+        if lease.gang.is_none()
+            && let Some(joined) = &lent.joined
+            && let Some((_, gang)) = body_of::<Gang>(&joined.gang.envelope)
+        {
+            lease.gang = Some((joined.gang.id(), gang.members));
         }
         lease.stage = lent.stage;
         lease.claimed |= lent.claimed.is_some();
@@ -392,7 +437,9 @@ impl Check {
         }
         let evidence = match header.kind {
             Kind::Grant => Evidence::Grant,
-            Kind::Acceptance => Evidence::Acceptance,
+            Kind::Acceptance | Kind::Renewal => Evidence::Acceptance,
+            Kind::Commit => Evidence::Commit,
+            Kind::Renew => return self.asked_to_renew(signed),
             Kind::Receipt => Evidence::Receipt,
             Kind::Termination => Evidence::Termination,
             Kind::Claim => Evidence::Claim,
@@ -409,6 +456,7 @@ impl Check {
         }
         match evidence {
             Evidence::Grant => self.granted(at, signed, answers),
+            Evidence::Acceptance if header.kind == Kind::Renewal => self.renewed(at, signed),
             Evidence::Acceptance => self.accepted(at, signed, answers),
             Evidence::Receipt => self.receipt(at, signed),
             Evidence::Termination => self.terminated(at, signed),
@@ -441,6 +489,27 @@ impl Check {
         }
     }
 
+    fn asked_to_renew(&mut self, signed: &Signed) {
+        if let Some((_, renew)) = body_of::<Renew>(&signed.envelope) {
+            self.renews.insert(signed.id(), renew.version);
+        }
+    }
+
+    fn renewed(&mut self, at: At, signed: &Signed) {
+        let Some((_, renewal)) = body_of::<Renewal>(&signed.envelope) else { return };
+        let lease = self.leases.get(&renewal.lease);
+        if lease.is_some_and(|lease| lease.unextended && lease.running) {
+            let what = format!("{} was renewed before its warden knew", renewal.lease);
+            self.found("4 (bounded life)", at, what);
+        }
+        let asked = self.renews.get(&renewal.of).copied();
+        if asked.is_none_or(|version| version + 1 != renewal.version) {
+            let lease = renewal.lease;
+            let what = format!("{lease} was renewed to {} by {asked:?}", renewal.version);
+            self.found("6 (ended is final)", at, what);
+        }
+    }
+
     /// All lessors here are honest unless copied: nobody has a reason to object.
     fn objected(&mut self, at: At, signed: &Signed) {
         let Some((_, objection)) = body_of::<Objection>(&signed.envelope) else { return };
@@ -469,10 +538,10 @@ impl Check {
             None => {
                 let exact = u128::from(grant.rate.0) * u128::from(receipt.usage.billed.as_millis());
                 let due = (exact / u128::from(HOUR_MS)).min(u128::from(grant.cap.0));
-                let whole = u128::from(grant.rate.0) * u128::from(grant.term.as_millis());
+                let whole = u128::from(grant.rate.0) * u128::from(lease.term.as_millis());
                 let wrong = if receipt.usage.billed < chain.billed {
                     Some("it takes back billed time")
-                } else if receipt.usage.billed > grant.term {
+                } else if receipt.usage.billed > lease.term {
                     Some("it bills more than the term")
                 } else if u128::from(receipt.charge.0) != due {
                     Some("its charge is not the rate over the billed time")
@@ -508,15 +577,51 @@ impl Check {
     }
 
     fn job(&mut self, at: At, id: LeaseId, started: bool) {
-        let boot = self.hosts.get(&at.host).map(|host| host.boot);
+        let host = self.hosts.get(&at.host);
+        let boot = host.map(|host| host.boot);
+        // An older copy of a directory may know an earlier term than the job's warden.
+        let copied = host.is_some_and(|host| host.copied || self.copied.contains(&host.key));
         let Some(lease) = self.leases.get_mut(&id) else { return };
         lease.running = started;
-        let over = lease.decided + lease.grant.term + lease.grant.grace + Span::secs(1);
-        if boot == Some(lease.boot) && over < at.boot && !started {
-            let late = at.boot.since(lease.decided + lease.grant.term);
+        if started && lease.grant.gang.is_some() {
+            self.gang_started(at, id);
+            return;
+        }
+        let over = lease.decided + lease.term + lease.grant.grace + Span::secs(1);
+        if boot == Some(lease.boot) && over < at.boot && !started && !copied {
+            let late = at.boot.since(lease.decided + lease.term);
             let what = format!("the job of {id} ended {late} after its term");
             self.found("4 (bounded life)", at, what);
         }
+    }
+
+    /// No job of a gang starts before every member of it has committed.
+    fn gang_started(&mut self, at: At, id: LeaseId) {
+        let gang = self.leases.get(&id).and_then(|lease| lease.gang.clone());
+        let Some((certificate, members)) = gang else {
+            let what = format!("the job of {id} was started, and its gang is not committed to");
+            return self.found("10 (gangs)", at, what);
+        };
+        let committed = |member: &&Member| {
+            let lease = self.leases.get(&member.lease);
+            lease.and_then(|lease| lease.gang.as_ref()).is_some_and(|(of, _)| *of == certificate)
+        };
+        let count = members.iter().filter(committed).count();
+        let started = self.started.entry(certificate).or_default();
+        started.0 = members.len();
+        started.1.insert(id);
+        if count < members.len() {
+            let all = members.len();
+            let what = format!("the job of {id} was started when {count} of {all} had committed");
+            self.found("10 (gangs)", at, what);
+        }
+    }
+
+    /// How many gangs had a job started, and in how many of them not every member's was.
+    #[must_use]
+    pub fn gangs(&self) -> (usize, usize) {
+        let partial = self.started.values().filter(|(size, begun)| begun.len() < *size);
+        (self.started.len(), partial.count())
     }
 
     fn view(&mut self, at: At, view: &View) {
@@ -617,9 +722,11 @@ impl Check {
                 wrong.push(format!("it holds host {} to be {is}", other.host));
             }
             let Some(theirs) = &other.view else { continue };
-            let free = theirs.capacity.minus(&theirs.promised);
+            let free = theirs.capacity.minus(&theirs.promised).minus(&theirs.withheld);
+            let sells = !theirs.drained && free.cpu_milli > 0 && free.memory > 0;
+            let expected: &[Resources] = if sells { std::slice::from_ref(&free) } else { &[] };
             let advertised = shown.map(|shown| &shown.shapes);
-            if advertised.is_some_and(|shapes| shapes.as_slice() != [free.clone()]) {
+            if advertised.is_some_and(|shapes| shapes.as_slice() != expected) {
                 wrong.push(format!("host {} has {free} free, the map says else", other.host));
             }
         }
@@ -660,6 +767,7 @@ fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &L
                 found.insert((Evidence::Grant, lent.grant.id()));
                 found.extend(lent.acts.iter().map(|a| (Evidence::Acceptance, a.answer.id())));
                 found.extend(lent.termination.iter().map(|t| (Evidence::Termination, t.id())));
+                found.extend(lent.joined.iter().map(|j| (Evidence::Commit, j.commit.id())));
                 leases.insert(*id, &**lent);
             }
             Kept::Held(_, held) => {

@@ -65,6 +65,10 @@ pub struct Summary {
     pub leases: u64,
     /// Leases whose proof was checked.
     pub proofs: u64,
+    /// Gangs of which a job was started.
+    pub gangs: u64,
+    /// Gangs of which, under faults, not every member's job was started.
+    pub partial_gangs: u64,
     /// Seeds in which something was found.
     pub failed: Vec<Failed>,
     /// Bugs that were planted, and what became of them.
@@ -172,6 +176,8 @@ pub fn run(args: &Args) -> Result<Summary, SimError> {
         proofs: 0,
         failed: Vec::new(),
         planted: Vec::new(),
+        gangs: 0,
+        partial_gangs: 0,
     };
     match &args.plant {
         None => {
@@ -247,6 +253,9 @@ fn planted(name: &'static str) -> Result<Plant, SimError> {
 impl Summary {
     fn add(&mut self, report: &Report) {
         let Counts { events, messages, packets, leases, proofs, .. } = report.counts;
+        let Counts { gangs, partial_gangs, .. } = report.counts;
+        self.gangs += gangs;
+        self.partial_gangs += partial_gangs;
         self.seeds += 1;
         self.simulated_s += report.simulated.duration().as_secs_f64();
         self.violations += report.violations.len();

@@ -22,7 +22,8 @@ use leasehold_proto::base::id::{Hash, KeyId, LeaseId};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Boot, Span};
 use leasehold_proto::core::{
-    Command, CommandId, Config, Core, Effect, Event, Kept, Notice, StartError, Ticket, Token,
+    self, Command, CommandId, Config, Core, Effect, Event, Kept, Notice, Orphan, Orphans,
+    StartError, Ticket, Token,
 };
 use leasehold_proto::minds::member::Timing;
 use leasehold_proto::minds::pricing::Policy;
@@ -93,6 +94,10 @@ pub struct Counts {
     pub proofs: u64,
     /// Commands replied to.
     pub replies: u64,
+    /// Gangs of which a job was started.
+    pub gangs: u64,
+    /// Gangs of which not every member's job was started.
+    pub partial_gangs: u64,
 }
 
 /// Why a run could not even begin, or go on.
@@ -315,6 +320,8 @@ impl<'a> World<'a> {
 
     fn report(mut self) -> Report {
         self.counts.leases = self.check.leases() as u64;
+        let (gangs, partial) = self.check.gangs();
+        (self.counts.gangs, self.counts.partial_gangs) = (gangs as u64, partial as u64);
         Report {
             violations: self.check.violations().to_vec(),
             trace: Hash(*self.trace.finalize().as_bytes()),
@@ -554,6 +561,10 @@ impl<'a> World<'a> {
             }
             Effect::StartJob(job) => self.start_job(host, &job),
             Effect::StopJob(lease, _) => self.stop_job(host, lease),
+            Effect::ExtendJob(lease, deadline) => self.extend_job(host, lease, deadline),
+            Effect::FreezeJob(lease) => self.freeze_job(host, lease, true),
+            Effect::ThawJob(lease) => self.freeze_job(host, lease, false),
+            Effect::NotifyJob(..) => {}
             Effect::Answer(command, reply) => {
                 self.counts.replies += 1;
                 let Some(process) = self.process(host) else { return };
@@ -594,6 +605,20 @@ impl<'a> World<'a> {
             Utterance::Plain(message) => Some(message),
             Utterance::Signs(word, draft) => {
                 self.sign(host, &draft, answers).map(|signed| word.carry(signed))
+            }
+            Utterance::Gang(gang, claim) => {
+                let gang = self.sign(host, &gang, answers)?;
+                let claim = match claim {
+                    Some(claim) => Some(self.sign(host, &claim, answers)?),
+                    None => None,
+                };
+                Some(Message::Gang(gang, claim))
+            }
+            Utterance::Commits(lease, mut commits, own) => {
+                if let Some(own) = own {
+                    commits.push(self.sign(host, &own, answers)?);
+                }
+                Some(Message::Commits(lease, commits))
             }
         }
     }
@@ -895,22 +920,12 @@ impl<'a> World<'a> {
         let config = self.config(host);
         let us = self.now;
         let known = &mut self.hosts[host];
-        let mut reaped = Vec::new();
-        for (lease, job) in known.jobs.iter_mut().filter(|(_, job)| job.ended_us.is_none()) {
-            job.kill(us);
-            reaped.push(*lease);
-        }
-        let orphans =
-            known.jobs.iter().map(|(lease, job)| (*lease, (job.outcome.clone(), job.usage(us))));
-        let orphans = orphans.collect();
         let (now, kept) = (known.clock.now(us), known.disk.read());
-        for lease in reaped {
-            self.see(host, Seen::JobEnded(lease));
-        }
         let kept = match kept {
             Ok(kept) => kept,
             Err(error) => return self.found(host, "2 (durability)", error.to_string()),
         };
+        let orphans = self.take_up(host, &kept);
         let mut out = Vec::new();
         let (boot, capacity) = (config.boot, config.capacity.clone());
         let core: Result<Core, StartError> =
@@ -930,6 +945,32 @@ impl<'a> World<'a> {
         self.see(host, seen);
         self.take(host, &mut out);
         self.plan_wake(host);
+    }
+
+    /// The wardens that a new process finds: those of leases that may still run are adopted, but
+    /// for the few that do not answer; what is left of the others is killed before anything else.
+    fn take_up(&mut self, host: usize, kept: &[Kept]) -> Orphans {
+        let us = self.now;
+        let mut orphans = Orphans::new();
+        let mut killed = Vec::new();
+        let known = &mut self.hosts[host];
+        let adoptable = core::adoptable(kept, known.clock.boot);
+        for (lease, job) in &mut known.jobs {
+            let theirs = adoptable.get(lease) == Some(&job.claim);
+            if job.ended_us.is_none() && (!theirs || self.dice.chance(1, 20)) {
+                job.kill(us);
+                killed.push(*lease);
+            }
+            let orphan = match job.ended_us {
+                None => Orphan::Adopted(job.usage(us), job.frozen.is_some()),
+                Some(_) => Orphan::Ended(job.outcome.clone(), job.usage(us)),
+            };
+            orphans.insert(*lease, orphan);
+        }
+        for lease in killed {
+            self.see(host, Seen::JobEnded(lease));
+        }
+        orphans
     }
 
     /// The process is killed: what was not durable is lost, except for a part of the sync that
@@ -1105,7 +1146,7 @@ impl<'a> World<'a> {
         self.see(spare, Seen::Copied);
     }
 
-    fn start_job(&mut self, host: usize, job: &leasehold_proto::core::StartJob) {
+    fn start_job(&mut self, host: usize, job: &core::StartJob) {
         let us = self.now;
         self.counts.jobs += 1;
         let lease = job.lease;
@@ -1119,18 +1160,56 @@ impl<'a> World<'a> {
         let (ends, plan) = (started.ends_us, started.plan);
         known.jobs.insert(lease, started);
         self.see(host, Seen::JobStarted(lease));
+        self.see(host, Seen::JobDeadline(lease));
         self.push(ends, What::JobEnds(host, lease, plan));
         self.push(us + 1_000_000, What::Meter(host, lease));
     }
 
     fn stop_job(&mut self, host: usize, lease: LeaseId) {
-        let (us, dice) = (self.now, &mut self.dice);
+        let us = self.now;
         let Some(job) = self.hosts[host].jobs.get_mut(&lease) else {
             let what = format!("a job of {lease} is to end that was never started");
             return self.found(host, "liveness", what);
         };
-        if job.stop(us, dice) {
+        if job.stop(us) {
             let (ends, plan) = (job.ends_us, job.plan);
+            self.push(ends, What::JobEnds(host, lease, plan));
+        }
+    }
+
+    fn extend_job(&mut self, host: usize, lease: LeaseId, deadline: Boot) {
+        let known = &mut self.hosts[host];
+        // Now and then a warden does not answer in time: its node says so, and is asked again.
+        let done = !self.dice.chance(1, 20);
+        let deadline_us = known.clock.when(deadline);
+        if let Some(job) = known.jobs.get_mut(&lease).filter(|_| done) {
+            job.extend(deadline_us);
+            self.see(host, Seen::JobDeadline(lease));
+        }
+        self.plan_end(host, lease);
+        if let Some(life) = self.life(host) {
+            let after = self.now + 500 + self.dice.below(20_000);
+            let event = Input::Event(Box::new(Event::Extended(lease, deadline, done)));
+            self.push(after, What::Input(host, life, event));
+        }
+    }
+
+    fn freeze_job(&mut self, host: usize, lease: LeaseId, frozen: bool) {
+        let us = self.now;
+        if let Some(job) = self.hosts[host].jobs.get_mut(&lease) {
+            if frozen {
+                job.freeze(us);
+            } else {
+                job.thaw(us);
+            }
+        }
+        self.plan_end(host, lease);
+    }
+
+    /// A job's end may have moved.
+    fn plan_end(&mut self, host: usize, lease: LeaseId) {
+        let job = self.hosts[host].jobs.get(&lease).filter(|job| job.ended_us.is_none());
+        if let Some((ends, plan)) = job.map(|job| (job.ends_us, job.plan)) {
             self.push(ends, What::JobEnds(host, lease, plan));
         }
     }
@@ -1257,6 +1336,7 @@ impl<'a> World<'a> {
                     lent.offer.as_ref().and_then(sign),
                     Some(lent.order.clone()),
                     sign(&lent.grant),
+                    lent.renew.clone().into_iter().collect(),
                     lent.termination.as_ref().and_then(sign),
                 )),
                 Kept::Held(_, held) => held.grant.as_ref().map(|grant| {
@@ -1268,18 +1348,28 @@ impl<'a> World<'a> {
                     };
                     let id = LeaseId(grant.id());
                     let end = held.termination.clone().filter(|_| held.chain.closed());
-                    ((1, id), held.offer.clone(), order, Some(grant.clone()), end)
+                    let renew = held.renew.as_ref().and_then(|(renew, _)| sign(renew));
+                    let renewals = renew.into_iter().chain(held.renewal.clone()).collect();
+                    ((1, id), held.offer.clone(), order, Some(grant.clone()), renewals, end)
                 }),
                 _ => None,
             };
-            if let Some((id, offer, Some(order), Some(grant), termination)) = proof
+            if let Some((id, offer, Some(order), Some(grant), renewals, termination)) = proof
                 && *left > 0
             {
                 *left -= 1;
                 let charter = charter.clone();
                 let (receipts, acknowledgements) = (Vec::new(), Vec::new());
-                let proof =
-                    Proof { charter, offer, order, grant, receipts, acknowledgements, termination };
+                let proof = Proof {
+                    charter,
+                    offer,
+                    order,
+                    grant,
+                    renewals,
+                    receipts,
+                    acknowledgements,
+                    termination,
+                };
                 proofs.insert(id, proof);
             }
         }
@@ -1312,9 +1402,11 @@ impl<'a> World<'a> {
 /// The signed object that an answer to `message` must be about.
 fn object_of(message: &Message) -> Option<Hash> {
     match message {
-        Message::Order(signed) | Message::Claim(signed) | Message::Release(signed) => {
-            Some(signed.id())
-        }
+        Message::Order(signed)
+        | Message::Claim(signed)
+        | Message::Release(signed)
+        | Message::Renew(signed)
+        | Message::Gang(signed, _) => Some(signed.id()),
         _ => None,
     }
 }
@@ -1340,5 +1432,6 @@ const fn tag(event: &Event) -> u8 {
         Event::DiskFull(_) => 12,
         Event::Woke => 13,
         Event::Leave => 14,
+        Event::Extended(..) => 15,
     }
 }

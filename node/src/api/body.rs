@@ -11,15 +11,15 @@ use leasehold_proto::base::resource::Rates;
 use leasehold_proto::base::time::Boot;
 use leasehold_proto::core::view::{Counters, HeldView, LentView, NodeView};
 use leasehold_proto::core::{Ended, View};
-use leasehold_proto::minds::seek::Heard;
+use leasehold_proto::minds::book::ReclaimPlan;
 use leasehold_proto::placement::{Against, Ranking};
 use leasehold_proto::words::contract::Reason;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::words::want::Choice;
+use leasehold_proto::words::want::{Choice, Heard};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use utoipa::ToSchema;
 
-use super::want::{JobText, WantText};
+use super::want::{JobText, Text, WantText};
 
 /// Money as a decimal text, exact to the billionth.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -267,7 +267,7 @@ pub struct Nodes {
 }
 
 /// What a node offers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct OfferLine {
     /// Who lends.
     pub lessor: String,
@@ -281,8 +281,17 @@ pub struct OfferLine {
     pub age_ms: u64,
     /// What is free, in leasable shapes.
     pub shapes: Vec<Quantity>,
-    /// Its prices.
+    /// Its prices of firm capacity.
     pub prices: Prices,
+    /// What slack capacity costs of that, in percent; absent when none is sold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slack_percent: Option<f32>,
+    /// How long before it stands still a job is told that its lease is taken back.
+    pub notice_ms: u64,
+    /// How long it then stands frozen before it is ended.
+    pub freeze_ms: u64,
+    /// What a lessee gets back of the price of the time it misses then, in percent.
+    pub credit_percent: f32,
     /// The longest term it grants.
     pub max_term_ms: u64,
     /// The runtimes it has.
@@ -291,6 +300,11 @@ pub struct OfferLine {
     pub isolation: Vec<String>,
     /// What its operator says about it.
     pub labels: BTreeMap<String, String>,
+}
+
+/// Thousandths as percent: exact to the one decimal that they have.
+fn percent(permille: u16) -> f32 {
+    f32::from(permille) / 10.0
 }
 
 impl OfferLine {
@@ -305,6 +319,10 @@ impl OfferLine {
             age_ms: of.offer_age.unwrap_or_default().as_millis(),
             shapes: of.shapes.iter().map(Into::into).collect(),
             prices: of.rates.as_ref()?.into(),
+            slack_percent: of.slack_permille.map(percent),
+            notice_ms: of.early.notice.as_millis(),
+            freeze_ms: of.early.freeze.as_millis(),
+            credit_percent: percent(of.early.credit_permille),
             max_term_ms: of.max_term.as_millis(),
             runtimes: of.runtimes.clone(),
             isolation: of.isolation.clone(),
@@ -314,7 +332,7 @@ impl OfferLine {
 }
 
 /// Every offer that is known.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Offers {
     /// The currency of every amount.
     pub currency: String,
@@ -576,6 +594,15 @@ impl From<&Outcome> for OutcomeLine {
     }
 }
 
+/// An early end that was announced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EarlyLine {
+    /// `reclaimed`, `revoked` or `exposure`.
+    pub reason: String,
+    /// In what time its job is ended.
+    pub in_ms: u64,
+}
+
 /// A lease, from either side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeaseLine {
@@ -604,11 +631,21 @@ pub struct LeaseLine {
     pub decided: String,
     /// For how long.
     pub term_ms: u64,
+    /// To what term it may be renewed.
+    pub max_term_ms: u64,
+    /// How often it was renewed.
+    pub version: u64,
     /// How much of that is left.
     pub left_ms: u64,
     /// Whether a job's processes exist here, when lent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub running: Option<bool>,
+    /// Whether its job stands still, unbilled, when lent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<bool>,
+    /// Why it is to end early, when lent and when that was announced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_early: Option<EarlyLine>,
     /// What was used.
     pub used: Used,
     /// What is owed.
@@ -664,8 +701,12 @@ impl LeaseLine {
             worst_case: Some(Money(of.worst_case)),
             decided: of.decided.to_string(),
             term_ms: of.term.as_millis(),
+            max_term_ms: of.longest.as_millis(),
+            version: of.version,
             left_ms: if of.end.is_some() { 0 } else { of.left.as_millis() },
             running: None,
+            frozen: None,
+            ends_early: None,
             used: (&of.usage).into(),
             charge: Money(of.charge),
             receipts: of.receipts,
@@ -692,8 +733,15 @@ impl LeaseLine {
             worst_case: None,
             decided: of.decided.to_string(),
             term_ms: of.term.as_millis(),
+            max_term_ms: of.longest.as_millis(),
+            version: of.version,
             left_ms: if of.end.is_some() { 0 } else { of.term_end.since(now).as_millis() },
             running: Some(of.running),
+            frozen: Some(of.frozen),
+            ends_early: of.ends_early.filter(|_| of.end.is_none()).map(|(why, end)| EarlyLine {
+                reason: word(why),
+                in_ms: end.since(now).as_millis(),
+            }),
             used: (&of.usage).into(),
             charge: Money(of.charge),
             receipts: of.receipts,
@@ -743,6 +791,170 @@ pub struct Released {
     pub lease: String,
 }
 
+/// How long a lease is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenewRequest {
+    /// Its new time in all, from when it was granted.
+    #[schema(example = "1h")]
+    pub ttl: Text,
+}
+
+/// That a lease was made longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Renewed {
+    /// Which lease.
+    pub lease: String,
+    /// How often it was renewed.
+    pub version: u64,
+    /// How long it is in all.
+    pub term_ms: u64,
+    /// How much of that is left.
+    pub left_ms: u64,
+}
+
+/// Leases on several hosts that exist together or not at all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GangRequest {
+    /// What each of them is to be.
+    pub want: WantText,
+    /// How many.
+    #[schema(example = 8)]
+    pub nodes: u16,
+    /// What each of them runs; without it they wait to be claimed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobText>,
+    /// What follows when one is lost.
+    #[serde(default)]
+    pub on_loss: OnLoss,
+}
+
+/// What follows when a member of a gang is lost.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// The others are given back.
+    #[default]
+    End,
+    /// The others go on.
+    Continue,
+}
+
+/// A gang that is whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Ganged {
+    /// Its certificate.
+    pub gang: String,
+    /// Its members in the order of their ranks.
+    pub leases: Vec<Leased>,
+    /// Who said no before.
+    pub heard: Vec<HeardLine>,
+    /// The currency of every amount.
+    pub currency: String,
+}
+
+/// Capacity that the operator wants back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReclaimRequest {
+    /// Cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "16")]
+    pub cpu: Option<Text>,
+    /// Bytes of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "64G")]
+    pub memory: Option<Text>,
+    /// Bytes of disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Text>,
+    /// In what time.
+    #[schema(example = "60s")]
+    pub within: Text,
+    /// Whether only to say what that would come to.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// That a host is to be emptied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// In what time.
+    #[schema(example = "30m")]
+    pub within: Text,
+    /// Whether firm leases that end later are revoked too.
+    #[serde(default)]
+    pub revoke: bool,
+    /// Whether only to say what that would come to.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What is taken back, or would be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reclaimed {
+    /// Whether it was only asked what that would come to.
+    pub dry_run: bool,
+    /// The leases that end.
+    pub leases: Vec<ReclaimedLine>,
+    /// What is free already.
+    pub free: Quantity,
+    /// All credits together.
+    pub credit: Money,
+    /// The currency of every amount.
+    pub currency: String,
+}
+
+/// A lease that ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReclaimedLine {
+    /// Which.
+    pub lease: String,
+    /// What comes back.
+    pub shape: Quantity,
+    /// `firm` or `slack`.
+    pub class: String,
+    /// `term`, `reclaimed`, `revoked` or what ends it already.
+    pub reason: String,
+    /// In what time it is back at the latest.
+    pub within_ms: u64,
+    /// What its lessee is credited.
+    pub credit: Money,
+}
+
+impl Reclaimed {
+    /// What `plan` comes to.
+    #[must_use]
+    pub fn of(plan: &ReclaimPlan, dry_run: bool, currency: String) -> Self {
+        let line = |lease: &leasehold_proto::minds::book::Reclaimed| ReclaimedLine {
+            lease: lease.lease.to_string(),
+            shape: (&lease.shape).into(),
+            class: word(lease.class),
+            reason: word(lease.why),
+            within_ms: lease.within.as_millis(),
+            credit: Money(lease.credit),
+        };
+        Self {
+            dry_run,
+            leases: plan.leases.iter().map(line).collect(),
+            free: (&plan.free).into(),
+            credit: Money(plan.credit),
+            currency,
+        }
+    }
+}
+
+/// That the host sells again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Resumed {
+    /// How many leases are not taken back after all.
+    pub lifted: usize,
+}
+
 /// How a held lease ended, or that it has not yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct EndLine {
@@ -754,6 +966,8 @@ pub struct EndLine {
     pub outcome: Option<OutcomeLine>,
     /// What is owed.
     pub charge: Money,
+    /// What is owed back, because the lessor's side ended it early.
+    pub credit: Money,
     /// How many receipts were countersigned.
     pub receipts: u64,
     /// The currency of every amount.
@@ -769,6 +983,7 @@ impl EndLine {
             reason: Some(word(ended.reason)),
             outcome: ended.outcome.as_ref().map(Into::into),
             charge: Money(ended.charge),
+            credit: Money(ended.credit),
             receipts: ended.receipts,
             currency,
         }
@@ -778,7 +993,8 @@ impl EndLine {
     #[must_use]
     pub fn not_yet(currency: String) -> Self {
         let charge = Money::default();
-        Self { ended: false, reason: None, outcome: None, charge, receipts: 0, currency }
+        let credit = Money::default();
+        Self { ended: false, reason: None, outcome: None, charge, credit, receipts: 0, currency }
     }
 }
 

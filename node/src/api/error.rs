@@ -184,6 +184,10 @@ impl From<Failure> for ApiError {
                 format!("{said}: ask for less, or see `leasehold explain`"),
             )
             .with(json!({ "against": against })),
+            Failure::TooFew { have, need, against } => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::NothingFits, said)
+                    .with(json!({ "have": have, "need": need, "against": against }))
+            }
             Failure::Refused(heard) => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, Code::Refused, said)
                     .with(json!({ "heard": heard }))
@@ -191,6 +195,8 @@ impl From<Failure> for ApiError {
             Failure::Act(reason) => Self::act(reason, said),
             Failure::Unreachable(_) => Self::new(StatusCode::BAD_GATEWAY, Code::Unreachable, said),
             Failure::UnknownLease => Self::not_found(said),
+            Failure::Term { .. } => Self::field("ttl", said),
+            Failure::Unanswered(_) => Self::new(StatusCode::CONFLICT, Code::Conflict, said),
             Failure::Over => Self::new(StatusCode::GONE, Code::Over, said),
             Failure::InUse => Self::new(StatusCode::CONFLICT, Code::Conflict, said),
             Failure::BadJob(why) => Self::field("job", why),
@@ -208,7 +214,9 @@ impl ApiError {
         let (status, code) = match reason {
             Reason::UnknownLease => (StatusCode::NOT_FOUND, Code::NotFound),
             Reason::Ended => (StatusCode::GONE, Code::Over),
-            Reason::InUse | Reason::Conflict => (StatusCode::CONFLICT, Code::Conflict),
+            Reason::InUse | Reason::Conflict | Reason::Version => {
+                (StatusCode::CONFLICT, Code::Conflict)
+            }
             Reason::Busy | Reason::NotReady => (StatusCode::TOO_MANY_REQUESTS, Code::Busy),
             _ => (StatusCode::UNPROCESSABLE_ENTITY, Code::Refused),
         };

@@ -14,7 +14,8 @@ use axum::response::{IntoResponse, Response};
 use futures::{Stream, stream};
 use leasehold_keys::armor::{self, Item};
 use leasehold_keys::view as keys_view;
-use leasehold_proto::core::{Command, Failure, Reply, View};
+use leasehold_proto::core::{self, Command, Failure, Reply, View};
+use leasehold_proto::words::contract::{JobSpec, MAX_GANG};
 use leasehold_proto::words::message;
 use leasehold_proto::words::sign::{Signed, Verified};
 use leasehold_proto::words::usage::{Acknowledgement, Receipt};
@@ -25,9 +26,9 @@ use utoipa::IntoParams;
 
 use super::App;
 use super::body::{
-    ChoiceLine, ClaimRequest, Claimed, EndLine, HeardLine, JobLine, Jobs, LeaseLine, LeaseRequest,
-    Leased, Leases, Money, OrderDraft, OrderRequest, Plan, PlanRequest, ReceiptLine, Receipts,
-    Released, word,
+    ChoiceLine, ClaimRequest, Claimed, EndLine, GangRequest, Ganged, HeardLine, JobLine, Jobs,
+    LeaseLine, LeaseRequest, Leased, Leases, Money, OnLoss, OrderDraft, OrderRequest, Plan,
+    PlanRequest, ReceiptLine, Receipts, Released, RenewRequest, Renewed, word,
 };
 use super::error::{ApiError, ErrorBody};
 use super::guard::{Input, Params};
@@ -45,16 +46,16 @@ const QUIET: Duration = Duration::from_secs(1);
 /// The content type of a job's output: see [`crate::attach`] for its frames.
 pub(super) const FRAMES: &str = "application/vnd.leasehold.frames";
 
-fn lease_id(text: &str) -> Result<LeaseId, ApiError> {
+pub(super) fn lease_id(text: &str) -> Result<LeaseId, ApiError> {
     text.parse().map_err(|error| ApiError::field("lease", error))
 }
 
 /// An answer that does not belong to its question: a bug, not a client's fault.
-fn unfitting(reply: &Reply) -> ApiError {
+pub(super) fn unfitting(reply: &Reply) -> ApiError {
     ApiError::internal("answering a command", &format!("{reply:?}"))
 }
 
-fn currency(app: &App) -> String {
+pub(super) fn currency(app: &App) -> String {
     app.handle.facts().currency.clone()
 }
 
@@ -129,17 +130,40 @@ pub(super) async fn request(
     };
     match app.handle.ask(command).await? {
         Reply::Leased(leased) => {
-            let body = Leased {
-                lease: leased.lease.to_string(),
-                order: leased.order.to_string(),
-                choice: ChoiceLine::from(&leased.choice),
-                heard: leased.heard.iter().map(HeardLine::from).collect(),
-                currency: currency(&app),
-            };
+            let body = leased_line(&app, &leased);
             Ok((StatusCode::CREATED, Json(body)).into_response())
         }
         other => Err(unfitting(&other)),
     }
+}
+
+fn leased_line(app: &App, leased: &core::Leased) -> Leased {
+    Leased {
+        lease: leased.lease.to_string(),
+        order: leased.order.to_string(),
+        choice: ChoiceLine::from(&leased.choice),
+        heard: leased.heard.iter().map(HeardLine::from).collect(),
+        currency: currency(app),
+    }
+}
+
+/// A lessor fetches what a job needs from here: what is not here is said before anything else.
+fn check_payloads(app: &App, job: &JobSpec) -> Result<(), ApiError> {
+    for needed in job.payloads() {
+        let root = Root::from_bytes(needed.root.0);
+        match app.handle.payloads().has(root) {
+            Some(size) if size == needed.size => {}
+            Some(size) => {
+                let why = format!("payload {root} has {size} bytes, not {}", needed.size);
+                return Err(ApiError::field("job", why));
+            }
+            None => {
+                let why = format!("this node does not hold payload {root}: upload it first");
+                return Err(ApiError::field("job", why));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Which leases are listed.
@@ -200,21 +224,7 @@ pub(super) async fn claim(
 ) -> Result<Json<Claimed>, ApiError> {
     let lease = lease_id(&lease)?;
     let job = request.job.parse()?;
-    // A lessor fetches what the job needs from here: say now what is not here.
-    for needed in job.payloads() {
-        let root = Root::from_bytes(needed.root.0);
-        match app.handle.payloads().has(root) {
-            Some(size) if size == needed.size => {}
-            Some(size) => {
-                let why = format!("payload {root} has {size} bytes, not {}", needed.size);
-                return Err(ApiError::field("job", why));
-            }
-            None => {
-                let why = format!("this node does not hold payload {root}: upload it first");
-                return Err(ApiError::field("job", why));
-            }
-        }
-    }
+    check_payloads(&app, &job)?;
     match app.handle.ask(Command::Claim { lease, job }).await? {
         Reply::Claimed(lessor) => {
             Ok(Json(Claimed { lease: lease.to_string(), lessor: lessor.to_string() }))
@@ -236,6 +246,65 @@ pub(super) async fn release(
     let lease = lease_id(&lease)?;
     match app.handle.ask(Command::Release(lease)).await? {
         Reply::Released => Ok(Json(Released { lease: lease.to_string() })),
+        other => Err(unfitting(&other)),
+    }
+}
+
+/// Make a held lease longer, at its price
+#[utoipa::path(post, path = "/v1/leases/{lease}/renew", tag = "leases",
+    params(("lease" = String, Path)), request_body = RenewRequest, responses(
+    (status = 200, body = Renewed), (status = 400, body = ErrorBody),
+    (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
+    (status = 409, body = ErrorBody), (status = 410, body = ErrorBody),
+    (status = 422, body = ErrorBody), (status = 502, body = ErrorBody)))]
+pub(super) async fn renew(
+    State(app): State<App>,
+    Path(lease): Path<String>,
+    Input(request): Input<RenewRequest>,
+) -> Result<Json<Renewed>, ApiError> {
+    let lease = lease_id(&lease)?;
+    let term = crate::quantity::span(&request.ttl.0);
+    let term = term.map_err(|why| ApiError::field("ttl", why))?;
+    match app.handle.ask(Command::Renew { lease, term }).await? {
+        Reply::Renewed { version, term, left } => Ok(Json(Renewed {
+            lease: lease.to_string(),
+            version,
+            term_ms: term.as_millis(),
+            left_ms: left.as_millis(),
+        })),
+        other => Err(unfitting(&other)),
+    }
+}
+
+/// Get leases on several hosts, together or not at all, and start a job under each
+#[utoipa::path(post, path = "/v1/gangs", tag = "leases", request_body = GangRequest, responses(
+    (status = 201, body = Ganged), (status = 400, body = ErrorBody),
+    (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
+    (status = 422, body = ErrorBody), (status = 429, body = ErrorBody)))]
+pub(super) async fn gang(
+    State(app): State<App>,
+    Input(request): Input<GangRequest>,
+) -> Result<Response, ApiError> {
+    let want = request.want.parse()?;
+    let job = request.job.map(|job| job.parse()).transpose()?;
+    if let Some(job) = &job {
+        check_payloads(&app, job)?;
+    }
+    let (size, together) = (request.nodes, request.on_loss == OnLoss::End);
+    let in_bounds = size > 0 && usize::from(size) <= MAX_GANG;
+    if !in_bounds {
+        return Err(ApiError::field("nodes", format!("a gang has 1 to {MAX_GANG} members")));
+    }
+    match app.handle.ask(Command::Gang { want, size, job, together }).await? {
+        Reply::Ganged { gang, leases, heard } => {
+            let body = Ganged {
+                gang: gang.to_string(),
+                leases: leases.iter().map(|leased| leased_line(&app, leased)).collect(),
+                heard: heard.iter().map(HeardLine::from).collect(),
+                currency: currency(&app),
+            };
+            Ok((StatusCode::CREATED, Json(body)).into_response())
+        }
         other => Err(unfitting(&other)),
     }
 }

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{lease, node, payload};
+use super::{lease, node, operator, payload};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -23,7 +23,8 @@ use super::{lease, node, payload};
         payload::upload, payload::list, payload::download,
         lease::plan, lease::order, lease::request, lease::list, lease::show, lease::claim,
         lease::release, lease::end, lease::output, lease::file, lease::receipts, lease::proof,
-        lease::jobs,
+        lease::jobs, lease::renew, lease::gang,
+        operator::reclaim, operator::drain, operator::resume, operator::revoke,
     ),
     security(("token" = [])),
     modifiers(&Token),
@@ -31,7 +32,8 @@ use super::{lease, node, payload};
         (name = "health", description = "Is it well"),
         (name = "nodes", description = "Who is there and what they offer"),
         (name = "payloads", description = "Bytes named by their BLAKE3 root"),
-        (name = "leases", description = "Order, use, follow, release, prove"),
+        (name = "leases", description = "Order, use, follow, renew, release, prove"),
+        (name = "operator", description = "Take capacity back, empty the host, sell again"),
     ),
 )]
 struct Document;

@@ -121,6 +121,10 @@ pub struct WantText {
     #[serde(default = "ttl")]
     #[schema(example = "60s", default = "10m")]
     pub ttl: Text,
+    /// To what time it may be renewed at the same price; `ttl`, when not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "1h")]
+    pub max_ttl: Option<Text>,
     /// Within what time it will be claimed; else it lapses and costs nothing.
     #[serde(default = "claim_within")]
     #[schema(example = "20s", default = "20s")]
@@ -210,6 +214,7 @@ impl WantText {
             gpus: Vec::new(),
             class: ClassText::Firm,
             ttl: ttl(),
+            max_ttl: None,
             claim_within: claim_within(),
             max_price: Text::of(max_price),
             budget: Text::of(budget),
@@ -240,6 +245,11 @@ impl WantText {
         rule("want.gpus", shape.is_well_formed(), gpu_rule)?;
         let term = within("want.ttl", quantity::span(&self.ttl.0))?;
         rule("want.ttl", term > Span::ZERO, "it must be longer than nothing")?;
+        let longest = match &self.max_ttl {
+            Some(text) => within("want.max_ttl", quantity::span(&text.0))?,
+            None => term,
+        };
+        rule("want.max_ttl", longest >= term, "it must not be shorter than ttl")?;
         let claim_within = within("want.claim_within", quantity::span(&self.claim_within.0))?;
         rule("want.claim_within", claim_within > Span::ZERO, "it must be longer than nothing")?;
         // A lease that is shorter than that is claimed within its term, if at all.
@@ -262,6 +272,7 @@ impl WantText {
                 ClassText::Slack => Class::Slack,
             },
             term,
+            longest,
             claim_within,
             max_hourly: within("want.max_price", quantity::price(&self.max_price.0))?,
             budget,

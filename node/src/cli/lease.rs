@@ -1,4 +1,4 @@
-//! `leasehold lease`: request, show, list, release, export.
+//! `leasehold lease`: request, show, list, renew, release, revoke, export.
 
 use std::path::PathBuf;
 
@@ -9,14 +9,18 @@ use leasehold_proto::base::resource;
 use serde_json::json;
 
 use super::output::{page, shape, short_id, short_key, span};
-use super::want::WantArgs;
-use super::{Failure, Session, find};
-use crate::api::body::{LeaseLine, LeaseRequest, Leased, Leases, Released, Side};
+use super::want::{GangArgs, WantArgs};
+use super::{Failure, Session, find, operator};
+use crate::api::body::{
+    GangRequest, Ganged, LeaseLine, LeaseRequest, Leased, Leases, Reclaimed, Released,
+    RenewRequest, Renewed, Side,
+};
+use crate::api::want::{Text, WantText};
 
 /// The longest order file that is read, in bytes.
 const MAX_ORDER: usize = 256 * 1024;
 
-/// Request, show, list, release and export leases.
+/// Request, show, list, renew, release, revoke and export leases.
 #[derive(Debug, Subcommand)]
 pub(super) enum Lease {
     /// Get a lease and print its id
@@ -25,8 +29,12 @@ pub(super) enum Lease {
     Show(One),
     /// List leases that the node holds or granted
     List(List),
+    /// Make a lease longer, at its price
+    Renew(Renew),
     /// Give a lease back
     Release(One),
+    /// Take back a lease that this node granted, after its notice
+    Revoke(One),
     /// Write everything that proves a lease to a file
     Export(Export),
 }
@@ -39,6 +47,8 @@ pub(super) struct Request {
     /// Take this order, which the lessee signed, instead
     #[arg(long, value_name = "FILE", conflicts_with = "WantArgs")]
     order: Option<PathBuf>,
+    #[command(flatten)]
+    gang: GangArgs,
 }
 
 /// One lease.
@@ -46,6 +56,16 @@ pub(super) struct Request {
 pub(super) struct One {
     /// The lease, or its first digits
     lease: String,
+}
+
+/// Make a lease longer.
+#[derive(Debug, Args)]
+pub(super) struct Renew {
+    /// The lease, or its first digits
+    lease: String,
+    /// Its new time in all, from when it was granted: 1h
+    #[arg(long, value_name = "TIME")]
+    ttl: String,
 }
 
 /// List leases that the node holds or granted.
@@ -75,7 +95,9 @@ impl Lease {
             Self::Request(args) => args.run(session).await,
             Self::Show(args) => args.show(session).await,
             Self::List(args) => args.run(session).await,
+            Self::Renew(args) => args.run(session).await,
             Self::Release(args) => args.release(session).await,
+            Self::Revoke(args) => args.revoke(session).await,
             Self::Export(args) => args.run(session).await,
         }
     }
@@ -95,6 +117,9 @@ impl Request {
                 return Err(Failure::say(Exit::Usage, message));
             }
         }
+        if let (Some(nodes), Some(want)) = (self.gang.nodes, &request.want) {
+            return self.gang(session, nodes, want.clone()).await;
+        }
         let leased: Leased = session.client.post("/v1/leases", &request).await?;
         session.out.answer(&leased, || format!("{}\n", leased.lease))?;
         let (choice, currency) = (&leased.choice, &leased.currency);
@@ -110,7 +135,48 @@ impl Request {
     }
 }
 
+impl Request {
+    async fn gang(&self, session: &Session, nodes: u16, want: WantText) -> Result<Exit, Failure> {
+        let request = GangRequest { want, nodes, job: None, on_loss: self.gang.on_loss };
+        let ganged: Ganged = session.client.post("/v1/gangs", &request).await?;
+        session.out.answer(&ganged, || {
+            ganged.leases.iter().map(|leased| format!("{}\n", leased.lease)).collect()
+        })?;
+        for (rank, leased) in ganged.leases.iter().enumerate() {
+            let (choice, currency) = (&leased.choice, &ganged.currency);
+            session.out.tell(&format!(
+                "rank {rank}: {} (…{}) lends at {} {currency}/h",
+                leasehold_keys::text::shown(&choice.name),
+                short_key(&choice.lessor),
+                choice.rate,
+            ));
+        }
+        Ok(Exit::Ok)
+    }
+}
+
+impl Renew {
+    async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let lease = find::lease(session, &self.lease).await?;
+        let request = RenewRequest { ttl: Text(self.ttl) };
+        let path = format!("/v1/leases/{lease}/renew");
+        let renewed: Renewed = session.client.post(&path, &request).await?;
+        session.out.answer(&renewed, || {
+            let (term, left) = (span(renewed.term_ms), span(renewed.left_ms));
+            format!("{term} in all, {left} left\n")
+        })?;
+        Ok(Exit::Ok)
+    }
+}
+
 impl One {
+    async fn revoke(self, session: &Session) -> Result<Exit, Failure> {
+        let lease = find::lease(session, &self.lease).await?;
+        let path = format!("/v1/leases/{lease}/revoke");
+        let plan: Reclaimed = session.client.post(&path, &json!({})).await?;
+        operator::show(session, &plan)
+    }
+
     async fn show(self, session: &Session) -> Result<Exit, Failure> {
         let lease = find::lease(session, &self.lease).await?;
         let line: LeaseLine = session.client.get(&format!("/v1/leases/{lease}")).await?;
@@ -148,7 +214,20 @@ fn shown(line: &LeaseLine) -> String {
     lines.push(("rate", format!("{}/h", money(line.rate))));
     lines.extend(line.worst_case.map(|amount| ("at most", money(amount))));
     lines.push(("granted", line.decided.clone()));
-    lines.push(("term", format!("{}, {} left", span(line.term_ms), span(line.left_ms))));
+    let longer = match line.max_term_ms > line.term_ms {
+        true => format!(", renewable up to {}", span(line.max_term_ms)),
+        false => String::new(),
+    };
+    let term = format!("{}, {} left{longer}", span(line.term_ms), span(line.left_ms));
+    lines.push(("term", term));
+    if line.frozen == Some(true) {
+        lines.push(("frozen", "its job stands still, unbilled".into()));
+    }
+    lines.extend(
+        line.ends_early
+            .as_ref()
+            .map(|early| ("ends early", format!("{}, in {}", early.reason, span(early.in_ms)))),
+    );
     let used = &line.used;
     lines.push((
         "used",

@@ -5,7 +5,7 @@ use leasehold_keys::exit::Exit;
 use leasehold_proto::KeyId;
 
 use super::{Failure, Session};
-use crate::api::body::Nodes;
+use crate::api::body::{Nodes, OnLoss};
 use crate::api::want::{ClassText, GpuText, Text, WantText};
 use crate::quantity;
 
@@ -31,6 +31,9 @@ pub(super) struct WantArgs {
     /// For how long: 60s, 10m, 1h
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = checked_span)]
     ttl: String,
+    /// To what time it may be renewed at the same price [default: --ttl]
+    #[arg(long, value_name = "TIME", value_parser = checked_span)]
+    max_ttl: Option<String>,
     /// Within what time it will be used; else it lapses and costs nothing
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = checked_span)]
     claim_within: String,
@@ -58,6 +61,18 @@ pub(super) struct WantArgs {
     /// Only hosts that confine jobs in this way; may be repeated
     #[arg(long, value_name = "WORD")]
     isolation: Vec<String>,
+}
+
+/// On how many hosts.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "On several hosts, together or not at all")]
+pub(super) struct GangArgs {
+    /// On so many hosts at once, 1 to 64: all of them, or none
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) nodes: Option<u16>,
+    /// What follows when one of them is lost
+    #[arg(long, value_enum, default_value_t, requires = "nodes")]
+    pub(super) on_loss: OnLoss,
 }
 
 fn checked<T>(read: impl Fn(&str) -> Result<T, String>) -> impl Fn(&str) -> Result<String, String> {
@@ -108,6 +123,7 @@ impl WantArgs {
             gpus: self.gpu.clone(),
             class: self.class,
             ttl: text(&self.ttl),
+            max_ttl: self.max_ttl.as_ref().map(text),
             claim_within: text(&self.claim_within),
             max_price: text(&self.max_price),
             budget: text(&self.budget),

@@ -54,6 +54,13 @@ impl Amount {
         Some(Span(u64::try_from(limit / u128::from(rate.0)).unwrap_or(u64::MAX)))
     }
 
+    /// So many thousandths of it, rounded down.
+    #[must_use]
+    pub fn permille(self, thousandths: u16) -> Self {
+        let exact = u128::from(self.0) * u128::from(thousandths) / 1000;
+        Self(u64::try_from(exact).unwrap_or(u64::MAX))
+    }
+
     /// The sum, saturating.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {

@@ -12,7 +12,7 @@ impl Plant {
     pub const NONE: Self = Self(None);
 
     /// Every bug that can be planted, with the invariant of the design that it breaks.
-    pub const ALL: [(&'static str, &'static str); 13] = [
+    pub const ALL: [(&'static str, &'static str); 18] = [
         ("oversell", "1: promised <= capacity"),
         ("send-before-durable", "2: what was seen outside survives a crash"),
         ("forget-conflicts", "3: one (lessee, request id) makes at most one lease"),
@@ -25,6 +25,11 @@ impl Plant {
         ("same-epoch", "8: the epoch rises at every start"),
         ("ignore-twin", "8: of two nodes with one key neither goes on granting"),
         ("inflate-receipts", "9: receipts never exceed what was leased"),
+        ("renew-stale", "6: versions compare-and-set"),
+        ("renew-shorter", "6: renewal never shortens"),
+        ("renew-ended", "6: ended is final"),
+        ("renew-unacknowledged", "4: the warden has a new deadline before the renewal is sent"),
+        ("start-uncommitted", "10: no job of a gang starts before all have committed"),
         ("hide-freed", "liveness: what is free again is advertised again"),
     ];
 

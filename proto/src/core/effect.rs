@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 
-use crate::base::id::{KeyId, LeaseId};
+use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Span};
 use crate::words::contract::{EndReason, JobSpec};
@@ -58,6 +58,15 @@ pub enum Effect {
     Record(Draft),
     /// Fetch what a job needs and start it.
     StartJob(Box<StartJob>),
+    /// Give a job's warden a later deadline; [`super::Event::Extended`] must follow once it is in
+    /// force there, or cannot be.
+    ExtendJob(LeaseId, Boot),
+    /// Freeze a job: it keeps its memory and takes no CPU.
+    FreezeJob(LeaseId),
+    /// Let a frozen job go on.
+    ThawJob(LeaseId),
+    /// Tell a job that its lease is taken back, or that it is not after all.
+    NotifyJob(LeaseId, Option<Notified>),
     /// End a job; [`super::Event::JobEnded`] must follow.
     StopJob(LeaseId, EndReason),
     /// Reply to a command.
@@ -66,11 +75,22 @@ pub enum Effect {
     Notice(Notice),
 }
 
+/// What a job is told about its lease's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Notified {
+    /// Why.
+    pub why: EndReason,
+    /// When it is frozen or ended, on the boot clock.
+    pub end: Boot,
+}
+
 /// A job to start.
 #[derive(Clone, Debug)]
 pub struct StartJob {
     /// Under which lease.
     pub lease: LeaseId,
+    /// The claim that it is started for: what tells its warden from one of another claim.
+    pub claim: Hash,
     /// Who may attach to it.
     pub delegate: KeyId,
     /// Where the delegate serves payloads.
@@ -104,6 +124,10 @@ pub enum Notice {
     Objected(LeaseId),
     /// A lease was granted.
     Granted(LeaseId),
+    /// A job stands still.
+    Frozen(LeaseId, EndReason),
+    /// It goes on.
+    Thawed(LeaseId),
     /// A lease ended.
     Ended(LeaseId, EndReason),
     /// A node came up or went down.

@@ -6,13 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
-use crate::minds::seek::Heard;
+use crate::base::resource::Resources;
+use crate::base::time::{Boot, Span};
+use crate::minds::book::ReclaimPlan;
 use crate::placement::{Against, Ranking};
 use crate::words::contract::{EndReason, JobSpec, Reason};
 use crate::words::message::{OrderPapers, RecordSaid, Said};
 use crate::words::sign::{Draft, Signed};
 use crate::words::usage::{Outcome, Usage};
-use crate::words::want::{Choice, Want};
+use crate::words::want::{Choice, Heard, Want};
 
 use super::view::View;
 
@@ -82,6 +84,9 @@ pub enum Event {
     },
     /// What a job used so far.
     Usage(LeaseId, Usage),
+    /// Whether a job's warden has this deadline in force, or a later one, or there is nothing left
+    /// that it would end.
+    Extended(LeaseId, Boot, bool),
     /// A job's processes are gone.
     JobEnded(LeaseId, Outcome, Usage),
     /// Whether the disk has room for what new leases would write.
@@ -99,6 +104,17 @@ pub enum Command {
     Plan(Want),
     /// Get a lease on this, from the best that says yes.
     Lease(Want),
+    /// Get leases on so many hosts, together or not at all.
+    Gang {
+        /// What each of them is to be.
+        want: Want,
+        /// How many.
+        size: u16,
+        /// What each of them runs; then they are claimed as well.
+        job: Option<JobSpec>,
+        /// Whether all are given back when one is lost.
+        together: bool,
+    },
     /// Get a lease by an order that the lessee signed elsewhere.
     LeaseBy(Box<OrderPapers>),
     /// Draft an order for a lessee to sign elsewhere.
@@ -119,6 +135,35 @@ pub enum Command {
     },
     /// Give a lease back.
     Release(LeaseId),
+    /// Make a lease longer.
+    Renew {
+        /// Which.
+        lease: LeaseId,
+        /// Its new term, from the lessor's decision about the order on.
+        term: Span,
+    },
+    /// Take back a lease that this node granted, after its notice.
+    Revoke(LeaseId),
+    /// Take back slack capacity, cheapest credit first, and keep it out of new leases.
+    Reclaim {
+        /// How much.
+        shape: Resources,
+        /// In what time it must be back.
+        within: Span,
+        /// Whether only to say what that would come to.
+        dry_run: bool,
+    },
+    /// Grant and renew nothing any more, and take slack back.
+    Drain {
+        /// In what time the host is to be empty.
+        within: Span,
+        /// Whether firm leases that end later are revoked too.
+        revoke: bool,
+        /// Whether only to say what that would come to.
+        dry_run: bool,
+    },
+    /// End a drain or reclaim: sell again, and leave what is not ended yet.
+    Resume,
     /// Tell when a held lease has ended.
     AwaitEnd(LeaseId),
     /// Tell who lends a held lease, and where that node serves its data plane.
@@ -136,12 +181,37 @@ pub enum Reply {
     Plan(Ranking),
     /// A lease was granted.
     Leased(Box<Leased>),
+    /// A gang is whole.
+    Ganged {
+        /// Its certificate.
+        gang: Hash,
+        /// Its members in the order of their ranks.
+        leases: Vec<Leased>,
+        /// Who said no before.
+        heard: Vec<Heard>,
+    },
     /// An order to sign elsewhere, and whom it names.
     Drafted(Draft, Choice),
     /// The claim was accepted: the job is being started.
     Claimed(KeyId),
     /// The release was accepted.
     Released,
+    /// The lease was made longer.
+    Renewed {
+        /// In which version it is now.
+        version: u64,
+        /// Its term now.
+        term: Span,
+        /// How much of what may be relied on is left.
+        left: Span,
+    },
+    /// Capacity is being taken back, or would be. Where some is short nothing was done.
+    Reclaim(ReclaimPlan),
+    /// This node sells again.
+    Resumed {
+        /// How many leases are not taken back after all.
+        lifted: usize,
+    },
     /// The lease has ended.
     Ended(Ended),
     /// A node, and where it serves its data plane.
@@ -174,6 +244,8 @@ pub struct Ended {
     pub outcome: Option<Outcome>,
     /// What is owed.
     pub charge: Amount,
+    /// What is owed back, because the lessor's side ended it.
+    pub credit: Amount,
     /// How many receipts were countersigned.
     pub receipts: u64,
 }
@@ -187,6 +259,16 @@ pub enum Failure {
     /// No host fits.
     #[error("no host that is up offers what is asked for")]
     NothingFits(Vec<Against>),
+    /// Fewer hosts fit than a gang has members.
+    #[error("{have} hosts that are up offer what is asked for, and the gang needs {need}")]
+    TooFew {
+        /// How many fit.
+        have: usize,
+        /// How many are needed.
+        need: usize,
+        /// What spoke against the others.
+        against: Vec<Against>,
+    },
     /// Everybody who was asked said no, or nothing.
     #[error("every host that was asked refused or did not answer")]
     Refused(Vec<Heard>),
@@ -205,6 +287,19 @@ pub enum Failure {
     /// The lease is in use already.
     #[error("the lease is in use already")]
     InUse,
+    /// An earlier renewal may or may not have been granted.
+    #[error("an earlier renewal, to {0}, was not answered: ask for that one again first")]
+    Unanswered(Span),
+    /// A lease cannot be made that long, or that short.
+    #[error("the term can be renewed to between {least} and {most}, not to {asked}")]
+    Term {
+        /// Its term now.
+        least: Span,
+        /// The longest that its order and grant allow.
+        most: Span,
+        /// What was asked for.
+        asked: Span,
+    },
     /// The job's description breaks a rule.
     #[error("the job is not acceptable: {0}")]
     BadJob(String),

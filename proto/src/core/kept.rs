@@ -3,9 +3,10 @@
 //! The state of a node is the fold of these. Keys begin with one letter that says what they hold,
 //! so that a prefix scan finds all receipts of a lease in order.
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::base::id::{Hash, LeaseId};
+use crate::base::resource::Resources;
 use crate::minds::book::{self, Lent};
 use crate::minds::holdings::Held;
 use crate::words::object::Kind;
@@ -16,14 +17,14 @@ use crate::words::wire::{self, DecodeError, EncodeError};
 pub const MAX_VALUE: usize = 60 * 1024;
 
 /// What a record may take beside the objects in it.
-const BESIDE: usize = 4 * 1024;
+const BESIDE: usize = 3 * 1024;
 
 // Whatever peers put into their objects, what is kept of them fits: a record that does not would
 // stop the node.
 const _: () = {
     use Kind::{
-        Acknowledgement, Claim, Grant, HostRecord, Objection, Offer, Order, Receipt, Release,
-        Termination, Unknown,
+        Acknowledgement, Claim, Commit, Gang, Grant, HostRecord, Objection, Offer, Order, Receipt,
+        Release, Renew, Renewal, Termination, Unknown,
     };
     const fn sum(kinds: &[Kind]) -> usize {
         let (mut sum, mut rest) = (0, kinds);
@@ -33,8 +34,9 @@ const _: () = {
         }
         sum
     }
-    let held = [Order, Offer, Grant, Claim, Release, Acknowledgement, Termination];
-    let lent = sum(&[Order, Offer, Grant, Termination]) + book::MAX_ACTS * book::ACT_LEN;
+    let held = [Order, Offer, Grant, Claim, Renew, Renewal, Release, Acknowledgement, Termination];
+    let lent = [Order, Offer, Grant, Renew, Gang, Commit, Termination];
+    let lent = sum(&lent) + book::MAX_ACTS * book::ACT_LEN;
     assert!(sum(&held) + BESIDE <= MAX_VALUE && lent + BESIDE <= MAX_VALUE);
     assert!(sum(&[Receipt, Acknowledgement]) <= MAX_VALUE && sum(&[Objection]) <= MAX_VALUE);
     assert!(2 * sum(&[Unknown(0)]) <= MAX_VALUE);
@@ -49,8 +51,18 @@ pub enum Kept {
     Epoch(u64),
     /// A lease this node granted.
     Lent(LeaseId, Box<Lent>),
+    /// The claim of a lease this node granted, which waits for the other members of its gang.
+    Claimed(LeaseId, Signed),
+    /// It waits no more.
+    DropClaimed(LeaseId),
+    /// What the operator keeps out of new leases.
+    Holdback(Holdback),
     /// An order or lease this node holds.
     Held(Hash, Box<Held>),
+    /// The certificate of a gang that is held here, and whether its members end together.
+    Gang(Hash, Draft, bool),
+    /// It has ended.
+    DropGang(Hash),
     /// An order that came to nothing.
     DropHeld(Hash),
     /// A receipt this node wrote.
@@ -63,6 +75,15 @@ pub enum Kept {
     Objected(LeaseId, Signed),
     /// Two signed objects that contradict each other.
     Equivocation(Signed, Signed),
+}
+
+/// What the operator keeps out of new leases.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holdback {
+    /// So much of the capacity.
+    pub withheld: Resources,
+    /// All of it: nothing is granted or renewed.
+    pub drained: bool,
 }
 
 /// Why a kept record cannot be read back.
@@ -116,6 +137,9 @@ impl Kept {
         match self {
             Self::Epoch(_) => key(b'e', &[]),
             Self::Lent(lease, _) => lent_key(lease),
+            Self::Claimed(lease, _) | Self::DropClaimed(lease) => key(b'j', &[&lease.0.0]),
+            Self::Holdback(_) => key(b'w', &[]),
+            Self::Gang(gang, ..) | Self::DropGang(gang) => key(b'g', &[&gang.0]),
             Self::Held(order, _) | Self::DropHeld(order) => key(b'H', &[&order.0]),
             Self::Receipt(lease, n, _) => key(b'r', &[&lease.0.0, &n.to_be_bytes()]),
             Self::Acknowledged(lease, n, _) => key(b'a', &[&lease.0.0, &n.to_be_bytes()]),
@@ -137,9 +161,13 @@ impl Kept {
             Self::Epoch(epoch) => put(epoch),
             Self::Lent(_, lent) => put(lent),
             Self::Held(_, held) => put(held),
-            Self::DropHeld(_) => Ok(None),
+            Self::Holdback(holdback) => put(holdback),
+            Self::Gang(_, draft, together) => put(&(draft, together)),
+            Self::DropHeld(_) | Self::DropClaimed(_) | Self::DropGang(_) => Ok(None),
             Self::Receipt(_, _, draft) => put(draft),
-            Self::Acknowledged(_, _, signed) | Self::Objected(_, signed) => put(signed),
+            Self::Acknowledged(_, _, signed)
+            | Self::Objected(_, signed)
+            | Self::Claimed(_, signed) => put(signed),
             Self::Countersigned(_, _, receipt, ack) => put(&(receipt, ack)),
             Self::Equivocation(a, b) => put(&(a, b)),
         }
@@ -164,6 +192,12 @@ impl Kept {
         Ok(match letter {
             b'e' => Self::Epoch(get(value)?),
             b'L' => Self::Lent(lease()?, get(value)?),
+            b'j' => Self::Claimed(lease()?, get(value)?),
+            b'w' => Self::Holdback(get(value)?),
+            b'g' => {
+                let (draft, together) = get(value)?;
+                Self::Gang(hash().ok_or_else(unknown)?, draft, together)
+            }
             b'H' => Self::Held(hash().ok_or_else(unknown)?, get(value)?),
             b'r' => Self::Receipt(lease()?, number()?, get(value)?),
             b'a' => Self::Acknowledged(lease()?, number()?, get(value)?),

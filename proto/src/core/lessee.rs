@@ -7,12 +7,13 @@ use crate::base::dice::Dice;
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::admission::{departure, exceeded};
-use crate::minds::holdings::{Held, Holding, Judged, Placed, Stage, act_id};
+use crate::minds::holdings::{Held, Holding, Judged, Over, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{
-    Acceptance, Authority, Claim, JobSpec, Order, Reason, Refusal, Release, Termination,
+    Acceptance, Authority, Claim, EndReason, GangOf, JobSpec, Order, Reason, Refusal, Release,
+    Renew, Renewal, Termination,
 };
 use crate::words::message::{GrantPapers, Message, OrderPapers, Utterance, Word};
 use crate::words::object::order_subject;
@@ -73,7 +74,7 @@ impl Core {
     ) -> Result<(), Failure> {
         let mandate = self.mandate.as_ref().ok_or(Failure::NoMandate)?;
         let allowed = mandate.body();
-        if let Some(what) = exceeded(allowed, want.max_hourly, want.budget, want.term) {
+        if let Some(what) = exceeded(allowed, want.max_hourly, want.budget, want.longest) {
             return Err(Failure::BadOrder(format!(
                 "its {what} exceeds this node's mandate, which allows {} per hour, {} in all and \
                  terms of {}",
@@ -101,7 +102,7 @@ impl Core {
                 Next::Wait(_) => return,
                 Next::Ask(choice) => {
                     let want = pursuit.want.clone();
-                    if let Some(order) = self.send_order(now, &want, &choice, out)
+                    if let Some(order) = self.send_order(now, (&want, None), &choice, out)
                         && let Some(pursuit) = self.pursuits.get_mut(&command)
                     {
                         pursuit.asked(now.boot, order, choice);
@@ -128,7 +129,7 @@ impl Core {
     fn order_body(
         &mut self,
         now: Now,
-        want: &Want,
+        (want, gang): (&Want, Option<GangOf>),
         choice: &Choice,
         authority: Authority,
         lessee: KeyId,
@@ -143,6 +144,8 @@ impl Core {
             shape: want.shape.clone(),
             class: want.class,
             term: want.term,
+            longest: want.longest,
+            gang,
             claim_within: want.claim_within,
             ceiling: want.max_hourly,
             cap: want.budget,
@@ -152,21 +155,21 @@ impl Core {
         }
     }
 
-    fn send_order(
+    pub(super) fn send_order(
         &mut self,
         now: Now,
-        want: &Want,
+        (want, gang): (&Want, Option<GangOf>),
         choice: &Choice,
         out: &mut Vec<Effect>,
     ) -> Option<Hash> {
         let mandate = self.mandate.clone()?;
         let authority = Authority::Mandate(mandate.signed().clone());
-        let body = self.order_body(now, want, choice, authority, mandate.signer());
+        let body = self.order_body(now, (want, gang), choice, authority, mandate.signer());
         let subject = order_subject(&body.lessee, &body.request);
         let draft = self.hand.draft(subject, 0, now.wall + ORDER_LIFE, &body).ok()?;
         let order = draft.id();
         let placed = Placed::Here(draft.clone());
-        self.keep_order(now, placed, choice.lessor, &choice.offer, out);
+        self.keep_order(now, placed, (choice.lessor, gang), &choice.offer, out);
         let what = Utterance::Signs(Word::Order, draft);
         self.ask(choice.lessor, Pending::Order(order), what, out);
         Some(order)
@@ -176,7 +179,7 @@ impl Core {
         &mut self,
         now: Now,
         placed: Placed,
-        lessor: KeyId,
+        (lessor, gang): (KeyId, Option<GangOf>),
         offer: &Hash,
         out: &mut Vec<Effect>,
     ) {
@@ -194,6 +197,11 @@ impl Core {
             claim_sent: None,
             claim_refused: false,
             release: None,
+            term: Span::ZERO,
+            version: 0,
+            renew: None,
+            renewal: None,
+            gang,
             chain: crate::words::chain::Chain::default(),
             acknowledgement: None,
             objection: None,
@@ -249,7 +257,7 @@ impl Core {
         // One that was sent before without an answer counts from its first sending.
         if !known {
             let placed = Placed::Elsewhere(order.signed().clone());
-            self.keep_order(now, placed, body.lessor, &body.offer, out);
+            self.keep_order(now, placed, (body.lessor, body.gang), &body.offer, out);
         }
         let what = Utterance::Plain(Message::Order(order.signed().clone()));
         self.ask(body.lessor, Pending::Order(order.id()), what, out);
@@ -276,7 +284,7 @@ impl Core {
             return Err(Failure::NothingFits(ranking.against));
         };
         let authority = Authority::Lessee(certificate);
-        let body = self.order_body(now, want, &choice, authority, lessee);
+        let body = self.order_body(now, (want, None), &choice, authority, lessee);
         let header = HeaderOf {
             fabric: self.hand.fabric,
             signer: lessee,
@@ -309,6 +317,13 @@ impl Core {
         let verdict = self.judge_grant(now, order, papers);
         if let Err(why) = verdict {
             self.order_silent(now, order, &why, out);
+            return;
+        }
+        if let Some(command) = self.assembly_of(order) {
+            let Some(lease) = self.holdings.granted(order, grant) else { return };
+            self.records.entry(lessor).or_default().all += 1;
+            self.keep_held(order, out);
+            self.gang_granted(now, command, (*order, lease), grant.signed(), out);
             return;
         }
         let Some(command) = self.command_of(order) else {
@@ -363,7 +378,7 @@ impl Core {
             name: holding.kept.lessor.short(),
             offer: holding.kept.offer.as_ref().map(Signed::id).unwrap_or_default(),
             rate: terms.rate,
-            worst_case: terms.worst_case(),
+            worst_case: terms.worst_case_over(holding.kept.term),
             score: 0,
             why: "granted before".into(),
         };
@@ -377,7 +392,7 @@ impl Core {
         }
     }
 
-    fn keep_held_lease(&self, lease: &LeaseId, out: &mut Vec<Effect>) {
+    pub(super) fn keep_held_lease(&self, lease: &LeaseId, out: &mut Vec<Effect>) {
         if let Some(holding) = self.holdings.get(lease) {
             let order = holding.kept.order.id();
             out.push(Effect::Keep(Kept::Held(order, Box::new(holding.kept.clone()))));
@@ -422,6 +437,8 @@ impl Core {
                 pursuit.refused(order, body.reason, detail);
             }
             self.pursue(now, command, out);
+        } else if let Some(command) = self.assembly_of(order) {
+            self.gang_refused_order(now, command, order, (Some(body.reason), detail), out);
         }
     }
 
@@ -453,6 +470,8 @@ impl Core {
                 pursuit.silent(order, why.to_string());
             }
             self.pursue(now, command, out);
+        } else if let Some(command) = self.assembly_of(order) {
+            self.gang_refused_order(now, command, order, (None, why.to_string()), out);
         }
     }
 
@@ -465,9 +484,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
         job.check().map_err(|why| Failure::BadJob(why.into()))?;
-        if wire::encode::<MAX_JOB>(job).is_err() {
-            return Err(Failure::BadJob(format!("its description takes over {MAX_JOB} bytes")));
-        }
+        small_enough(job)?;
         let hand = self.hand.clone();
         let boot = self.config.boot;
         let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
@@ -495,9 +512,9 @@ impl Core {
             }
             None => {
                 let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
-                let draft = hand.draft(lease.0, holding.claims, now.wall + ORDER_LIFE, &body);
+                let draft = hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
                 let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
-                holding.claims += 1;
+                holding.acts += 1;
                 holding.kept.claim = Some(draft.clone());
                 holding.kept.claim_refused = false;
                 holding.kept.claim_sent = Some((now.boot, now.wall));
@@ -560,7 +577,7 @@ impl Core {
     pub(super) fn claim_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
         let draft = self.holdings.get(lease).and_then(|holding| holding.kept.claim.clone());
         let repeat = draft.map(|draft| (Word::Claim, draft, Pending::Claim(*lease)));
-        if !self.repeat_act(lease, repeat, true, out) {
+        if !self.repeat_act(lease, repeat, out) {
             answer(self.claims.remove(lease), &Err(Failure::Unreachable(why.into())), out);
         }
     }
@@ -570,10 +587,13 @@ impl Core {
         &mut self,
         lease: &LeaseId,
         act: Option<(Word, Draft, Pending)>,
-        claim: bool,
         out: &mut Vec<Effect>,
     ) -> bool {
-        let acting = if claim { &mut self.claims } else { &mut self.releases };
+        let acting = match act {
+            Some((Word::Claim, ..)) => &mut self.claims,
+            Some((Word::Renew, ..)) => &mut self.renewals,
+            _ => &mut self.releases,
+        };
         let Some(acting) = acting.get_mut(lease).filter(|acting| acting.tries < MAX_TRIES) else {
             return false;
         };
@@ -584,6 +604,12 @@ impl Core {
         true
     }
 
+    /// Gives a lease back for which nobody waits. What cannot be given back ends by its term, or
+    /// lapses.
+    pub(super) fn release_quietly(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) {
+        let _ = self.send_release(now, Vec::new(), *lease, out);
+    }
+
     pub(super) fn release(
         &mut self,
         now: Now,
@@ -591,12 +617,23 @@ impl Core {
         lease: LeaseId,
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
-        let hand = self.hand.clone();
-        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
+        let holding = self.holdings.get(&lease).ok_or(Failure::UnknownLease)?;
         if holding.kept.stage == Stage::Ended {
             out.push(Effect::Answer(command, Ok(Reply::Released)));
             return Ok(());
         }
+        self.send_release(now, vec![command], lease, out)
+    }
+
+    fn send_release(
+        &mut self,
+        now: Now,
+        commands: Vec<CommandId>,
+        lease: LeaseId,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let hand = self.hand.clone();
+        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
         let lessor = holding.kept.lessor;
         let draft = match &holding.kept.release {
             Some(draft) => draft.clone(),
@@ -609,11 +646,11 @@ impl Core {
             }
         };
         if let Some(acting) = self.releases.get_mut(&lease) {
-            acting.commands.push(command);
+            acting.commands.extend(commands);
             return Ok(());
         }
         self.keep_held_lease(&lease, out);
-        self.releases.insert(lease, Acting { commands: vec![command], tries: 1 });
+        self.releases.insert(lease, Acting { commands, tries: 1 });
         let what = Utterance::Signs(Word::Release, draft);
         self.ask(lessor, Pending::Release(lease), what, out);
         Ok(())
@@ -655,8 +692,103 @@ impl Core {
     pub(super) fn release_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
         let draft = self.holdings.get(lease).and_then(|holding| holding.kept.release.clone());
         let repeat = draft.map(|draft| (Word::Release, draft, Pending::Release(*lease)));
-        if !self.repeat_act(lease, repeat, false, out) {
+        if !self.repeat_act(lease, repeat, out) {
             answer(self.releases.remove(lease), &Err(Failure::Unreachable(why.into())), out);
+        }
+    }
+
+    /// Asks the lessor to make a lease longer.
+    pub(super) fn renew(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        lease: LeaseId,
+        term: Span,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let hand = self.hand.clone();
+        let boot = self.config.boot;
+        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
+        let relied = holding.relied_until().filter(|_| holding.kept.boot == boot);
+        if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
+            return Err(Failure::Over);
+        }
+        let longest = holding.terms.as_ref().map_or(Span::ZERO, |(_, terms)| terms.longest);
+        if term < holding.kept.term || term > longest {
+            return Err(Failure::Term { least: holding.kept.term, most: longest, asked: term });
+        }
+        if self.renewals.contains_key(&lease) {
+            return Err(Failure::Busy);
+        }
+        let lessor = holding.kept.lessor;
+        let kept = &mut holding.kept;
+        // One that was asked before without an answer is asked again with the same bytes.
+        let asked = kept.renew.as_ref().filter(|(_, asked)| *asked > kept.term);
+        let draft = match asked {
+            Some((_, asked)) if *asked != term => return Err(Failure::Unanswered(*asked)),
+            Some((draft, _)) => draft.clone(),
+            None => {
+                let version = kept.version;
+                let verb = format!("renew {version} {}", term.as_millis());
+                let body = Renew { lease, act: act_id(&lease, &verb), version, term };
+                let draft = hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
+                let draft = draft.map_err(|error| Failure::BadOrder(error.to_string()))?;
+                holding.acts += 1;
+                kept.renew = Some((draft.clone(), term));
+                draft
+            }
+        };
+        self.keep_held_lease(&lease, out);
+        self.renewals.insert(lease, Acting { commands: vec![command], tries: 1 });
+        let what = Utterance::Signs(Word::Renew, draft);
+        self.ask(lessor, Pending::Renew(lease), what, out);
+        Ok(())
+    }
+
+    pub(super) fn renewed(
+        &mut self,
+        now: Now,
+        lease: &LeaseId,
+        renewal: &Verified<Renewal>,
+        out: &mut Vec<Effect>,
+    ) {
+        if renewal.body().lease != *lease || !self.holdings.renewed(renewal) {
+            self.renew_silent(lease, "it renewed something else", out);
+            return;
+        }
+        self.keep_held_lease(lease, out);
+        let Some(holding) = self.holdings.get(lease) else { return };
+        let left = holding.relied_until().map_or(Span::ZERO, |until| until.since(now.boot));
+        let (version, term) = (holding.kept.version, holding.kept.term);
+        let reply = Ok(Reply::Renewed { version, term, left });
+        answer(self.renewals.remove(lease), &reply, out);
+    }
+
+    pub(super) fn renew_refused(
+        &mut self,
+        lease: &LeaseId,
+        refusal: &Verified<Refusal>,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(lease) else { return };
+        let kept = &mut holding.kept;
+        let of = kept.renew.as_ref().map(|(draft, _)| draft.id());
+        if refusal.signer() != kept.lessor || Some(refusal.body().of) != of {
+            self.renew_silent(lease, "it refused something else", out);
+            return;
+        }
+        // Nothing was agreed: nothing may be billed beyond the term as it is.
+        kept.renew = None;
+        self.keep_held_lease(lease, out);
+        let failure = Failure::Act(refusal.body().reason);
+        answer(self.renewals.remove(lease), &Err(failure), out);
+    }
+
+    pub(super) fn renew_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
+        let renew = self.holdings.get(lease).and_then(|holding| holding.kept.renew.clone());
+        let repeat = renew.map(|(draft, _)| (Word::Renew, draft, Pending::Renew(*lease)));
+        if repeat.is_none() || !self.repeat_act(lease, repeat, out) {
+            answer(self.renewals.remove(lease), &Err(Failure::Unreachable(why.into())), out);
         }
     }
 
@@ -690,19 +822,26 @@ impl Core {
 
     pub(super) fn hear_termination(
         &mut self,
+        now: Now,
         termination: &Verified<Termination>,
         ticket: Ticket,
         out: &mut Vec<Effect>,
     ) {
-        self.take_termination(termination, out);
+        self.take_termination(now, termination, out);
         out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
     }
 
-    fn take_termination(&mut self, termination: &Verified<Termination>, out: &mut Vec<Effect>) {
+    fn take_termination(
+        &mut self,
+        now: Now,
+        termination: &Verified<Termination>,
+        out: &mut Vec<Effect>,
+    ) {
         let lease = termination.body().lease;
         if self.holdings.terminated(termination) {
             self.keep_held_lease(&lease, out);
             self.tell_ended(&lease, out);
+            self.member_ended(now, &lease, termination.body().reason, out);
         }
     }
 
@@ -732,6 +871,7 @@ impl Core {
     /// The lessor said how an inquired lease ended, or that it runs on.
     pub(super) fn inquiry_answered(
         &mut self,
+        now: Now,
         lease: &LeaseId,
         termination: Option<&Verified<Termination>>,
         out: &mut Vec<Effect>,
@@ -740,13 +880,14 @@ impl Core {
             *tries = 0;
         }
         if let Some(termination) = termination.filter(|end| end.body().lease == *lease) {
-            self.take_termination(termination, out);
+            self.take_termination(now, termination, out);
         }
     }
 
     /// The lessor does not know the lease: its directory was lost, or the end was long ago.
     pub(super) fn inquiry_refused(
         &mut self,
+        now: Now,
         lease: &LeaseId,
         refusal: &Verified<Refusal>,
         out: &mut Vec<Effect>,
@@ -756,6 +897,7 @@ impl Core {
         if about && refusal.body().reason == Reason::UnknownLease && self.holdings.lost(lease) {
             self.keep_held_lease(lease, out);
             self.tell_ended(lease, out);
+            self.member_ended(now, lease, EndReason::Lost, out);
         }
     }
 
@@ -868,9 +1010,11 @@ impl Core {
                 stage: kept.stage,
                 shape: terms.shape.clone(),
                 rate: terms.rate,
-                worst_case: terms.worst_case(),
+                worst_case: terms.worst_case_over(kept.term),
                 decided: terms.decided,
-                term: terms.term,
+                term: kept.term,
+                longest: terms.longest,
+                version: kept.version,
                 left: left.map_or(Span::ZERO, |until| until.since(now.boot)),
                 usage: kept.chain.usage,
                 charge: kept.chain.charge,
@@ -884,6 +1028,14 @@ impl Core {
     }
 }
 
+/// Whether a job's description can be kept with its lease.
+pub(super) fn small_enough(job: &JobSpec) -> Result<(), Failure> {
+    match wire::encode::<MAX_JOB>(job) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Failure::BadJob(format!("its description takes over {MAX_JOB} bytes"))),
+    }
+}
+
 /// Replies to every command that waited for an act.
 fn answer(acting: Option<Acting>, reply: &Result<Reply, Failure>, out: &mut Vec<Effect>) {
     for command in acting.map(|acting| acting.commands).unwrap_or_default() {
@@ -893,8 +1045,8 @@ fn answer(acting: Option<Acting>, reply: &Result<Reply, Failure>, out: &mut Vec<
 
 /// How a held lease ended, by its termination.
 fn ended_of(holding: &Holding) -> Option<Ended> {
-    let (reason, outcome, charge) = holding.ended.clone()?;
-    Some(Ended { reason, outcome, charge, receipts: holding.kept.chain.number })
+    let Over { reason, outcome, charge, credit } = holding.ended.clone()?;
+    Some(Ended { reason, outcome, charge, credit, receipts: holding.kept.chain.number })
 }
 
 fn order_in(envelope: &[u8]) -> Option<Order> {
@@ -907,6 +1059,7 @@ fn want_of(order: &Order) -> Want {
         shape: order.shape.clone(),
         class: order.class,
         term: order.term,
+        longest: order.longest,
         claim_within: order.claim_within,
         max_hourly: order.ceiling,
         budget: order.cap,

@@ -1,13 +1,14 @@
 //! The lessor's part: orders, claims and releases heard, jobs, receipts and terminations sent.
 
-use super::{Core, Effect, Kept, Notice, Past, Pending, StartJob, Ticket};
+use super::{
+    Core, Effect, Extending, Kept, Notice, Notified, Orphan, Past, Pending, StartJob, Ticket,
+};
 use crate::base::id::{Hash, KeyId, LeaseId};
-use crate::base::time::{Boot, Now, Span};
+use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::admission::{NotEntitled, NotTimely};
 use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
-use crate::words::chain;
 use crate::words::contract::{
-    Claim, EndReason, Figure, MAX_REFERRALS, Order, Reason, Refusal, Release,
+    Claim, EndReason, Figure, MAX_REFERRALS, Order, Reason, Refusal, Release, Renew,
 };
 use crate::words::message::{Message, OrderPapers, Utterance, Word};
 use crate::words::sign::{Draft, Verified};
@@ -26,6 +27,8 @@ const REFUSAL_LIFE: Span = Span::secs(24 * 3600);
 const MAX_TELLS: u32 = 20;
 /// How long after its term an ended lease is told again by a node that was restarted.
 const TELL_AGAIN: Span = Span::secs(600);
+/// The most repeats of one renewal that wait for its warden.
+const MAX_WAITING: usize = 4;
 /// The most ended leases remembered for `lease list`.
 const MAX_HISTORY: usize = 1_000;
 
@@ -86,15 +89,19 @@ impl Core {
         if !known && (self.halted.is_some() || self.leaving) {
             return Err(Reason::NotReady);
         }
+        if !known && self.holdback.drained {
+            return Err(Reason::Withdrawn);
+        }
         if !known && self.disk_full {
             return Err(Reason::DiskFull);
         }
-        let offer = self.pricing.quote(now.boot, &body.offer, &body.shape);
+        let honoured = self.pricing.quote(now.boot, &body.offer, &body.shape, body.class);
+        let offer = honoured.map(|honoured| (honoured.offer, honoured.rate, honoured.early));
         let quote = Quote { offer, sold: self.pricing.sells(body) };
         Ok(self.book.place(now, order, &quote))
     }
 
-    fn refuse(
+    pub(super) fn refuse(
         &mut self,
         now: Now,
         (of, order): (Hash, Option<&Order>),
@@ -104,9 +111,10 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let referrals = match (reason, order) {
-            (Reason::Capacity | Reason::DiskFull | Reason::NotReady, Some(order)) => {
-                self.referrals(now, order)
-            }
+            (
+                Reason::Capacity | Reason::DiskFull | Reason::NotReady | Reason::Withdrawn,
+                Some(order),
+            ) => self.referrals(now, order),
             _ => Vec::new(),
         };
         let offer = order.and_then(|_| self.spread.offer(&self.config.me));
@@ -127,8 +135,10 @@ impl Core {
         let start = self.dice.number();
         let fits = |key: &KeyId| {
             self.spread.offer(key).is_some_and(|(offer, heard)| {
+                let rate = offer.body().hourly(&order.shape, order.class);
                 offer.body().fits(&order.shape)
-                    && offer.body().rates.hourly(&order.shape).is_some_and(|r| r <= order.ceiling)
+                    && offer.body().classes.contains(&order.class)
+                    && rate.is_some_and(|rate| rate <= order.ceiling)
                     && self.is_up(key, Some(heard), now.boot)
             })
         };
@@ -167,32 +177,146 @@ impl Core {
         let runs = self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
-            Acted::Refused(reason) => {
-                self.refuse(now, (claim.id(), None), reason, Vec::new(), ticket, out);
+            Acted::Refused(reason, figures) => {
+                self.refuse(now, (claim.id(), None), reason, figures, ticket, out);
             }
             Acted::Accepted(answer) => {
                 self.keep_lent(&lease, out);
                 reply(Word::Accepted, answer, ticket, out);
-                if let Some(known) = self.book.get(&lease) {
-                    out.push(Effect::StartJob(Box::new(self.start(lease, known, claim))));
-                }
+                self.start_job(lease, claim, out);
             }
         }
     }
 
+    pub(super) fn start_job(
+        &mut self,
+        lease: LeaseId,
+        claim: &Verified<Claim>,
+        out: &mut Vec<Effect>,
+    ) {
+        if let Some(known) = self.book.get(&lease) {
+            let start = self.start(lease, known, claim);
+            out.push(Effect::StartJob(Box::new(start)));
+        }
+    }
+
     fn start(&self, lease: LeaseId, known: &Lease, claim: &Verified<Claim>) -> StartJob {
-        let spent = known.kept.claimed.map(|at| at + chain::billable(&known.terms));
-        let end = known.term_end();
         let late = if self.config.plant.is("outlive-term") { Span::secs(60) } else { Span::ZERO };
+        let mut job = claim.body().job.clone();
+        job.env.extend(self.gang_env(known));
         StartJob {
             lease,
+            claim: claim.id(),
             delegate: known.terms.delegate,
             sources: self.data_addresses(&known.terms.delegate),
-            job: claim.body().job.clone(),
+            job,
             shape: known.terms.shape.clone(),
-            deadline: end.min(spent.unwrap_or(end)) + late,
+            deadline: known.deadline() + late,
             grace: known.terms.grace,
         }
+    }
+
+    pub(super) fn hear_renew(
+        &mut self,
+        now: Now,
+        renew: &Verified<Renew>,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let (lease, act) = (renew.body().lease, renew.body().act);
+        let known = self.book.get(&lease).is_some_and(|l| l.kept.acts.iter().any(|a| a.id == act));
+        let unwilling = if known {
+            None
+        } else if self.halted.is_some() || self.leaving {
+            Some(Reason::NotReady)
+        } else if self.holdback.drained {
+            Some(Reason::Withdrawn)
+        } else if self.disk_full {
+            Some(Reason::DiskFull)
+        } else if renew.header().not_after + SKEW < now.wall {
+            // One that was refused once must not come true long after.
+            Some(Reason::Expired)
+        } else {
+            None
+        };
+        if let Some(reason) = unwilling {
+            self.refuse(now, (renew.id(), None), reason, Vec::new(), ticket, out);
+            return;
+        }
+        let answer = match self.book.renew(now, renew) {
+            Acted::Repeat(answer) => answer,
+            Acted::Refused(reason, figures) => {
+                self.refuse(now, (renew.id(), None), reason, figures, ticket, out);
+                return;
+            }
+            Acted::Accepted(answer) => {
+                self.counters.renewals += 1;
+                self.keep_lent(&lease, out);
+                answer
+            }
+        };
+        let hasty = self.config.plant.is("renew-unacknowledged");
+        match self.book.get(&lease).filter(|known| known.running && !hasty) {
+            // The lessee may rely on it once the warden does.
+            Some(known) => {
+                let deadline = known.deadline();
+                out.push(Effect::ExtendJob(lease, deadline));
+                let waiting = self.extending.entry(lease).or_default();
+                if waiting.len() >= MAX_WAITING {
+                    let what = Utterance::Plain(Message::Done);
+                    out.push(Effect::Reply { ticket: waiting.remove(0).ticket, what });
+                }
+                waiting.push(Extending { ticket, deadline, answer });
+            }
+            None => reply(Word::Renewed, answer, ticket, out),
+        }
+    }
+
+    /// The warden has a deadline in force, or could not be asked: then whoever waits for that one
+    /// asks again.
+    pub(super) fn extended(
+        &mut self,
+        lease: &LeaseId,
+        taken: Boot,
+        done: bool,
+        out: &mut Vec<Effect>,
+    ) {
+        for waits in self.extending.remove(lease).unwrap_or_default() {
+            let Extending { ticket, deadline, answer } = waits;
+            if done && deadline <= taken {
+                reply(Word::Renewed, answer, ticket, out);
+            } else if deadline == taken {
+                out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+            } else {
+                let waits = Extending { ticket, deadline, answer };
+                self.extending.entry(*lease).or_default().push(waits);
+            }
+        }
+    }
+
+    /// A job stands still from now on.
+    fn freeze(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) {
+        if !self.book.freeze(now.boot, lease) {
+            return;
+        }
+        self.keep_lent(lease, out);
+        let Some(known) = self.book.get(lease) else { return };
+        let why = known.kept.holds.first().map_or(EndReason::Exposure, |hold| hold.why);
+        if known.running {
+            let deadline = known.deadline();
+            out.push(Effect::FreezeJob(*lease));
+            // Standing still, it cannot reach its cap.
+            out.push(Effect::ExtendJob(*lease, deadline));
+        }
+        out.push(Effect::Notice(Notice::Frozen(*lease, why)));
+    }
+
+    /// A frozen job goes on.
+    pub(super) fn thaw(&mut self, lease: &LeaseId, out: &mut Vec<Effect>) {
+        if self.book.get(lease).is_some_and(|known| known.running) {
+            out.push(Effect::ThawJob(*lease));
+        }
+        out.push(Effect::Notice(Notice::Thawed(*lease)));
     }
 
     pub(super) fn hear_release(
@@ -205,8 +329,8 @@ impl Core {
         let lease = release.body().lease;
         match self.book.release(now, release) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
-            Acted::Refused(reason) => {
-                self.refuse(now, (release.id(), None), reason, Vec::new(), ticket, out);
+            Acted::Refused(reason, figures) => {
+                self.refuse(now, (release.id(), None), reason, figures, ticket, out);
             }
             Acted::Accepted(answer) => {
                 self.keep_lent(&lease, out);
@@ -217,7 +341,13 @@ impl Core {
     }
 
     /// A lease began to drain: its job is ended, or what is left of it at once.
-    fn wind_down(&mut self, now: Now, lease: &LeaseId, why: EndReason, out: &mut Vec<Effect>) {
+    pub(super) fn wind_down(
+        &mut self,
+        now: Now,
+        lease: &LeaseId,
+        why: EndReason,
+        out: &mut Vec<Effect>,
+    ) {
         let running = self.book.get(lease).is_some_and(|known| known.running);
         if running {
             out.push(Effect::StopJob(*lease, why));
@@ -230,11 +360,12 @@ impl Core {
     }
 
     /// Writes the final receipt and the termination: the lease has ended.
-    fn close(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) {
+    pub(super) fn close(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) {
         self.write_receipt(now, lease, out);
         let Some(_) = self.book.finish(now, lease) else { return };
         self.counters.ended += 1;
         self.keep_lent(lease, out);
+        self.drop_pending(lease, out);
         if !self.config.plant.is("hide-freed") {
             self.pricing.changed();
         }
@@ -279,15 +410,19 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.receipts_out.remove(lease);
-        if ack.body().lease != *lease || !self.book.acknowledge(now.boot, ack) {
+        let agreed = Some(ack).filter(|ack| ack.body().lease == *lease);
+        let Some(thaws) = agreed.and_then(|ack| self.book.acknowledge(now.boot, ack)) else {
             let pause = now.boot + Span::secs(5);
             self.receipts_out.insert(*lease, Some(pause));
             return;
-        }
+        };
         self.counters.acknowledged += 1;
         let kept = Kept::Acknowledged(*lease, ack.body().number, ack.signed().clone());
         out.push(Effect::Keep(kept));
         self.keep_lent(lease, out);
+        if thaws {
+            self.thaw(lease, out);
+        }
         self.send_receipt(now, lease, out);
     }
 
@@ -358,6 +493,8 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.book.report(lease, usage);
+        // There is nothing left that a deadline could end too early.
+        self.extended(lease, Boot(u64::MAX), true, out);
         if self.book.reaped(lease, outcome) || self.book.release_after(now, lease) {
             self.close(now, lease, out);
         } else {
@@ -365,12 +502,12 @@ impl Core {
         }
     }
 
-    /// Takes up a lease after a restart: its job, if it had one, is dead by now.
+    /// Takes up a lease after a restart: its job, if it had one, was adopted or is gone by now.
     pub(super) fn resume_lent(
         &mut self,
         now: Now,
         lease: &LeaseId,
-        orphan: Option<&(Outcome, Usage)>,
+        orphan: Option<&Orphan>,
         out: &mut Vec<Effect>,
     ) {
         let Some(known) = self.book.get(lease) else { return };
@@ -378,30 +515,27 @@ impl Core {
         let (running, stage) = (known.running, known.kept.stage);
         if stage == Stage::Ended {
             // Whether its delegate was told is not kept: a lease of late is told again.
-            let late = known.terms.decided + known.terms.term + TELL_AGAIN;
+            let late = known.terms.decided + known.kept.term + TELL_AGAIN;
             if !known.unacknowledged.is_empty() || late > now.wall {
                 self.tell_at(*lease, now.boot, 0);
             }
             return;
         }
+        if stage == Stage::Granted && same_boot && known.kept.joined.is_some() {
+            self.resume_gang(now, *lease);
+        }
         if !same_boot {
             self.book.rebase(lease, self.config.boot, now.boot);
         }
-        if running {
-            let (outcome, usage) = orphan.cloned().unwrap_or((Outcome::Lost, Usage::default()));
-            let lost = !matches!(outcome, Outcome::Exited(_));
-            // What is lost is billed to its last receipt, and its usage is told up to there too.
-            if orphan.is_some() && !lost {
-                self.book.report(lease, usage);
+        match orphan {
+            Some(Orphan::Adopted(usage, frozen)) if running && same_boot => {
+                self.book.report(lease, *usage);
+                self.adopt(lease, *frozen, out);
+                return;
             }
-            self.book.reaped(lease, outcome);
-            if lost || !same_boot {
-                self.book.drain_lost(now, lease);
-            } else {
-                self.book.release_after(now, lease);
-            }
-        } else if !same_boot {
-            self.book.drain_lost(now, lease);
+            _ if running => self.lose_or_end(now, lease, orphan, same_boot),
+            _ if !same_boot => self.book.drain_lost(now, lease),
+            _ => {}
         }
         let draining = self.book.get(lease).is_some_and(|k| k.kept.stage == Stage::Draining);
         if draining {
@@ -409,6 +543,46 @@ impl Core {
         } else if running {
             self.keep_lent(lease, out);
         }
+    }
+
+    /// The job of an active lease is gone: it ended by itself, or is lost with what it did.
+    fn lose_or_end(&mut self, now: Now, lease: &LeaseId, orphan: Option<&Orphan>, same_boot: bool) {
+        let ended = match orphan {
+            Some(Orphan::Ended(outcome, usage)) => Some((outcome.clone(), *usage)),
+            _ => None,
+        };
+        let (outcome, usage) = ended.clone().unwrap_or((Outcome::Lost, Usage::default()));
+        let lost = !matches!(outcome, Outcome::Exited(_));
+        // What is lost is billed to its last receipt, and its usage is told up to there too.
+        if ended.is_some() && !lost {
+            self.book.report(lease, usage);
+        }
+        self.book.reaped(lease, outcome);
+        if lost || !same_boot {
+            self.book.drain_lost(now, lease);
+        } else {
+            self.book.release_after(now, lease);
+        }
+    }
+
+    /// A job that runs on is brought in line with what the book says: what was decided about it
+    /// may not have reached its warden.
+    fn adopt(&mut self, lease: &LeaseId, frozen: bool, out: &mut Vec<Effect>) {
+        let Some(known) = self.book.get(lease) else { return };
+        if known.kept.stage == Stage::Draining {
+            let why = known.kept.end.map_or(EndReason::Lost, |(why, _)| why);
+            out.push(Effect::StopJob(*lease, why));
+            return;
+        }
+        out.push(Effect::ExtendJob(*lease, known.deadline()));
+        match (known.kept.frozen.is_some(), frozen) {
+            (true, false) => out.push(Effect::FreezeJob(*lease)),
+            (false, true) => out.push(Effect::ThawJob(*lease)),
+            _ => {}
+        }
+        let notified = known.kept.holds.iter().find(|hold| hold.why != EndReason::Exposure);
+        let notified = notified.map(|hold| Notified { why: hold.why, end: hold.freeze });
+        out.push(Effect::NotifyJob(*lease, notified));
     }
 
     pub(super) fn wake_lessor(&mut self, now: Now, out: &mut Vec<Effect>) {
@@ -419,11 +593,12 @@ impl Core {
                     self.book.drain(now, &lease, EndReason::Lapsed, self.config.me);
                     self.close(now, &lease, out);
                 }
-                Turn::Drain(lease, reason) => {
-                    self.book.drain(now, &lease, reason, self.config.me);
+                Turn::Drain(lease, reason, by) => {
+                    self.book.drain(now, &lease, reason, by);
                     self.keep_lent(&lease, out);
                     self.wind_down(now, &lease, reason, out);
                 }
+                Turn::Freeze(lease) => self.freeze(now, &lease, out),
                 Turn::Receipt(lease) => self.write_receipt(now, &lease, out),
             }
         }
@@ -501,7 +676,7 @@ impl Core {
     }
 }
 
-fn reply(word: Word, draft: Draft, ticket: Ticket, out: &mut Vec<Effect>) {
+pub(super) fn reply(word: Word, draft: Draft, ticket: Ticket, out: &mut Vec<Effect>) {
     out.push(Effect::Reply { ticket, what: Utterance::Signs(word, draft) });
 }
 
@@ -519,8 +694,12 @@ fn view_of(id: &LeaseId, lease: &Lease) -> LentView {
         rate: terms.rate,
         decided: terms.decided,
         term_end: lease.term_end(),
-        term: terms.term,
+        term: kept.term,
+        longest: terms.longest,
+        version: kept.version,
         running: lease.running,
+        frozen: kept.frozen.is_some(),
+        ends_early: kept.holds.iter().map(|hold| (hold.why, hold.end)).min_by_key(|(_, end)| *end),
         usage: kept.chain.usage,
         charge: kept.chain.charge,
         receipts: kept.chain.number,

@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
 use crate::base::id::KeyId;
+use crate::base::resource::Resources;
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::member::{Peer, Sign};
 use crate::minds::spread::{Spread, Taken};
 use crate::minds::{book, holdings};
 use crate::words::charter::{Certificate, Role};
+use crate::words::contract::Class;
 use crate::words::message::{MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance};
 use crate::words::object::{Kind, key_subject};
 use crate::words::sign::{Hand, Verified};
@@ -130,14 +132,23 @@ impl Core {
             Said::Order(papers) => self.order(now, &papers, ticket, out),
             Said::Claim(claim) => self.hear_claim(now, &claim, ticket, out),
             Said::Release(release) => self.hear_release(now, &release, ticket, out),
+            Said::Renew(renew) => self.hear_renew(now, &renew, ticket, out),
+            Said::Gang(gang, claim) => {
+                self.hear_gang(now, &gang, claim.as_ref(), ticket, out);
+            }
+            Said::Commits(lease, commits) => {
+                self.hear_commits(now, lease, &commits, ticket, out);
+            }
             Said::Receipt(receipt) => self.hear_receipt(now, &receipt, ticket, out),
-            Said::Terminated(end) => self.hear_termination(&end, ticket, out),
+            Said::Terminated(end) => self.hear_termination(now, &end, ticket, out),
             Said::Inquire(lease) => self.inquired(now, from, lease, ticket, out),
             Said::Hello { .. }
             | Said::Differ { .. }
             | Said::Granted(_)
             | Said::Refused(..)
             | Said::Accepted(_)
+            | Said::Renewed(_)
+            | Said::Committed(_)
             | Said::Acknowledged(_)
             | Said::Objected(_)
             | Said::Done => {
@@ -311,6 +322,21 @@ impl Core {
             (Pending::Release(lease), Said::Refused(refusal, _)) => {
                 self.release_refused(&lease, &refusal, out);
             }
+            (Pending::Renew(lease), Said::Renewed(renewal)) => {
+                self.renewed(now, &lease, &renewal, out);
+            }
+            (Pending::Renew(lease), Said::Refused(refusal, _)) => {
+                self.renew_refused(&lease, &refusal, out);
+            }
+            (Pending::Gang(lease), Said::Committed(commit)) => {
+                self.gang_committed(now, &lease, &commit, out);
+            }
+            (Pending::Gang(lease), Said::Refused(refusal, _)) => {
+                self.gang_refused(now, &lease, &refusal, out);
+            }
+            (Pending::Commits(lease), Said::Commits(_, commits)) => {
+                self.take_commits(now, lease, &commits, out);
+            }
             (Pending::Receipt(lease), Said::Acknowledged(ack)) => {
                 self.hear_acknowledgement(now, &lease, &ack, out);
             }
@@ -321,13 +347,13 @@ impl Core {
                 self.told(&lease);
             }
             (Pending::Inquire(lease), Said::Terminated(end)) => {
-                self.inquiry_answered(&lease, Some(&end), out);
+                self.inquiry_answered(now, &lease, Some(&end), out);
             }
             (Pending::Inquire(lease), Said::Receipt(_) | Said::Done) => {
-                self.inquiry_answered(&lease, None, out);
+                self.inquiry_answered(now, &lease, None, out);
             }
             (Pending::Inquire(lease), Said::Refused(refusal, _)) => {
-                self.inquiry_refused(&lease, &refusal, out);
+                self.inquiry_refused(now, &lease, &refusal, out);
             }
             (about, _) => self.came_to_nothing(now, about, "it gave no proper answer", out),
         }
@@ -356,6 +382,9 @@ impl Core {
             Pending::Order(order) => self.order_silent(now, &order, why, out),
             Pending::Claim(lease) => self.claim_silent(&lease, why, out),
             Pending::Release(lease) => self.release_silent(&lease, why, out),
+            Pending::Renew(lease) => self.renew_silent(&lease, why, out),
+            Pending::Gang(lease) => self.gang_silent(now, &lease, out),
+            Pending::Commits(_) => {}
             Pending::Inquire(lease) => self.inquiry_silent(&lease, why, out),
             Pending::Receipt(lease) => {
                 let pause = Span::secs(2) + Span::millis(self.dice.below(1_000));
@@ -523,7 +552,8 @@ impl Core {
             self.host_record_at = now.boot + HOST_REFRESH;
             self.publish_host(now, out);
         }
-        let free = self.book.free();
+        let drained = self.holdback.drained;
+        let free = if drained { Resources::default() } else { self.book.free() };
         if let Ok(Some(draft)) = self.pricing.publish(now, &free, &self.hand) {
             self.counters.offers += 1;
             out.push(Effect::Record(draft));
@@ -658,6 +688,11 @@ impl Core {
                     hardware: host.hardware.clone(),
                     shapes: body.map(|offer| offer.shapes.clone()).unwrap_or_default(),
                     rates: body.map(|offer| offer.rates.clone()),
+                    slack_permille: body.and_then(|offer| {
+                        let sold = offer.classes.contains(&Class::Slack);
+                        sold.then_some(offer.slack_permille)
+                    }),
+                    early: body.map(|offer| offer.early).unwrap_or_default(),
                     offer: offer.map(|(offer, _)| offer.id()),
                     offer_age: offer.map(|(_, heard)| now.boot.since(heard)),
                     max_term: body.map(|offer| offer.max_term).unwrap_or_default(),

@@ -7,7 +7,7 @@ use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::{Boot, Span, Wall};
 use crate::minds::{book, holdings};
-use crate::words::contract::{Class, EndReason};
+use crate::words::contract::{Class, EarlyEnd, EndReason};
 use crate::words::record::Addresses;
 use crate::words::usage::{ObjectionReason, Outcome, Usage};
 
@@ -38,6 +38,10 @@ pub struct View {
     pub capacity: Resources,
     /// What is promised of it.
     pub promised: Resources,
+    /// What the operator keeps out of new leases.
+    pub withheld: Resources,
+    /// Whether nothing is granted or renewed, by the operator's will.
+    pub drained: bool,
     /// Every node that is known, this one included.
     pub nodes: Vec<NodeView>,
     /// Leases this node granted.
@@ -59,6 +63,8 @@ pub struct Counters {
     pub grants: u64,
     /// Orders refused.
     pub refusals: u64,
+    /// Leases made longer.
+    pub renewals: u64,
     /// Leases ended.
     pub ended: u64,
     /// Leases that lapsed unclaimed.
@@ -94,8 +100,12 @@ pub struct NodeView {
     pub hardware: Resources,
     /// What it has free, in leasable shapes.
     pub shapes: Vec<Resources>,
-    /// Its prices.
+    /// Its prices of firm capacity.
     pub rates: Option<Rates>,
+    /// What slack costs of that, in thousandths; `None` when it sells none.
+    pub slack_permille: Option<u16>,
+    /// What holds when it ends a lease before its term.
+    pub early: EarlyEnd,
     /// Its newest offer.
     pub offer: Option<Hash>,
     /// How old that offer is here.
@@ -139,8 +149,16 @@ pub struct LentView {
     pub term_end: Boot,
     /// How long it is.
     pub term: Span,
+    /// To what term it may be renewed.
+    pub longest: Span,
+    /// How often it was renewed.
+    pub version: u64,
     /// Whether a job's processes exist.
     pub running: bool,
+    /// Whether it stands still, unbilled.
+    pub frozen: bool,
+    /// Why it is to end early, and when on this node's boot clock.
+    pub ends_early: Option<(EndReason, Boot)>,
     /// Usage by the latest receipt.
     pub usage: Usage,
     /// What is owed by the latest receipt.
@@ -176,6 +194,10 @@ pub struct HeldView {
     pub decided: Wall,
     /// How long it is.
     pub term: Span,
+    /// To what term it may be renewed.
+    pub longest: Span,
+    /// How often it was renewed.
+    pub version: u64,
     /// How much of what may be relied on is left.
     pub left: Span,
     /// Usage by the latest receipt.

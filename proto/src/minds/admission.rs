@@ -184,7 +184,7 @@ impl Admission {
         if not_after > placed + limits.max_order_life + SKEW {
             return Err(NotTimely::TooLong);
         }
-        if order.body().term > limits.max_term {
+        if order.body().longest > limits.max_term {
             return Err(NotTimely::Term);
         }
         Ok(())
@@ -224,7 +224,7 @@ fn within_mandate(order: &Order, mandate: &Verified<Mandate>, at: Wall) -> Resul
     if !terms.lessors.is_empty() && !terms.lessors.contains(&order.lessor) {
         return Err(NotEntitled::Lessor);
     }
-    match exceeded(terms, order.ceiling, order.cap, order.term) {
+    match exceeded(terms, order.ceiling, order.cap, order.longest) {
         Some(what) => Err(NotEntitled::Exceeds(what)),
         None => Ok(()),
     }
@@ -259,6 +259,8 @@ pub fn departure((order, asked): (Hash, &Order), grant: &Verified<Grant>) -> Opt
         (given.shape != asked.shape, "it lends another shape"),
         (given.class != asked.class, "it lends in another class"),
         (given.term != asked.term, "it has another term"),
+        (given.longest != asked.longest, "it may be renewed to another term"),
+        (given.gang != asked.gang, "it is for another gang"),
         (given.claim_within != asked.claim_within, "it has another time to claim"),
         (given.rate > asked.ceiling, "its price is above the order's ceiling"),
         (given.cap != asked.cap, "it has another cap"),

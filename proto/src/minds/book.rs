@@ -1,15 +1,20 @@
 //! The lessor's book: every lease this node granted, and never more than it has.
 //!
 //! ```text
-//! order ->  Granted --claim--> Active --release, term, budget, exposure, lost--> Draining --reaped--> Ended
-//!              \--claim_by passes--> Ended(lapsed, unbilled)
+//! order -> Granted --claim--> Active --term, release, budget, lost, a hold's end--> Draining --reaped--> Ended
+//!             \--claim_by passes--> Ended(lapsed, unbilled)
+//!
+//! a hold: notice --> frozen, unbilled --> end            (reclaimed, revoked, exposure)
+//!             \-----------\--lifted--> Active as before
 //! ```
 //!
 //! The node decides alone about its capacity, in one total order, so no consensus is needed.
 //! Promised capacity (granted + active + draining) never exceeds what there is, and returns when
 //! the runner is reaped, not when the term ends. Deadlines are boot time, counted from the
 //! decision. Ended is final. At this lessor one (lessee, request id) makes at most one lease, and
-//! a repeat of an order or an act is answered with the same bytes.
+//! a repeat of an order or an act is answered with the same bytes. A renewal never shortens, and
+//! is only taken for the version of the lease that it names. A member of a gang starts nothing
+//! before every member has committed.
 //!
 //! The book changes state and says what follows; the core keeps, sends and starts.
 
@@ -25,16 +30,17 @@ use crate::base::resource::Resources;
 use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
 use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
 use crate::words::contract::{
-    Acceptance, Claim, EndReason, Fence, Figure, Grant, MIN_RECEIPT_EVERY, Order, Reason, Release,
-    Termination,
+    Acceptance, Claim, Class, Commit, EarlyEnd, EndReason, Fence, Figure, Gang, Grant,
+    MIN_RECEIPT_EVERY, Order, Reason, Release, Renew, Renewal, Termination,
 };
-use crate::words::object::Envelope;
+use crate::words::object::{Envelope, Kind};
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Outcome, Receipt, Usage};
 use crate::words::wire::{self, MAX_OBJECT};
 
-/// The most acts remembered per lease.
-pub const MAX_ACTS: usize = 32;
+/// The most acts remembered per lease: of many renewals the oldest are forgotten, a repeat of those
+/// is refused for its version.
+pub const MAX_ACTS: usize = 24;
 /// What one of them takes on disk at most, in bytes: its answer is of fixed size.
 pub const ACT_LEN: usize = 512;
 /// The most leases that may be promised at once.
@@ -85,8 +91,24 @@ pub struct Lent {
     pub stage: Stage,
     /// When it was claimed.
     pub claimed: Option<Boot>,
+    /// The claim: its job's warden knows it by that.
+    pub claim: Option<Hash>,
     /// When billing stopped.
     pub stopped: Option<Boot>,
+    /// How long the term is now.
+    pub term: Span,
+    /// How often that was changed.
+    pub version: u64,
+    /// The act that changed it last.
+    pub renew: Option<Signed>,
+    /// For how long it was frozen before, unbilled.
+    pub paused: Span,
+    /// Since when it is frozen.
+    pub frozen: Option<Boot>,
+    /// Early ends that were announced, at most one for each reason.
+    pub holds: Vec<Hold>,
+    /// The gang that it is a member of, once it has committed.
+    pub joined: Option<Joined>,
     /// Why it ends or ended, and who brought it about.
     pub end: Option<(EndReason, KeyId)>,
     /// How its job ended.
@@ -101,6 +123,30 @@ pub struct Lent {
     pub acknowledged: (u64, Amount),
     /// The termination, once ended.
     pub termination: Option<Draft>,
+}
+
+/// An early end that was announced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    /// Why.
+    pub why: EndReason,
+    /// Who brings it about.
+    pub by: KeyId,
+    /// When the job is frozen, and billing pauses.
+    pub freeze: Boot,
+    /// When it ends.
+    pub end: Boot,
+}
+
+/// What a member of a gang has committed to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// The gang's certificate.
+    pub gang: Signed,
+    /// This lessor's word.
+    pub commit: Draft,
+    /// Whether every member has given its word.
+    pub whole: bool,
 }
 
 /// An act that was accepted, with the answer that a repeat gets.
@@ -137,6 +183,12 @@ pub struct Lease {
     asked: Option<Boot>,
     /// When it ended, as far as this run knows.
     ended: Option<Boot>,
+    /// The gang, decoded, once it has committed to it.
+    pub gang: Option<Gang>,
+    /// The other members' words so far, by lessor.
+    pub commits: BTreeMap<KeyId, Signed>,
+    /// The claim that waits for them.
+    pub pending: Option<Verified<Claim>>,
 }
 
 /// All leases of this lessor.
@@ -156,6 +208,8 @@ pub struct Book {
     spent: VecDeque<(Boot, (KeyId, RequestId))>,
     due: Due<LeaseId>,
     fence: u64,
+    /// What the operator keeps for itself of the capacity, lent or not.
+    withheld: Resources,
     plant: Plant,
 }
 
@@ -178,7 +232,37 @@ pub enum Acted {
     /// It is accepted.
     Accepted(Draft),
     /// It is refused.
-    Refused(Reason),
+    Refused(Reason, Vec<Figure>),
+}
+
+/// A lease that would be taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reclaimed {
+    /// Which.
+    pub lease: LeaseId,
+    /// What comes back.
+    pub shape: Resources,
+    /// How firmly it was lent.
+    pub class: Class,
+    /// What is owed to its lessee for that, by its own terms.
+    pub credit: Amount,
+    /// Why it ends: by itself in time, or taken back.
+    pub why: EndReason,
+    /// In what time its capacity is back at the latest, from now on.
+    pub within: Span,
+}
+
+/// How capacity can be had back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimPlan {
+    /// Which leases end for it.
+    pub leases: Vec<Reclaimed>,
+    /// What is free already.
+    pub free: Resources,
+    /// What is still missing then.
+    pub short: Resources,
+    /// All credits together.
+    pub credit: Amount,
 }
 
 /// What follows from time passing or a job ending.
@@ -186,17 +270,23 @@ pub enum Acted {
 pub enum Turn {
     /// The lease lapsed unclaimed.
     Lapsed(LeaseId),
-    /// The lease's job must end.
-    Drain(LeaseId, EndReason),
+    /// The lease's job must end; who brought that about.
+    Drain(LeaseId, EndReason, KeyId),
+    /// The lease's job is to be frozen.
+    Freeze(LeaseId),
     /// A receipt is due.
     Receipt(LeaseId),
 }
 
+/// An offer that is still honoured: the offer, the price per hour if what is ordered has one, and
+/// what holds if the lease is ended early.
+pub type Honoured<'a> = (&'a Draft, Option<Amount>, EarlyEnd);
+
 /// What the order's price and shape were judged against.
 #[derive(Debug)]
 pub struct Quote<'a> {
-    /// The offer named in the order, when this node still honours it.
-    pub offer: Option<(&'a Draft, Option<Amount>)>,
+    /// What the offer named in the order says, when this node still honours it.
+    pub offer: Option<Honoured<'a>>,
     /// Whether class, term and intervals are ones that this node sells, else what is not.
     pub sold: Result<(), Vec<Figure>>,
 }
@@ -225,6 +315,7 @@ impl Book {
             spent: VecDeque::new(),
             due: Due::default(),
             fence: 0,
+            withheld: Resources::default(),
             plant,
         }
     }
@@ -252,10 +343,14 @@ impl Book {
             self.promised = self.promised.plus(&terms.shape);
             self.open += 1;
         }
+        let gang = kept.joined.as_ref().and_then(|joined| gang_in(&joined.gang));
         let lease = Lease {
             terms,
             request,
             order_not_after: order_envelope.header.not_after,
+            gang,
+            commits: BTreeMap::new(),
+            pending: None,
             reported: kept.chain.usage,
             running: kept.stage != Stage::Ended && kept.claimed.is_some() && kept.outcome.is_none(),
             // Whoever waited through a restart of this node gets its time to answer anew.
@@ -271,10 +366,21 @@ impl Book {
         Some(id)
     }
 
-    /// What is not promised.
+    /// What is neither promised nor withheld.
     #[must_use]
     pub fn free(&self) -> Resources {
-        self.capacity.minus(&self.promised)
+        self.capacity.minus(&self.promised).minus(&self.withheld)
+    }
+
+    /// What the operator keeps for itself.
+    #[must_use]
+    pub const fn withheld(&self) -> &Resources {
+        &self.withheld
+    }
+
+    /// Keeps so much of the capacity out of any new lease.
+    pub fn withhold(&mut self, withheld: Resources) {
+        self.withheld = withheld;
     }
 
     /// All there is.
@@ -320,7 +426,7 @@ impl Book {
             }
             return Placed::Refused(Reason::Conflict, Vec::new());
         }
-        let Some((offer, rate)) = quote.offer else {
+        let Some((offer, rate, early)) = quote.offer else {
             return Placed::Refused(Reason::StaleOffer, Vec::new());
         };
         if let Err(figures) = &quote.sold {
@@ -341,7 +447,7 @@ impl Book {
         if !body.shape.fits(&free) && !self.plant.is("oversell") {
             return Placed::Refused(Reason::Capacity, figures(&body.shape, &free));
         }
-        match self.grant(now, order, offer, rate) {
+        match self.grant(now, order, (offer, early), rate) {
             Ok((id, draft)) => Placed::Granted(id, draft),
             Err(_) => Placed::Refused(Reason::NotOffered, Vec::new()),
         }
@@ -351,7 +457,7 @@ impl Book {
         &mut self,
         now: Now,
         order: &Verified<Order>,
-        offer: &Draft,
+        (offer, early): (&Draft, EarlyEnd),
         rate: Amount,
     ) -> Result<(LeaseId, Draft), wire::EncodeError> {
         let body = order.body();
@@ -366,6 +472,9 @@ impl Book {
             cap: body.cap,
             exposure: body.exposure,
             term: body.term,
+            longest: body.longest,
+            early,
+            gang: body.gang,
             claim_within: body.claim_within,
             grace: self.grace,
             receipt_every: body.receipt_every,
@@ -373,7 +482,7 @@ impl Book {
             decided: now.wall,
             certificate: self.certificate.clone(),
         };
-        let not_after = now.wall + terms.term + EVIDENCE_LIFE;
+        let not_after = now.wall + terms.longest + EVIDENCE_LIFE;
         let grant = self.hand.draft(order.id(), 0, not_after, &terms)?;
         let id = LeaseId(grant.id());
         self.promised = self.promised.plus(&terms.shape);
@@ -387,7 +496,15 @@ impl Book {
             decided: now.boot,
             stage: Stage::Granted,
             claimed: None,
+            claim: None,
             stopped: None,
+            term: terms.term,
+            version: 0,
+            renew: None,
+            paused: Span::ZERO,
+            frozen: None,
+            holds: Vec::new(),
+            joined: None,
             end: None,
             outcome: None,
             release_after: false,
@@ -407,6 +524,9 @@ impl Book {
             receipt_due: Boot(0),
             asked: None,
             ended: None,
+            gang: None,
+            commits: BTreeMap::new(),
+            pending: None,
         };
         self.leases.insert(id, lease);
         self.reschedule(id);
@@ -417,27 +537,26 @@ impl Book {
     pub fn claim(&mut self, now: Now, claim: &Verified<Claim>, runs: bool) -> Acted {
         let (id, body) = (claim.body().lease, claim.body());
         let late = self.plant.is("claim-after-lapse");
+        let alone = self.plant.is("start-uncommitted");
         let lease = match self.act(&id, body.act, claim.id(), claim.signer()) {
             Ok(lease) => lease,
             Err(answer) => return answer,
         };
         match lease.kept.stage {
-            Stage::Ended | Stage::Draining if !late => return Acted::Refused(Reason::Ended),
-            Stage::Active => return Acted::Refused(Reason::InUse),
+            Stage::Ended | Stage::Draining if !late => return no(Reason::Ended),
+            Stage::Active => return no(Reason::InUse),
             _ => {}
         }
-        if lease.kept.decided + lease.terms.claim_within <= now.boot && !late {
-            return Acted::Refused(Reason::Ended);
+        if lease.claim_by() <= now.boot && !late {
+            return no(Reason::Ended);
         }
         if !runs {
-            return Acted::Refused(Reason::NotOffered);
+            return no(Reason::NotOffered);
         }
-        let every = lease.terms.receipt_every;
-        lease.kept.stage = Stage::Active;
-        lease.kept.claimed = Some(now.boot);
-        lease.kept.release_after = body.job.release_after;
-        lease.receipt_due = now.boot + every;
-        lease.running = true;
+        if !lease.is_whole() && !alone {
+            return no(Reason::NotCommitted);
+        }
+        lease.activate(now.boot, claim);
         self.accept(id, body.act, claim.id(), now)
     }
 
@@ -450,20 +569,123 @@ impl Book {
             Err(answer) => return answer,
         };
         if lease.kept.stage == Stage::Ended {
-            return Acted::Refused(Reason::Ended);
+            return no(Reason::Ended);
         }
         let answer = self.accept(id, body.act, release.id(), now);
         self.drain(now, &id, EndReason::Released, release.signer());
         answer
     }
 
+    /// Decides about a renewal. What it says is in force once it is durable.
+    pub fn renew(&mut self, now: Now, renew: &Verified<Renew>) -> Acted {
+        let (id, body) = (renew.body().lease, renew.body());
+        let (stale, shorter) = (self.plant.is("renew-stale"), self.plant.is("renew-shorter"));
+        let revived = self.plant.is("renew-ended");
+        let hand = self.hand.clone();
+        let lease = match self.act(&id, body.act, renew.id(), renew.signer()) {
+            Ok(lease) => lease,
+            Err(answer) => return answer,
+        };
+        let kept = &mut lease.kept;
+        if kept.stage >= Stage::Draining && !revived || kept.decided + kept.term <= now.boot {
+            return no(Reason::Ended);
+        }
+        if kept.holds.iter().any(|hold| hold.why != EndReason::Exposure) {
+            return no(Reason::Withdrawn);
+        }
+        if body.version != kept.version && !stale {
+            let figure = Figure { of: "version".into(), have: kept.version, need: body.version };
+            return Acted::Refused(Reason::Version, vec![figure]);
+        }
+        if (body.term < kept.term && !shorter) || body.term > lease.terms.longest {
+            let bound = if body.term < kept.term { kept.term } else { lease.terms.longest };
+            let (have, need) = (bound.as_millis(), body.term.as_millis());
+            let figure = Figure { of: "term_ms".into(), have, need };
+            return Acted::Refused(Reason::Term, vec![figure]);
+        }
+        let version = kept.version + 1;
+        let answer = Renewal { lease: id, act: body.act, of: renew.id(), version, term: body.term };
+        let not_after = now.wall + body.term + EVIDENCE_LIFE;
+        let Ok(answer) = hand.draft(id.0, version, not_after, &answer) else {
+            return no(Reason::Term);
+        };
+        kept.version = version;
+        kept.term = body.term;
+        kept.renew = Some(renew.signed().clone());
+        if kept.stage == Stage::Ended && revived {
+            kept.stage = Stage::Active;
+        }
+        lease.remember(Act { id: body.act, of: renew.id(), answer: answer.clone() });
+        self.reschedule(id);
+        Acted::Accepted(answer)
+    }
+
+    /// Decides about membership in a gang: whether `certificate` is of the gang that the lease was
+    /// ordered for, in time, with this lease among its members.
+    pub fn join(&mut self, now: Now, id: &LeaseId, certificate: &Verified<Gang>) -> Acted {
+        let Some(lease) = self.leases.get_mut(id) else { return no(Reason::UnknownLease) };
+        let (gang, terms) = (certificate.body(), &lease.terms);
+        if certificate.signer() != terms.delegate {
+            return no(Reason::NotAdmitted);
+        }
+        if let Some(joined) = &lease.kept.joined {
+            let same = joined.gang.id() == certificate.id();
+            return if same { Acted::Repeat(joined.commit.clone()) } else { no(Reason::Conflict) };
+        }
+        match lease.kept.stage {
+            Stage::Granted if now.boot < lease.claim_by() => {}
+            Stage::Active => return no(Reason::InUse),
+            _ => return no(Reason::Ended),
+        }
+        let ordered = terms
+            .gang
+            .is_some_and(|of| of.gang == gang.gang && usize::from(of.size) == gang.members.len());
+        let parties = gang.lessee == terms.lessee && gang.delegate == terms.delegate;
+        let me = self.hand.me;
+        let member = gang.members.iter().any(|m| m.lease == *id && m.lessor == me);
+        if !ordered || !parties || !member {
+            return no(Reason::BadGang);
+        }
+        let commit = Commit { gang: certificate.id(), lease: *id };
+        let Ok(commit) = self.hand.draft(id.0, 0, now.wall + EVIDENCE_LIFE, &commit) else {
+            return no(Reason::BadGang);
+        };
+        lease.gang = Some(gang.clone());
+        let signed = certificate.signed().clone();
+        let whole = gang.members.len() == 1;
+        lease.kept.joined = Some(Joined { gang: signed, commit: commit.clone(), whole });
+        Acted::Accepted(commit)
+    }
+
+    /// Takes another member's word. True when with it every member has given its own.
+    pub fn committed(&mut self, id: &LeaseId, commit: &Verified<Commit>) -> bool {
+        let Some(lease) = self.leases.get_mut(id) else { return false };
+        let (Some(gang), Some(joined)) = (&lease.gang, &mut lease.kept.joined) else {
+            return false;
+        };
+        let (body, by) = (commit.body(), commit.signer());
+        let member = gang.members.iter().any(|m| m.lessor == by && m.lease == body.lease);
+        if joined.whole || body.gang != joined.gang.id() || !member || by == self.hand.me {
+            return false;
+        }
+        lease.commits.insert(by, commit.signed().clone());
+        joined.whole = lease.commits.len() + 1 >= gang.members.len();
+        joined.whole
+    }
+
+    /// A claim that came with its gang's certificate waits for the other members.
+    pub fn set_pending(&mut self, id: &LeaseId, claim: Option<Verified<Claim>>) {
+        if let Some(lease) = self.leases.get_mut(id) {
+            lease.pending = claim;
+        }
+    }
+
     /// Finds the lease an act is about, unless the act is answered already.
     fn act(&mut self, id: &LeaseId, act: ActId, of: Hash, by: KeyId) -> Result<&mut Lease, Acted> {
         let rewords = self.plant.is("reword-repeats");
-        let unknown = Acted::Refused(Reason::UnknownLease);
-        let Some(lease) = self.leases.get_mut(id) else { return Err(unknown) };
+        let Some(lease) = self.leases.get_mut(id) else { return Err(no(Reason::UnknownLease)) };
         if by != lease.terms.delegate && by != lease.terms.lessee {
-            return Err(Acted::Refused(Reason::NotAdmitted));
+            return Err(no(Reason::NotAdmitted));
         }
         if let Some(done) = lease.kept.acts.iter().find(|done| done.id == act) {
             return Err(if done.of == of && rewords {
@@ -473,11 +695,8 @@ impl Book {
             } else if done.of == of {
                 Acted::Repeat(done.answer.clone())
             } else {
-                Acted::Refused(Reason::Conflict)
+                no(Reason::Conflict)
             });
-        }
-        if lease.kept.acts.len() >= MAX_ACTS {
-            return Err(Acted::Refused(Reason::Busy));
         }
         Ok(lease)
     }
@@ -486,11 +705,100 @@ impl Book {
         let body = Acceptance { lease: id, act, of };
         let answer = self.hand.draft(of, 0, now.wall + EVIDENCE_LIFE, &body);
         let (Ok(answer), Some(lease)) = (answer, self.leases.get_mut(&id)) else {
-            return Acted::Refused(Reason::UnknownLease);
+            return no(Reason::UnknownLease);
         };
-        lease.kept.acts.push(Act { id: act, of, answer: answer.clone() });
+        lease.remember(Act { id: act, of, answer: answer.clone() });
         self.reschedule(id);
         Acted::Accepted(answer)
+    }
+
+    /// Announces that a lease will end early: its job is frozen at `hold.freeze` and ended at
+    /// `hold.end`. False when it is ending already, or was told so for the same reason.
+    pub fn hold(&mut self, id: &LeaseId, hold: Hold) -> bool {
+        let Some(lease) = self.leases.get_mut(id) else { return false };
+        let known = lease.kept.holds.iter().any(|known| known.why == hold.why);
+        if lease.kept.stage >= Stage::Draining || known {
+            return false;
+        }
+        lease.kept.holds.push(hold);
+        self.reschedule(*id);
+        true
+    }
+
+    /// Takes back what [`Book::hold`] announced for that reason. `None` when there was nothing to
+    /// take back, else whether the job is to be thawed.
+    pub fn lift(&mut self, now: Boot, id: &LeaseId, why: EndReason) -> Option<bool> {
+        let lease = self.leases.get_mut(id)?;
+        if lease.kept.stage >= Stage::Draining {
+            return None;
+        }
+        let before = lease.kept.holds.len();
+        lease.kept.holds.retain(|hold| hold.why != why);
+        if lease.kept.holds.len() == before {
+            return None;
+        }
+        let thaws = lease.thaw(now);
+        self.reschedule(*id);
+        Some(thaws)
+    }
+
+    /// A job is frozen from now on, and billing pauses. True when it was not before.
+    pub fn freeze(&mut self, now: Boot, id: &LeaseId) -> bool {
+        let Some(lease) = self.leases.get_mut(id) else { return false };
+        if lease.kept.stage != Stage::Active || lease.kept.frozen.is_some() {
+            return false;
+        }
+        if lease.exposed_out() <= now && !lease.is_held(EndReason::Exposure) {
+            let end = now + lease.terms.early.freeze;
+            let (why, by) = (EndReason::Exposure, self.hand.me);
+            lease.kept.holds.push(Hold { why, by, freeze: now, end });
+        }
+        lease.kept.frozen = Some(now);
+        self.reschedule(*id);
+        true
+    }
+
+    /// How `need` can be had back within `within`: by what is free, by what ends by itself in
+    /// time, and by slack leases whose notice fits, cheapest credit first.
+    #[must_use]
+    pub fn reclaim_plan(&self, now: Boot, need: &Resources, within: Span) -> ReclaimPlan {
+        let free = self.capacity.minus(&self.promised);
+        let mut plan =
+            ReclaimPlan { free: free.clone(), short: need.minus(&free), ..ReclaimPlan::default() };
+        let open = self.leases.iter().filter(|(_, lease)| lease.kept.stage != Stage::Ended);
+        let mut taken: Vec<(bool, Reclaimed)> = open
+            .filter_map(|(id, lease)| {
+                let by_itself = lease.ends_by_itself(now, within);
+                let why = by_itself.or_else(|| lease.reclaimable(within));
+                Some((by_itself.is_none(), lease.taken_back(*id, now, within, why?)))
+            })
+            .collect();
+        // What comes back by itself costs nothing and nobody is disturbed for it.
+        taken.sort_by_key(|(disturbs, lease)| (*disturbs, lease.credit, lease.lease));
+        let mut chosen = Vec::new();
+        for (_, lease) in taken {
+            if plan.short.is_nothing() {
+                break;
+            }
+            let short = plan.short.minus(&lease.shape);
+            if short != plan.short {
+                plan.short = short;
+                chosen.push(lease);
+            }
+        }
+        // One that was taken early may have become needless by a larger one taken later.
+        let covers = |chosen: &[Reclaimed], without: usize| {
+            let others = chosen.iter().enumerate().filter(|(nth, _)| *nth != without);
+            need.fits(&others.fold(free.clone(), |sum, (_, lease)| sum.plus(&lease.shape)))
+        };
+        for nth in (0..chosen.len()).rev() {
+            if plan.short.is_nothing() && covers(&chosen, nth) {
+                chosen.remove(nth);
+            }
+        }
+        plan.credit = chosen.iter().map(|lease| lease.credit).sum();
+        plan.leases = chosen;
+        plan
     }
 
     /// Begins to end a lease: billing stops here. False when it is ending or over already.
@@ -503,10 +811,10 @@ impl Book {
         lease.kept.end = Some((reason, by));
         if lease.kept.claimed.is_some() {
             // What is billed ends with the lease's own limits, however late the clock was read.
-            let latest = lease.kept.claimed.map(|at| at + chain::billable(&lease.terms));
-            let term_end = lease.kept.decided + lease.terms.term;
-            let stop = now.boot.min(term_end).min(latest.unwrap_or(now.boot));
-            lease.kept.stopped = Some(stop);
+            let (term_end, spent) = (lease.term_end(), lease.spent());
+            let stop = now.boot.min(term_end).min(spent);
+            // Since it was frozen nothing was billed.
+            lease.kept.stopped = Some(lease.kept.frozen.map_or(stop, |at| at.min(stop)));
         }
         self.reschedule(*id);
         true
@@ -543,13 +851,15 @@ impl Book {
         if lease.kept.chain.closed() {
             return None;
         }
-        let until = lease.kept.stopped.unwrap_or(now.boot);
-        let billed = until.since(claimed).min(chain::billable(&lease.terms));
+        let until = lease.kept.stopped.or(lease.kept.frozen).unwrap_or(now.boot);
+        let billed = until.since(claimed).saturating_sub(lease.kept.paused);
+        let billed = billed.min(chain::billable(&lease.terms, lease.kept.term));
         let usage = Usage { billed, ..lease.reported };
         let end = (lease.kept.stage == Stage::Draining)
             .then_some(lease.kept.end.map(|(reason, _)| reason))
             .flatten();
-        let mut receipt = lease.kept.chain.next(*id, &lease.terms, usage, end, now.wall);
+        let mut receipt =
+            lease.kept.chain.next(*id, (&lease.terms, lease.kept.term), usage, end, now.wall);
         if self.plant.is("inflate-receipts") {
             receipt.charge = receipt.charge.plus(Amount(1_000));
         }
@@ -563,21 +873,27 @@ impl Book {
         Some((receipt.number, draft))
     }
 
-    /// Takes the lessee's countersignature. False when it matches no receipt of this lease.
-    pub fn acknowledge(&mut self, now: Boot, ack: &Verified<Acknowledgement>) -> bool {
+    /// Takes the lessee's countersignature. `None` when it matches no receipt of this lease, else
+    /// whether the job, frozen for want of it, is to be thawed.
+    pub fn acknowledge(&mut self, now: Boot, ack: &Verified<Acknowledgement>) -> Option<bool> {
         let body = ack.body();
-        let Some(lease) = self.leases.get_mut(&body.lease) else { return false };
+        let lease = self.leases.get_mut(&body.lease)?;
         let known = lease.unacknowledged.iter().any(|(number, draft)| {
             *number == body.number && draft.id() == body.receipt && body.charge == charge_of(draft)
         });
         if !known || ack.signer() != lease.terms.delegate {
-            return false;
+            return None;
         }
         lease.unacknowledged.retain(|(number, _)| *number > body.number);
         lease.kept.acknowledged = (body.number, body.charge);
         lease.asked = (!lease.unacknowledged.is_empty()).then_some(now);
+        let agreed = lease.owes_less_than(lease.terms.exposure);
+        let thaws = agreed && lease.is_held(EndReason::Exposure) && {
+            lease.kept.holds.retain(|hold| hold.why != EndReason::Exposure);
+            lease.thaw(now)
+        };
         self.reschedule(body.lease);
-        true
+        Some(thaws)
     }
 
     /// Ends a draining lease whose job is gone (or a granted one that lapsed): its capacity is
@@ -588,14 +904,17 @@ impl Book {
             return None;
         }
         let (reason, by) = lease.kept.end.unwrap_or((EndReason::Lapsed, self.hand.me));
+        let missed = lease.missed(reason);
+        let charge = lease.kept.chain.charge;
         let body = Termination {
             lease: *id,
             reason,
             by,
             at: now.wall,
             billed: lease.kept.chain.usage.billed,
-            charge: lease.kept.chain.charge,
-            credit: Amount::ZERO,
+            charge,
+            missed,
+            credit: chain::credit(&lease.terms, charge, missed, reason),
             receipt: lease.kept.chain.last,
             outcome: lease.kept.outcome.clone(),
         };
@@ -616,17 +935,21 @@ impl Book {
         while let Some(id) = self.due.pop(now) {
             let Some(lease) = self.leases.get_mut(&id) else { continue };
             match lease.kept.stage {
-                Stage::Granted => turns.push(Turn::Lapsed(id)),
-                Stage::Active => match lease.turn(now) {
-                    // Scheduled no more: the caller drains it.
-                    Some(Some(reason)) => turns.push(Turn::Drain(id, reason)),
-                    Some(None) => {
+                Stage::Granted => match lease.withdrawn(now) {
+                    Some(hold) => turns.push(Turn::Drain(id, hold.why, hold.by)),
+                    None => turns.push(Turn::Lapsed(id)),
+                },
+                Stage::Active => match lease.turn(now, self.hand.me) {
+                    // Scheduled no more: the caller drains or freezes it.
+                    Next::End(reason, by) => turns.push(Turn::Drain(id, reason, by)),
+                    Next::Freeze => turns.push(Turn::Freeze(id)),
+                    Next::Receipt => {
                         // Not to be found due again within this very instant.
                         lease.receipt_due = now + lease.terms.receipt_every;
                         self.reschedule(id);
                         turns.push(Turn::Receipt(id));
                     }
-                    None => self.reschedule(id),
+                    Next::Nothing => self.reschedule(id),
                 },
                 Stage::Draining | Stage::Ended => {}
             }
@@ -679,7 +1002,10 @@ impl Book {
         lease.kept.decided = now;
         if lease.kept.claimed.is_some() {
             lease.kept.claimed = Some(now - lease.kept.chain.usage.billed);
+            lease.kept.paused = Span::ZERO;
+            lease.kept.frozen = None;
         }
+        lease.kept.holds.clear();
         self.reschedule(*id);
     }
 
@@ -690,7 +1016,8 @@ impl Book {
         self.drain(now, id, EndReason::Lost, me);
         let Some(lease) = self.leases.get_mut(id) else { return };
         if let Some(claimed) = lease.kept.claimed {
-            lease.kept.stopped = Some(claimed + lease.kept.chain.usage.billed);
+            let billed = lease.kept.chain.usage.billed;
+            lease.kept.stopped = Some(claimed + lease.kept.paused + billed);
         }
     }
 
@@ -703,21 +1030,22 @@ impl Book {
 
     fn reschedule(&mut self, id: LeaseId) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
-        let kept = &lease.kept;
-        let term_end = kept.decided + lease.terms.term;
-        let next = match kept.stage {
+        let holds = lease.kept.holds.iter();
+        let next = match lease.kept.stage {
             Stage::Granted => {
-                let claim_by = kept.decided + lease.terms.claim_within;
+                let held = holds.map(|hold| hold.freeze).min().unwrap_or(Boot(u64::MAX));
                 Some(if self.plant.is("never-lapse") {
                     Boot(u64::MAX)
                 } else {
-                    claim_by.min(term_end)
+                    lease.claim_by().min(held)
                 })
             }
             Stage::Active => {
-                let spent = kept.claimed.map(|at| at + chain::billable(&lease.terms));
-                let end = term_end.min(spent.unwrap_or(term_end));
+                let frozen = lease.kept.frozen.is_some();
+                let held = holds.map(|hold| if frozen { hold.end } else { hold.freeze }).min();
+                let end = lease.term_end().min(lease.spent());
                 let end = if self.plant.is("outlive-term") { end + Span::secs(60) } else { end };
+                let end = end.min(held.unwrap_or(end));
                 Some(end.min(lease.next_receipt()).min(lease.exposed_out()))
             }
             Stage::Draining | Stage::Ended => None,
@@ -727,6 +1055,13 @@ impl Book {
             None => self.due.remove(&id),
         }
     }
+}
+
+/// The claim whose job may still run under a kept lease, in this boot.
+#[must_use]
+pub fn running_claim(kept: &Lent, boot: BootId) -> Option<Hash> {
+    let open = matches!(kept.stage, Stage::Active | Stage::Draining) && kept.outcome.is_none();
+    kept.claim.filter(|_| open && kept.boot == boot)
 }
 
 /// Whether a kept lease is of no more concern: ended and agreed a while ago, its order no longer
@@ -742,28 +1077,199 @@ pub fn is_past(kept: &Lent, now: Wall) -> bool {
         && end.is_some_and(|end| end.at + AWAIT < now)
 }
 
+/// What an active lease is due for.
+enum Next {
+    /// To end, for this reason, by whom.
+    End(EndReason, KeyId),
+    /// To be frozen.
+    Freeze,
+    /// A receipt.
+    Receipt,
+    /// Nothing yet.
+    Nothing,
+}
+
+const fn no(reason: Reason) -> Acted {
+    Acted::Refused(reason, Vec::new())
+}
+
+fn gang_in(signed: &Signed) -> Option<Gang> {
+    let envelope = Envelope::decode(&signed.envelope).ok()?;
+    wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()
+}
+
 impl Lease {
     /// When the term ends.
     #[must_use]
     pub fn term_end(&self) -> Boot {
-        self.kept.decided + self.terms.term
+        self.kept.decided + self.kept.term
+    }
+
+    /// Until when it may be claimed.
+    #[must_use]
+    pub fn claim_by(&self) -> Boot {
+        self.kept.decided + self.terms.claim_within.min(self.kept.term)
+    }
+
+    /// When its cap is reached; never while it is frozen.
+    #[must_use]
+    pub fn spent(&self) -> Boot {
+        let (Some(claimed), None) = (self.kept.claimed, self.kept.frozen) else {
+            return Boot(u64::MAX);
+        };
+        claimed + self.kept.paused + chain::billable(&self.terms, self.kept.term)
+    }
+
+    /// When its job must be over, without its grace, as things stand. While it is frozen its cap
+    /// is not being reached: it may last longer by as long as it can stand still.
+    #[must_use]
+    pub fn deadline(&self) -> Boot {
+        let Some(claimed) = self.kept.claimed else { return self.term_end() };
+        let spent = claimed + self.kept.paused + chain::billable(&self.terms, self.kept.term);
+        let still = self.kept.frozen.map_or(Span::ZERO, |since| {
+            let end = self.kept.holds.iter().map(|hold| hold.end).max();
+            end.map_or(Span::ZERO, |end| end.since(since))
+        });
+        self.term_end().min(spent + still)
+    }
+
+    /// Whether it is no member of a gang, or every member of its gang has committed.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.terms.gang.is_none() || self.kept.joined.as_ref().is_some_and(|joined| joined.whole)
+    }
+
+    fn activate(&mut self, now: Boot, claim: &Verified<Claim>) {
+        self.kept.stage = Stage::Active;
+        self.kept.claimed = Some(now);
+        self.kept.claim = Some(claim.id());
+        self.kept.release_after = claim.body().job.release_after;
+        self.receipt_due = now + self.terms.receipt_every;
+        self.running = true;
+    }
+
+    /// Remembers an act; of many the oldest renewal goes first.
+    fn remember(&mut self, act: Act) {
+        let acts = &mut self.kept.acts;
+        if acts.len() >= MAX_ACTS {
+            let is_renewal = |act: &Act| {
+                let envelope = Envelope::decode(&act.answer.envelope);
+                envelope.is_ok_and(|envelope| envelope.header.kind == Kind::Renewal)
+            };
+            acts.remove(acts.iter().position(is_renewal).unwrap_or(0));
+        }
+        acts.push(act);
+    }
+
+    fn is_held(&self, why: EndReason) -> bool {
+        self.kept.holds.iter().any(|hold| hold.why == why)
+    }
+
+    /// Ends a freeze that no hold asks for any more. True when there was one.
+    fn thaw(&mut self, now: Boot) -> bool {
+        if self.kept.holds.iter().any(|hold| hold.freeze <= now) {
+            return false;
+        }
+        let Some(since) = self.kept.frozen.take() else { return false };
+        self.kept.paused = self.kept.paused + now.since(since);
+        true
+    }
+
+    /// Why it ends within `within` by itself, if it does.
+    #[must_use]
+    pub fn ends_by_itself(&self, now: Boot, within: Span) -> Option<EndReason> {
+        if let Some((why, _)) = self.kept.end {
+            return Some(why);
+        }
+        let by = now + within;
+        let in_time = |end: Boot| end + self.terms.grace <= by;
+        let hold = self.kept.holds.iter().find(|hold| in_time(hold.end));
+        let term = in_time(self.term_end()).then_some(EndReason::Term);
+        hold.map(|hold| hold.why).or(term)
+    }
+
+    /// Whether it can be taken back within `within` by its own terms.
+    fn reclaimable(&self, within: Span) -> Option<EndReason> {
+        let EarlyEnd { notice, freeze, .. } = self.terms.early;
+        let fits = notice + freeze + self.terms.grace <= within;
+        (fits && self.terms.class == Class::Slack).then_some(EndReason::Reclaimed)
+    }
+
+    /// By what it is taken back so that its capacity is there within `within`, or as soon after as
+    /// its notice allows: its job goes on for as long as it can.
+    #[must_use]
+    pub fn hold_within(&self, now: Boot, within: Span, why: EndReason, by: KeyId) -> Hold {
+        let EarlyEnd { notice, freeze, .. } = self.terms.early;
+        let latest = within.saturating_sub(freeze + self.terms.grace);
+        let freeze_at = now + notice.max(latest);
+        Hold { why, by, freeze: freeze_at, end: freeze_at + freeze }
+    }
+
+    /// What its being taken back, or ending by itself, within `within` comes to.
+    #[must_use]
+    pub fn taken_back(&self, id: LeaseId, now: Boot, within: Span, why: EndReason) -> Reclaimed {
+        let hold = self.hold_within(now, within, why, self.terms.lessee);
+        let known = self.kept.holds.iter().map(|hold| (hold.freeze, hold.end)).min();
+        let theirs = matches!(why, EndReason::Reclaimed | EndReason::Revoked);
+        let (stops, ends) = match known {
+            _ if self.kept.end.is_some() => (now, now),
+            Some((freeze, end)) => (freeze.min(self.term_end()), end.min(self.term_end())),
+            None if theirs => (hold.freeze.min(self.term_end()), hold.end.min(self.term_end())),
+            None => (self.term_end(), self.term_end()),
+        };
+        let credit = self.kept.claimed.filter(|_| theirs).map_or(Amount::ZERO, |claimed| {
+            let stops = self.kept.frozen.unwrap_or(stops);
+            let billed = stops.since(claimed).saturating_sub(self.kept.paused);
+            let charge = chain::charge(&self.terms, billed);
+            chain::credit(&self.terms, charge, self.term_end().since(stops), why)
+        });
+        let within = ends.since(now) + self.terms.grace;
+        let (shape, class) = (self.terms.shape.clone(), self.terms.class);
+        Reclaimed { lease: id, shape, class, credit, why, within }
+    }
+
+    /// How much of its term is missing because the lessor's side ended it.
+    fn missed(&self, reason: EndReason) -> Span {
+        let theirs = matches!(reason, EndReason::Reclaimed | EndReason::Revoked | EndReason::Lost);
+        match self.kept.stopped {
+            Some(stopped) if theirs => {
+                let left = self.kept.term.saturating_sub(self.kept.chain.usage.billed);
+                self.term_end().since(stopped).min(left)
+            }
+            _ => Span::ZERO,
+        }
+    }
+
+    /// Whether less than `amount` is owed beyond what was agreed to, as it is billed now.
+    fn owes_less_than(&self, amount: Amount) -> bool {
+        let Some(claimed) = self.kept.claimed else { return true };
+        let until = self.kept.frozen.unwrap_or(claimed);
+        let billed = until.since(claimed).saturating_sub(self.kept.paused);
+        let charge = chain::charge(&self.terms, billed);
+        charge.minus(self.kept.acknowledged.1) < amount || charge == self.kept.acknowledged.1
+    }
+
+    /// The hold by which a lease that was never claimed is taken back, once it is time.
+    fn withdrawn(&self, now: Boot) -> Option<Hold> {
+        self.kept.holds.iter().find(|hold| hold.freeze <= now).copied()
     }
 
     /// When `amount` more than the lessee agreed to is owed; never while that is beyond the cap.
     fn owed_at(&self, amount: Amount) -> Boot {
         let never = Boot(u64::MAX);
-        let Some(claimed) = self.kept.claimed else { return never };
+        let (Some(claimed), None) = (self.kept.claimed, self.kept.frozen) else { return never };
         let total = self.kept.acknowledged.1.plus(amount);
         if total >= self.terms.cap {
             return never;
         }
-        total.lasts_at(self.terms.rate).map_or(never, |span| claimed + span + Span::millis(1))
+        let began = claimed + self.kept.paused;
+        total.lasts_at(self.terms.rate).map_or(never, |span| began + span + Span::millis(1))
     }
 
     /// When the next receipt is due: at its interval, and early enough that a lessee who answers is
     /// never ended for what it was not asked to countersign.
     fn next_receipt(&self) -> Boot {
-        if self.unacknowledged.len() >= MAX_UNANSWERED {
+        if self.unacknowledged.len() >= MAX_UNANSWERED || self.kept.frozen.is_some() {
             return Boot(u64::MAX);
         }
         let paced = self.receipt_due - self.terms.receipt_every + MIN_RECEIPT_EVERY;
@@ -778,21 +1284,22 @@ impl Lease {
         self.owed_at(self.terms.exposure).max(asked + ANSWER)
     }
 
-    /// What an active lease is due for: `Some(Some(reason))` to end, `Some(None)` a receipt.
-    #[allow(clippy::option_option)] // nothing, an end, a receipt: said where it is used
-    fn turn(&self, now: Boot) -> Option<Option<EndReason>> {
-        let spent = self.kept.claimed.map(|at| at + chain::billable(&self.terms));
+    /// What an active lease is due for; `me` is its lessor.
+    fn turn(&self, now: Boot, me: KeyId) -> Next {
         if self.term_end() <= now {
-            Some(Some(EndReason::Term))
-        } else if spent.is_some_and(|at| at <= now) {
-            Some(Some(EndReason::Budget))
-        } else if self.exposed_out() <= now {
-            Some(Some(EndReason::Exposure))
-        } else if self.next_receipt() <= now {
-            Some(None)
-        } else {
-            None
+            return Next::End(EndReason::Term, me);
         }
+        if self.spent() <= now {
+            return Next::End(EndReason::Budget, me);
+        }
+        if let Some(hold) = self.kept.holds.iter().find(|hold| hold.end <= now) {
+            return Next::End(hold.why, hold.by);
+        }
+        let freezes = self.kept.holds.iter().any(|hold| hold.freeze <= now);
+        if self.kept.frozen.is_none() && (freezes || self.exposed_out() <= now) {
+            return Next::Freeze;
+        }
+        if self.next_receipt() <= now { Next::Receipt } else { Next::Nothing }
     }
 }
 

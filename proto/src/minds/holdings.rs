@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Ordered --grant--> Granted --claim accepted--> Claimed --termination--> Ended
+//!    |                  '----------renewal: a longer term----------'
 //!    \--refused, silent, or another grant was faster--> dropped (a surplus grant lapses, unbilled)
 //! ```
 //!
@@ -17,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::base::id::{Hash, KeyId, LeaseId, RequestId};
 use crate::base::money::Amount;
 use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
-use crate::words::chain::Chain;
-use crate::words::contract::{EndReason, Grant, Termination};
+use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
+use crate::words::contract::{EndReason, GangOf, Grant, Renewal, Termination};
 use crate::words::object::Envelope;
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Objection, ObjectionReason, Outcome, Receipt};
@@ -71,6 +72,16 @@ pub struct Held {
     pub claim_refused: bool,
     /// The release, as first sent.
     pub release: Option<Draft>,
+    /// The term that was agreed on, once granted.
+    pub term: Span,
+    /// How often it was renewed.
+    pub version: u64,
+    /// The renewal that was asked for last, with the term that it consents to.
+    pub renew: Option<(Draft, Span)>,
+    /// The lessor's yes to the last one that it said yes to.
+    pub renewal: Option<Signed>,
+    /// The gang that it was ordered for.
+    pub gang: Option<GangOf>,
     /// Where the receipts stand.
     pub chain: Chain,
     /// The latest countersignature, for a repeat of its receipt.
@@ -111,10 +122,23 @@ pub struct Holding {
     /// The last objection with the receipt it is about, and how many there were: a repeat of a
     /// receipt gets the same bytes, another one gets another number.
     objected: Option<(Hash, Draft, u64)>,
-    /// How many claims were drafted in this run: each is a statement of its own.
-    pub claims: u64,
+    /// How many claims and renewals were drafted in this run: each is a statement of its own.
+    pub acts: u64,
     /// How its job ended, by the termination.
-    pub ended: Option<(EndReason, Option<Outcome>, Amount)>,
+    pub ended: Option<Over>,
+}
+
+/// How a held lease ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Over {
+    /// Why.
+    pub reason: EndReason,
+    /// How its job ended.
+    pub outcome: Option<Outcome>,
+    /// What is owed.
+    pub charge: Amount,
+    /// What is owed back.
+    pub credit: Amount,
 }
 
 /// All leases this node holds.
@@ -145,20 +169,18 @@ impl Holdings {
         let ended = kept.termination.as_ref().and_then(|signed| {
             let envelope = Envelope::decode(&signed.envelope).ok()?;
             let end: Termination = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
-            let charge = owed(&kept.chain, terms.as_ref().map(|(_, terms)| terms), &end);
-            Some((end.reason, end.outcome, charge))
+            Some(over(&kept, terms.as_ref().map(|(_, terms)| terms), &end))
         });
-        let reason = kept.chain.end.unwrap_or(EndReason::Lost);
-        let lost = (kept.stage == Stage::Ended).then_some((reason, None, kept.chain.charge));
+        let lost = (kept.stage == Stage::Ended).then(|| unheard(&kept));
         let ended = ended.or(lost);
-        self.orders.insert(order, Holding { kept, terms, objected: None, claims: 0, ended });
+        self.orders.insert(order, Holding { kept, terms, objected: None, acts: 0, ended });
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
         self.orders.insert(
             kept.order.id(),
-            Holding { kept, terms: None, objected: None, claims: 0, ended: None },
+            Holding { kept, terms: None, objected: None, acts: 0, ended: None },
         );
     }
 
@@ -169,6 +191,7 @@ impl Holdings {
         if holding.kept.stage == Stage::Ordered {
             holding.kept.stage = Stage::Granted;
             holding.kept.grant = Some(grant.signed().clone());
+            holding.kept.term = grant.body().term;
             holding.terms = Some((lease, grant.body().clone()));
             self.leases.insert(lease, *order);
         }
@@ -227,7 +250,9 @@ impl Holdings {
         if let Some(answer) = kept.acknowledgement.as_ref().filter(|_| latest || older) {
             return Judged::Agreed(answer.clone(), false);
         }
-        let checked = kept.chain.check(&terms, body).and_then(|()| {
+        // Who asked for a renewal has consented to be billed for it, heard or not.
+        let term = kept.renew.as_ref().map_or(kept.term, |(_, asked)| kept.term.max(*asked));
+        let checked = kept.chain.check(&terms, term, body).and_then(|()| {
             // What was never claimed costs nothing. After a reboot of this host the boot clock
             // says nothing about the claim any more, and the wall clock has to do, unless it has
             // evidently been set back since.
@@ -244,7 +269,7 @@ impl Holdings {
             };
             if body.usage.billed > passed { Err(ObjectionReason::Time) } else { Ok(()) }
         });
-        let not_after = now.wall + crate::words::chain::EVIDENCE_LIFE;
+        let not_after = now.wall + EVIDENCE_LIFE;
         match checked {
             Ok(()) => {
                 let (number, charge) = (body.number, body.charge);
@@ -294,8 +319,23 @@ impl Holdings {
         holding.kept.termination = Some(termination.signed().clone());
         holding.kept.stage = Stage::Ended;
         let terms = holding.terms.as_ref().map(|(_, terms)| terms);
-        let charge = owed(&holding.kept.chain, terms, body);
-        holding.ended = Some((body.reason, body.outcome.clone(), charge));
+        holding.ended = Some(over(&holding.kept, terms, body));
+        true
+    }
+
+    /// Takes the lessor's yes to a renewal. False when it is not what was asked for.
+    pub fn renewed(&mut self, renewal: &Verified<Renewal>) -> bool {
+        let body = renewal.body();
+        let Some(holding) = self.get_mut(&body.lease) else { return false };
+        let kept = &mut holding.kept;
+        let Some((asked, term)) = &kept.renew else { return false };
+        let answers = body.of == asked.id() && body.term == *term;
+        let later = body.version > kept.version && body.term >= kept.term;
+        if !answers || !later || renewal.signer() != kept.lessor {
+            return false;
+        }
+        (kept.version, kept.term) = (body.version, body.term);
+        kept.renewal = Some(renewal.signed().clone());
         true
     }
 
@@ -307,8 +347,7 @@ impl Holdings {
             return false;
         }
         holding.kept.stage = Stage::Ended;
-        let reason = holding.kept.chain.end.unwrap_or(EndReason::Lost);
-        holding.ended = Some((reason, None, holding.kept.chain.charge));
+        holding.ended = Some(unheard(&holding.kept));
         true
     }
 }
@@ -318,17 +357,31 @@ impl Holding {
     /// drift and margin. `None` before the grant.
     #[must_use]
     pub fn relied_until(&self) -> Option<Boot> {
-        let (_, terms) = self.terms.as_ref()?;
-        let drift = terms.term.scale(DRIFT_PPM, 1_000_000);
-        Some(self.kept.sent + terms.term.saturating_sub(drift + MARGIN))
+        self.terms.as_ref()?;
+        let term = self.kept.term;
+        let drift = term.scale(DRIFT_PPM, 1_000_000);
+        Some(self.kept.sent + term.saturating_sub(drift + MARGIN))
     }
 }
 
-/// What is owed is what was agreed on, and never more than the lease allows, whatever its lessor
-/// says at the end.
-fn owed(chain: &Chain, terms: Option<&Grant>, end: &Termination) -> Amount {
-    let most = terms.map_or(Amount::ZERO, Grant::worst_case);
-    if chain.closed() { chain.charge } else { end.charge.min(most) }
+/// How a lease ended that its lessor knows no more: what was agreed so far is what is owed.
+fn unheard(kept: &Held) -> Over {
+    let reason = kept.chain.end.unwrap_or(EndReason::Lost);
+    Over { reason, outcome: None, charge: kept.chain.charge, credit: Amount::ZERO }
+}
+
+/// How a lease ended, by its termination. What is owed is what was agreed on, and never more than
+/// the lease allows, whatever its lessor says at the end; what is owed back follows from the terms.
+fn over(kept: &Held, terms: Option<&Grant>, end: &Termination) -> Over {
+    let (reason, outcome) = (end.reason, end.outcome.clone());
+    let Some(terms) = terms else {
+        let none = Amount::ZERO;
+        return Over { reason, outcome, charge: none, credit: none };
+    };
+    let most = terms.worst_case_over(kept.term);
+    let charge = if kept.chain.closed() { kept.chain.charge } else { end.charge.min(most) };
+    let credit = chain::credit(terms, charge, end.missed, reason);
+    Over { reason, outcome, charge, credit }
 }
 
 /// The act id of a claim or release, derived from what it is about so that a repeat is the same.

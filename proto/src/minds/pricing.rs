@@ -17,7 +17,7 @@ use crate::base::id::Hash;
 use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::{Boot, Now, Span};
-use crate::words::contract::{Class, Figure, Order};
+use crate::words::contract::{Class, EarlyEnd, Figure, Order};
 use crate::words::object::key_subject;
 use crate::words::record::Offer;
 use crate::words::sign::{Draft, Hand};
@@ -41,6 +41,10 @@ pub struct Policy {
     pub selling: bool,
     /// Prices per resource-hour.
     pub rates: Rates,
+    /// What slack costs, in thousandths of the firm price; none is sold when absent.
+    pub slack_permille: Option<u16>,
+    /// What holds when this side ends a lease before its term.
+    pub early: EarlyEnd,
     /// The longest term.
     pub max_term: Span,
     /// How long capacity may be held unclaimed, and unpaid.
@@ -49,6 +53,15 @@ pub struct Policy {
     pub runtimes: Vec<String>,
     /// What confines a job here.
     pub isolation: Vec<String>,
+}
+
+impl Policy {
+    /// The classes that are sold.
+    #[must_use]
+    pub fn classes(&self) -> Vec<Class> {
+        let slack = self.slack_permille.map(|_| Class::Slack);
+        if self.selling { [Class::Firm].into_iter().chain(slack).collect() } else { Vec::new() }
+    }
 }
 
 /// This node's offers.
@@ -68,7 +81,18 @@ struct Issued {
     at: Boot,
     id: Hash,
     draft: Draft,
-    rates: Rates,
+    offer: Offer,
+}
+
+/// What an offer that is still honoured says about an order.
+#[derive(Clone, Debug)]
+pub struct Honoured<'a> {
+    /// The offer.
+    pub offer: &'a Draft,
+    /// The price per hour; `None` when what is ordered has none.
+    pub rate: Option<Amount>,
+    /// What holds if the lease is ended early.
+    pub early: EarlyEnd,
 }
 
 impl Pricing {
@@ -126,8 +150,9 @@ impl Pricing {
         self.seq += 1;
         let not_after = now.wall + HONOUR;
         let draft = hand.draft(key_subject(&hand.me), self.seq, not_after, &offer)?;
-        let (id, rates) = (draft.id(), offer.rates.clone());
-        self.issued.push_back(Issued { at: now.boot, id, draft: draft.clone(), rates });
+        let id = draft.id();
+        let (at, issued) = (now.boot, offer.clone());
+        self.issued.push_back(Issued { at, id, draft: draft.clone(), offer: issued });
         if self.issued.len() > MAX_ISSUED {
             self.issued.pop_front();
         }
@@ -149,23 +174,28 @@ impl Pricing {
         Offer {
             shapes: if sells { vec![free.clone()] } else { Vec::new() },
             rates: self.policy.rates.clone(),
-            classes: if self.policy.selling { vec![Class::Firm] } else { Vec::new() },
+            slack_permille: self.policy.slack_permille.unwrap_or(1000),
+            classes: self.policy.classes(),
+            early: self.policy.early,
             max_term: self.policy.max_term,
             runtimes: self.policy.runtimes.clone(),
             isolation: self.policy.isolation.clone(),
         }
     }
 
-    /// The offer called `id` with the hourly price of `shape` under it, if it is still honoured.
+    /// What the offer called `id` says about `shape` in `class`, if it is still honoured.
     #[must_use]
     pub fn quote(
         &self,
         now: Boot,
         id: &Hash,
         shape: &Resources,
-    ) -> Option<(&Draft, Option<Amount>)> {
+        class: Class,
+    ) -> Option<Honoured<'_>> {
         let issued = self.issued.iter().rev().find(|issued| issued.id == *id)?;
-        (issued.at + HONOUR >= now).then(|| (&issued.draft, issued.rates.hourly(shape)))
+        let Issued { draft, offer, .. } = issued;
+        let (rate, early) = (offer.hourly(shape, class), offer.early);
+        (issued.at + HONOUR >= now).then_some(Honoured { offer: draft, rate, early })
     }
 
     /// Whether class, term and intervals of `order` are sold here.
@@ -174,7 +204,7 @@ impl Pricing {
     /// The figures, in milliseconds, that are out of bounds; none when it is the class, or nothing
     /// is sold at all.
     pub fn sells(&self, order: &Order) -> Result<(), Vec<Figure>> {
-        if !self.policy.selling || order.class != Class::Firm {
+        if !self.policy.classes().contains(&order.class) {
             return Err(Vec::new());
         }
         let (policy, least) = (&self.policy, crate::words::contract::MIN_RECEIPT_EVERY);
@@ -185,7 +215,7 @@ impl Pricing {
             need: need.as_millis(),
         };
         let figures: Vec<_> = [
-            (order.term > policy.max_term, figure("term_ms", policy.max_term, order.term)),
+            (order.longest > policy.max_term, figure("term_ms", policy.max_term, order.longest)),
             (
                 order.claim_within > claim_within,
                 figure("claim_within_ms", claim_within, order.claim_within),

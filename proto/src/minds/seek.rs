@@ -13,12 +13,10 @@
 
 use std::collections::VecDeque;
 
-use serde::{Deserialize, Serialize};
-
-use crate::base::id::{Hash, KeyId};
+use crate::base::id::Hash;
 use crate::base::time::{Boot, Span};
 use crate::words::contract::Reason;
-use crate::words::want::{Choice, Want};
+use crate::words::want::{Choice, Heard, Want};
 
 /// How long the best may take before the next is asked too. A grant takes one round trip and a
 /// sync; this is many times that.
@@ -49,19 +47,6 @@ struct Asked {
     order: Hash,
     choice: Choice,
     at: Boot,
-}
-
-/// What one lessor said.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Heard {
-    /// Who.
-    pub lessor: KeyId,
-    /// Its name.
-    pub name: String,
-    /// Why not; `None` when it did not answer.
-    pub reason: Option<Reason>,
-    /// In words.
-    pub detail: String,
 }
 
 /// What to do next.

@@ -39,26 +39,44 @@ pub fn charge(grant: &Grant, billed: Span) -> Amount {
     grant.rate.per_hour_over(billed).min(grant.cap)
 }
 
-/// The longest time that may be billed under `grant`: its term, or until its cap is reached.
+/// The longest time that may be billed under `grant` while its term is `term`: that, or until its
+/// cap is reached.
 #[must_use]
-pub fn billable(grant: &Grant) -> Span {
-    grant.cap.lasts_at(grant.rate).map_or(grant.term, |span| span.min(grant.term))
+pub fn billable(grant: &Grant, term: Span) -> Span {
+    grant.cap.lasts_at(grant.rate).map_or(term, |span| span.min(term))
+}
+
+/// What the lessor owes back when its side ended the lease with `missed` of its term to go, after
+/// `charge`.
+#[must_use]
+pub fn credit(grant: &Grant, charge: Amount, missed: Span, reason: EndReason) -> Amount {
+    match reason {
+        EndReason::Reclaimed | EndReason::Revoked | EndReason::Lost => {
+            grant.rate.per_hour_over(missed).permille(grant.early.credit_permille).min(charge)
+        }
+        EndReason::Lapsed
+        | EndReason::Term
+        | EndReason::Released
+        | EndReason::Budget
+        | EndReason::Exposure => Amount::ZERO,
+    }
 }
 
 impl Chain {
-    /// The receipt that follows, for `usage` so far. Usage never falls and never exceeds what may
-    /// be billed: a meter that was restarted does not take back what was agreed.
+    /// The receipt that follows, for `usage` so far, while the term is `term`. Usage never falls
+    /// and never exceeds what may be billed: a meter that was restarted does not take back what
+    /// was agreed.
     #[must_use]
     pub fn next(
         &self,
         lease: LeaseId,
-        grant: &Grant,
+        (grant, term): (&Grant, Span),
         usage: Usage,
         end: Option<EndReason>,
         at: Wall,
     ) -> Receipt {
         let usage = Usage {
-            billed: usage.billed.max(self.usage.billed).min(grant.term),
+            billed: usage.billed.max(self.usage.billed).min(term),
             cpu: usage.cpu.max(self.usage.cpu),
             memory_mib_ms: usage.memory_mib_ms.max(self.usage.memory_mib_ms),
             memory_peak: usage.memory_peak.max(self.usage.memory_peak).min(grant.shape.memory),
@@ -82,11 +100,17 @@ impl Chain {
         self.end = receipt.end;
     }
 
-    /// Whether `receipt` follows from this chain under `grant`, by what anyone can check.
+    /// Whether `receipt` follows from this chain under `grant` with the term `term`, by what anyone
+    /// can check.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn check(&self, grant: &Grant, receipt: &Receipt) -> Result<(), ObjectionReason> {
+    pub fn check(
+        &self,
+        grant: &Grant,
+        term: Span,
+        receipt: &Receipt,
+    ) -> Result<(), ObjectionReason> {
         if self.closed() || receipt.number != self.number + 1 || receipt.previous != self.last {
             return Err(ObjectionReason::Chain);
         }
@@ -98,7 +122,7 @@ impl Chain {
         {
             return Err(ObjectionReason::Chain);
         }
-        if is.billed > grant.term || is.memory_peak > grant.shape.memory {
+        if is.billed > term || is.memory_peak > grant.shape.memory {
             return Err(ObjectionReason::Limit);
         }
         if receipt.charge != charge(grant, is.billed) {

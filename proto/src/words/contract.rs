@@ -4,10 +4,13 @@
 //! lessee key --mandate--> delegate --order--> lessor --grant--> (order + grant = the lease)
 //!                                      |--------refusal-->
 //! delegate --claim, release--> lessor --acceptance | refusal-->          lessor --termination-->
+//! delegate --renew-----------> lessor --renewal | refusal-->
+//! delegate --gang------------> lessors --commit--> each other       (many leases, all or none)
 //! ```
 //!
 //! One message each way. An order names one lessor and one of its offers by hash: that fixes the
-//! price. A grant repeats every term, so that order and grant alone say what was agreed.
+//! price. A grant repeats every term, so that order and grant alone say what was agreed; later
+//! only the term can change, by a renewal that both have signed.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +32,8 @@ pub const MAX_REFERRALS: usize = 4;
 /// How many bytes of program and inputs any lease may bring beyond its disk: they are kept for
 /// whoever brings the same ones next.
 pub const FREE_PAYLOADS: u64 = 64 << 20;
+/// The most members of a gang.
+pub const MAX_GANG: usize = 64;
 /// The shortest interval between receipts that may be asked for.
 pub const MIN_RECEIPT_EVERY: Span = Span::millis(200);
 
@@ -40,6 +45,31 @@ pub enum Class {
     Firm,
     /// Until its term, unless the operator reclaims it after a notice, against a credit.
     Slack,
+}
+
+/// What holds when the lessor's side ends a lease before its term. Part of an offer, and repeated
+/// in every grant from it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct EarlyEnd {
+    /// How long before it stands still a job is told that its lease is taken back.
+    pub notice: Span,
+    /// How long it then stands frozen, unbilled, before it is ended. A job of a tenant who does
+    /// not countersign is frozen for as long.
+    pub freeze: Span,
+    /// What the lessee gets back, in thousandths of the price of the time that it misses; never
+    /// more than it was charged.
+    pub credit_permille: u16,
+}
+
+/// Of which gang a lease is to be a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GangOf {
+    /// The gang, by the number that its lessee chose.
+    pub gang: RequestId,
+    /// How many members it will have.
+    pub size: u16,
 }
 
 /// What a lessee's key lets a delegate do in its name.
@@ -92,6 +122,10 @@ pub struct Order {
     pub class: Class,
     /// For how long, from the lessor's decision on.
     pub term: Span,
+    /// To what term it may be renewed at the same price, from the decision on; at least `term`.
+    pub longest: Span,
+    /// The gang that it is for, if it is.
+    pub gang: Option<GangOf>,
     /// Within what time of the decision it will be claimed; else it lapses, unbilled.
     pub claim_within: Span,
     /// The most it may cost per hour.
@@ -136,8 +170,14 @@ pub struct Grant {
     pub cap: Amount,
     /// How much may stand unacknowledged.
     pub exposure: Amount,
-    /// For how long, from `decided` on.
+    /// For how long, from `decided` on, unless it is renewed.
     pub term: Span,
+    /// To what term it may be renewed at this price, from `decided` on.
+    pub longest: Span,
+    /// What holds if the lessor's side ends it earlier.
+    pub early: EarlyEnd,
+    /// The gang that it is for: then no job starts before every member has committed.
+    pub gang: Option<GangOf>,
     /// Within what time of `decided` it must be claimed.
     pub claim_within: Span,
     /// How long a job may take to end after the term before it is killed.
@@ -188,6 +228,16 @@ pub enum Reason {
     BadJob,
     /// Too many requests wait here.
     Busy,
+    /// The lease is not in the version that the act is about; the figures say in which it is.
+    Version,
+    /// The new term is shorter than the present one, or longer than the lease allows.
+    Term,
+    /// The operator is taking the capacity back.
+    Withdrawn,
+    /// Not every member of the gang has committed.
+    NotCommitted,
+    /// The gang is not the one that was ordered, or not made up of its members.
+    BadGang,
 }
 
 impl Reason {
@@ -211,6 +261,11 @@ impl Reason {
             Self::InUse => "the lease is in use already",
             Self::BadJob => "the job breaks a rule",
             Self::Busy => "too many requests wait there",
+            Self::Version => "the lease has changed since",
+            Self::Term => "the new term is shorter than the old one, or longer than agreed",
+            Self::Withdrawn => "its operator is taking the capacity back",
+            Self::NotCommitted => "not every member of the gang has committed",
+            Self::BadGang => "it is no member of that gang",
         }
     }
 }
@@ -302,6 +357,66 @@ pub struct Release {
     pub act: ActId,
 }
 
+/// The lessee, or its delegate, makes a lease longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// A repeat of this act is answered with the same bytes.
+    pub act: ActId,
+    /// In which version it must be for that: zero as granted, then one more with every renewal.
+    pub version: u64,
+    /// The new term, from the lessor's decision about the order on: not shorter than the present
+    /// one.
+    pub term: Span,
+}
+
+/// That a lease was made longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewal {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// Which act.
+    pub act: ActId,
+    /// The act's object.
+    pub of: Hash,
+    /// The version in which the lease is now.
+    pub version: u64,
+    /// Its term now.
+    pub term: Span,
+}
+
+/// That leases exist together or not at all: signed by their delegate over the grants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gang {
+    /// The gang, by the number in its orders.
+    pub gang: RequestId,
+    /// Whose it is.
+    pub lessee: KeyId,
+    /// Who acts for it.
+    pub delegate: KeyId,
+    /// Its members in the order of their ranks.
+    pub members: Vec<Member>,
+}
+
+/// A member of a gang.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Who lends.
+    pub lessor: KeyId,
+    /// Which lease.
+    pub lease: LeaseId,
+}
+
+/// A lessor's word that its lease is a member of a gang, durably.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The gang's certificate.
+    pub gang: Hash,
+    /// Which lease of it.
+    pub lease: LeaseId,
+}
+
 /// Why a lease ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -339,6 +454,8 @@ pub struct Termination {
     pub billed: Span,
     /// What is owed for it.
     pub charge: Amount,
+    /// How much of its term is missing because the lessor's side ended it: what the credit is for.
+    pub missed: Span,
     /// What the lessor owes back.
     pub credit: Amount,
     /// The final receipt; zero when the lease lapsed.
@@ -382,6 +499,12 @@ impl Order {
         if self.term == Span::ZERO {
             return Err("an order's term is longer than nothing");
         }
+        if self.longest < self.term {
+            return Err("an order's longest term is not shorter than its term");
+        }
+        if self.gang.is_some_and(|of| of.size == 0 || usize::from(of.size) > MAX_GANG) {
+            return Err("a gang has 1 to 64 members");
+        }
         Ok(())
     }
 }
@@ -389,7 +512,10 @@ impl Order {
 impl Grant {
     #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // one signature for every kind
     pub(super) fn check(&self) -> Result<(), &'static str> {
-        if self.shape.is_well_formed() { Ok(()) } else { Err("a grant's GPUs are well formed") }
+        if !self.shape.is_well_formed() {
+            return Err("a grant's GPUs are well formed");
+        }
+        self.early.check()
     }
 
     /// How many bytes of program and inputs a job under it may bring, each counted once: its disk
@@ -399,10 +525,40 @@ impl Grant {
         self.shape.disk.saturating_add(FREE_PAYLOADS)
     }
 
-    /// The most that this lease can cost: its cap, or its whole term at its rate.
+    /// The most that this lease can cost unless it is renewed: its cap, or its whole term at its
+    /// rate.
     #[must_use]
     pub fn worst_case(&self) -> Amount {
-        self.rate.per_hour_over(self.term).min(self.cap)
+        self.worst_case_over(self.term)
+    }
+
+    /// The most that it can cost over `term`.
+    #[must_use]
+    pub fn worst_case_over(&self, term: Span) -> Amount {
+        self.rate.per_hour_over(term).min(self.cap)
+    }
+}
+
+impl EarlyEnd {
+    pub(super) const fn check(&self) -> Result<(), &'static str> {
+        if self.credit_permille > 1000 {
+            return Err("a credit is at most the whole price");
+        }
+        Ok(())
+    }
+}
+
+impl Gang {
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        if self.members.is_empty() || self.members.len() > MAX_GANG {
+            return Err("a gang has 1 to 64 members");
+        }
+        let mut lessors: Vec<_> = self.members.iter().map(|member| member.lessor).collect();
+        lessors.sort();
+        if lessors.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err("the members of a gang are on different hosts");
+        }
+        Ok(())
     }
 }
 
@@ -475,4 +631,4 @@ macro_rules! nothing_to_check {
         pub(super) fn check(&self) -> Result<(), &'static str> { Ok(()) }
     } )* };
 }
-nothing_to_check!(Acceptance Release Termination);
+nothing_to_check!(Acceptance Release Termination Renew Renewal Commit);

@@ -8,8 +8,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::charter::Certificate;
-use super::contract::Termination;
-use super::contract::{Acceptance, Authority, Claim, Grant, Mandate, Order, Refusal, Release};
+use super::contract::{
+    Acceptance, Authority, Claim, Commit, Gang, Grant, MAX_GANG, Mandate, Order, Refusal, Release,
+    Renew, Renewal, Termination,
+};
 use super::object::Kind;
 use super::record::{HostRecord, Offer};
 use super::sign::{Draft, Papers, Signed, Verified, VerifyError};
@@ -95,6 +97,18 @@ pub enum Message {
     Inquire(LeaseId),
     /// Heard, nothing to say.
     Done,
+    /// Makes a lease longer. Answered with `Renewed` or `Refused`.
+    Renew(Signed),
+    /// A lease was made longer.
+    Renewed(Signed),
+    /// A gang's certificate, to each member's lessor, with the claim of its lease, which then needs
+    /// no further word. Answered with `Committed` or `Refused`.
+    Gang(Signed, Option<Signed>),
+    /// A lease is a member of the gang.
+    Committed(Signed),
+    /// The commits of other members, for this lease of the hearer's. Answered with `Commits`: what
+    /// the hearer knows of that gang, or none.
+    Commits(LeaseId, Vec<Signed>),
 }
 
 /// A message as a mind utters it: objects in it are drafts, which the shell signs once they are
@@ -105,6 +119,30 @@ pub enum Utterance {
     Plain(Message),
     /// One object of this node's, still to be signed.
     Signs(Word, Draft),
+    /// A gang's certificate and a claim under it, both still to be signed.
+    Gang(Draft, Option<Draft>),
+    /// Commits of others, and perhaps this node's own, for this lease of the hearer's.
+    Commits(LeaseId, Vec<Signed>, Option<Draft>),
+}
+
+impl Utterance {
+    /// The message to send, once what is to be signed is: by `sign`, after the barrier.
+    ///
+    /// # Errors
+    /// What `sign` says.
+    pub fn carry<E>(self, sign: impl Fn(&Draft) -> Result<Signed, E>) -> Result<Message, E> {
+        Ok(match self {
+            Self::Plain(message) => message,
+            Self::Signs(word, draft) => word.carry(sign(&draft)?),
+            Self::Gang(gang, claim) => {
+                Message::Gang(sign(&gang)?, claim.as_ref().map(sign).transpose()?)
+            }
+            Self::Commits(lease, mut commits, own) => {
+                commits.extend(own.as_ref().map(sign).transpose()?);
+                Message::Commits(lease, commits)
+            }
+        })
+    }
 }
 
 /// Which message an object of this node's travels in.
@@ -122,6 +160,12 @@ pub enum Word {
     Release,
     /// [`Message::Accepted`]
     Accepted,
+    /// [`Message::Renew`]
+    Renew,
+    /// [`Message::Renewed`]
+    Renewed,
+    /// [`Message::Committed`]
+    Committed,
     /// [`Message::Receipt`]
     Receipt,
     /// [`Message::Acknowledged`]
@@ -143,6 +187,9 @@ impl Word {
             Self::Claim => Message::Claim(signed),
             Self::Release => Message::Release(signed),
             Self::Accepted => Message::Accepted(signed),
+            Self::Renew => Message::Renew(signed),
+            Self::Renewed => Message::Renewed(signed),
+            Self::Committed => Message::Committed(signed),
             Self::Receipt => Message::Receipt(signed),
             Self::Acknowledged => Message::Acknowledged(signed),
             Self::Objected => Message::Objected(signed),
@@ -253,6 +300,16 @@ pub enum Said {
     Release(Verified<Release>),
     /// See [`Message::Accepted`].
     Accepted(Verified<Acceptance>),
+    /// See [`Message::Renew`].
+    Renew(Verified<Renew>),
+    /// See [`Message::Renewed`].
+    Renewed(Verified<Renewal>),
+    /// See [`Message::Gang`].
+    Gang(Verified<Gang>, Option<Verified<Claim>>),
+    /// See [`Message::Committed`].
+    Committed(Verified<Commit>),
+    /// See [`Message::Commits`].
+    Commits(LeaseId, Vec<Verified<Commit>>),
     /// See [`Message::Receipt`].
     Receipt(Verified<Receipt>),
     /// See [`Message::Acknowledged`].
@@ -292,6 +349,9 @@ pub fn decode(frame: &[u8]) -> Result<Message, DecodeError> {
         }
         Message::Records(records) if records.len() > MAX_RECORDS => {
             Err(DecodeError::Invalid("a message carries at most 256 records"))
+        }
+        Message::Commits(_, commits) if commits.len() > MAX_GANG => {
+            Err(DecodeError::Invalid("a message carries at most 64 commits"))
         }
         Message::Digest(buckets) if buckets.len() != BUCKETS => {
             Err(DecodeError::Invalid("a digest has 256 buckets"))
@@ -346,6 +406,17 @@ pub fn verify_among(
         Message::Claim(signed) => Said::Claim(signed.verify(fabric)?),
         Message::Release(signed) => Said::Release(signed.verify(fabric)?),
         Message::Accepted(signed) => Said::Accepted(signed.verify(fabric)?),
+        Message::Renew(signed) => Said::Renew(signed.verify(fabric)?),
+        Message::Renewed(signed) => Said::Renewed(signed.verify(fabric)?),
+        Message::Gang(gang, claim) => {
+            let claim = claim.as_ref().map(|claim| claim.verify(fabric)).transpose()?;
+            Said::Gang(gang.verify(fabric)?, claim)
+        }
+        Message::Committed(signed) => Said::Committed(signed.verify(fabric)?),
+        Message::Commits(lease, commits) => Said::Commits(
+            *lease,
+            commits.iter().map(|commit| commit.verify(fabric)).collect::<Result<_, _>>()?,
+        ),
         Message::Receipt(signed) => Said::Receipt(signed.verify(fabric)?),
         Message::Acknowledged(signed) => Said::Acknowledged(signed.verify(fabric)?),
         Message::Objected(signed) => Said::Objected(signed.verify(fabric)?),

@@ -14,7 +14,10 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
 use super::charter::{Certificate, Charter};
-use super::contract::{Acceptance, Claim, Grant, Mandate, Order, Refusal, Release, Termination};
+use super::contract::{
+    Acceptance, Claim, Commit, Gang, Grant, Mandate, Order, Refusal, Release, Renew, Renewal,
+    Termination,
+};
 use super::record::{HostRecord, Offer};
 use super::sign::{Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
@@ -226,7 +229,7 @@ kinds! {
     /// The no to an order or an act. Subject: what is refused.
     8 "refusal" 24 KiB Refusal
     /// First use of a lease, with its job. Subject: the lease.
-    9 "claim" 18 KiB Claim
+    9 "claim" 17 KiB Claim
     /// That an act was accepted. Subject: the act's object.
     10 "acceptance" 1 KiB Acceptance
     /// The lessee gives a lease back. Subject: the lease.
@@ -239,6 +242,14 @@ kinds! {
     14 "acknowledgement" 1 KiB Acknowledgement
     /// The lessee's disagreement with a receipt. Subject: the lease.
     15 "objection" 1 KiB Objection
+    /// The lessee makes a lease longer. Subject: the lease.
+    16 "renew" 1 KiB Renew
+    /// That a lease was made longer. Subject: the lease.
+    17 "renewal" 1 KiB Renewal
+    /// That leases exist together or not at all. Subject: hash of lessee and gang.
+    18 "gang" 5 KiB Gang
+    /// A lessor's word that its lease is a member of a gang. Subject: the lease.
+    19 "commit" 1 KiB Commit
 }
 
 impl fmt::Display for Kind {

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
 use super::charter::MAX_NAME;
-use super::contract::Class;
+use super::contract::{Class, EarlyEnd};
 use super::sign::Signed;
+use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::Span;
 
@@ -62,10 +63,14 @@ pub struct Addresses {
 pub struct Offer {
     /// The largest shapes that can be leased now, not sums over fragments.
     pub shapes: Vec<Resources>,
-    /// The prices, in the charter's currency.
+    /// The prices of firm capacity, in the charter's currency.
     pub rates: Rates,
+    /// What slack capacity costs, in thousandths of that.
+    pub slack_permille: u16,
     /// The classes it sells.
     pub classes: Vec<Class>,
+    /// What holds if it ends a lease before its term.
+    pub early: EarlyEnd,
     /// The longest term it grants.
     pub max_term: Span,
     /// The runtimes it has: `wasm`, ….
@@ -115,7 +120,20 @@ impl Offer {
         if self.rates.gpu_hour.len() > crate::base::resource::MAX_GPU_KINDS {
             return Err("an offer has at most 16 GPU rates");
         }
-        Ok(())
+        if self.slack_permille > 1000 {
+            return Err("slack costs no more than firm capacity");
+        }
+        self.early.check()
+    }
+
+    /// What `shape` costs per hour in `class`; `None` when it has no price.
+    #[must_use]
+    pub fn hourly(&self, shape: &Resources, class: Class) -> Option<Amount> {
+        let firm = self.rates.hourly(shape)?;
+        Some(match class {
+            Class::Firm => firm,
+            Class::Slack => firm.permille(self.slack_permille),
+        })
     }
 
     /// Whether `shape` fits one of the shapes.

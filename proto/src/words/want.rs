@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::contract::Class;
+use super::contract::{Class, Reason};
 use crate::base::id::{Hash, KeyId};
 use crate::base::money::Amount;
 use crate::base::resource::Resources;
@@ -17,6 +17,8 @@ pub struct Want {
     pub class: Class,
     /// For how long.
     pub term: Span,
+    /// To what term it may be renewed; at least `term`.
+    pub longest: Span,
     /// Within what time it will be claimed.
     pub claim_within: Span,
     /// The most it may cost per hour.
@@ -54,4 +56,17 @@ pub struct Choice {
     pub score: u64,
     /// Why it stands where it stands.
     pub why: String,
+}
+
+/// What one lessor said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heard {
+    /// Who.
+    pub lessor: KeyId,
+    /// Its name.
+    pub name: String,
+    /// Why not; `None` when it did not answer.
+    pub reason: Option<Reason>,
+    /// In words.
+    pub detail: String,
 }

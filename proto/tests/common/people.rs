@@ -9,7 +9,9 @@ use leasehold_proto::base::resource::{Rates, Resources};
 use leasehold_proto::base::time::{Boot, BootId, Now, Span, Wall};
 use leasehold_proto::minds::book::{Book, Placed, Quote};
 use leasehold_proto::words::charter::{Certificate, Charter, Limits, Organisation, Role};
-use leasehold_proto::words::contract::{Authority, Class, Grant, JobSpec, Mandate, Order};
+use leasehold_proto::words::contract::{
+    Authority, Class, EarlyEnd, Grant, JobSpec, Mandate, Order,
+};
 use leasehold_proto::words::object::{Body, key_subject, order_subject};
 use leasehold_proto::words::sign::{Draft, Hand, HeaderOf, Signed, Signer, Verified};
 use leasehold_proto::words::{wire, wire::MAX_OBJECT};
@@ -102,6 +104,12 @@ impl People {
         Hand { fabric: self.fabric, me: self.lessor.id(), epoch }
     }
 
+    /// Ten seconds' notice, two frozen, and half of what is missed.
+    pub fn early() -> EarlyEnd {
+        let (notice, freeze) = (Span::secs(10), Span::secs(2));
+        EarlyEnd { notice, freeze, credit_permille: 500 }
+    }
+
     pub fn rates() -> Rates {
         Rates { cpu_hour: Amount(36_000_000_000), ..Rates::default() }
     }
@@ -118,6 +126,8 @@ impl People {
             shape: Resources::new(cores * 1000, cores << 30, 0),
             class: Class::Firm,
             term,
+            longest: term,
+            gang: None,
             claim_within: claim,
             ceiling: Amount::MAX,
             cap: Amount(10 * UNIT),
@@ -161,6 +171,8 @@ impl People {
         let offer = Offer {
             shapes: Vec::new(),
             rates: Self::rates(),
+            slack_permille: 500,
+            early: Self::early(),
             classes: vec![Class::Firm],
             max_term: Span::secs(3600),
             runtimes: vec!["wasm".into()],
@@ -174,7 +186,8 @@ impl People {
     pub fn place(&self, book: &mut Book, at: Now, order: &Verified<Order>) -> Placed {
         let offer = self.offer();
         let rate = Self::rates().hourly(&order.body().shape);
-        book.place(at, order, &Quote { offer: Some((&offer, rate)), sold: Ok(()) })
+        let offer = Some((&offer, rate, Self::early()));
+        book.place(at, order, &Quote { offer, sold: Ok(()) })
     }
 
     /// Places an order that must be granted.

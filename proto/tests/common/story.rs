@@ -11,8 +11,9 @@ use leasehold_proto::proof::Proof;
 use leasehold_proto::words::chain::Chain;
 use leasehold_proto::words::charter::{Certificate, Charter, Limits, Organisation, Role};
 use leasehold_proto::words::contract::{
-    Acceptance, Authority, Claim, Class, EndReason, Fence, Figure, Grant, Input, JobSpec, Mandate,
-    Order, Reason, Refusal, Release, Termination,
+    Acceptance, Authority, Claim, Class, Commit, EarlyEnd, EndReason, Fence, Figure, Gang, GangOf,
+    Grant, Input, JobSpec, Mandate, Member, Order, Reason, Refusal, Release, Renew, Renewal,
+    Termination,
 };
 use leasehold_proto::words::message::{BUCKETS, Message, RecordName};
 use leasehold_proto::words::object::{Body, Kind, key_subject, order_subject};
@@ -53,6 +54,10 @@ pub(crate) struct Story {
     pub(crate) refusal: Signed,
     pub(crate) claim: Signed,
     pub(crate) acceptance: Signed,
+    pub(crate) renew: Signed,
+    pub(crate) renewal: Signed,
+    pub(crate) gang: Signed,
+    pub(crate) commit: Signed,
     pub(crate) receipts: Vec<Signed>,
     pub(crate) acknowledgements: Vec<Signed>,
     pub(crate) objection: Signed,
@@ -145,9 +150,13 @@ impl Story {
         };
         let host = node_pen.sign(key_subject(&node), &host);
         let rate = rates.hourly(&shape).expect("every kind has a rate");
+        let early =
+            EarlyEnd { notice: Span::secs(30), freeze: Span::secs(5), credit_permille: 100 };
         let offer = Offer {
             shapes: vec![all],
             rates,
+            slack_permille: 600,
+            early,
             classes: vec![Class::Firm, Class::Slack],
             max_term: Span::secs(86_400),
             runtimes: vec!["wasm".into()],
@@ -175,6 +184,8 @@ impl Story {
             shape: shape.clone(),
             class: Class::Firm,
             term: Span::secs(3_600),
+            longest: Span::secs(7_200),
+            gang: Some(GangOf { gang: RequestId::derive(&[b"the crew"]), size: 2 }),
             claim_within: Span::secs(10),
             ceiling: Amount(100_000_000),
             cap: Amount(50_000_000),
@@ -201,6 +212,9 @@ impl Story {
             cap: order.cap,
             exposure: order.exposure,
             term: order.term,
+            longest: order.longest,
+            early,
+            gang: order.gang,
             claim_within: order.claim_within,
             grace: Span::secs(5),
             receipt_every: order.receipt_every,
@@ -225,6 +239,17 @@ impl Story {
         let acceptance = Acceptance { lease, act: act(b"claim"), of: claim.id() };
         let acceptance = node_pen.sign(claim.id(), &acceptance);
         let release = delegate_pen.sign(lease.0, &Release { lease, act: act(b"release") });
+        let term = Span::secs(5_400);
+        let renew = Renew { lease, act: act(b"renew"), version: 0, term };
+        let renew = delegate_pen.sign(lease.0, &renew);
+        let renewal = Renewal { lease, act: act(b"renew"), of: renew.id(), version: 1, term };
+        let renewal = node_pen.sign(lease.0, &renewal);
+        let number = RequestId::derive(&[b"the crew"]);
+        let other = Member { lessor: delegate, lease: LeaseId(Hash::of(b"another lease")) };
+        let members = vec![Member { lessor: node, lease }, other];
+        let gang = Gang { gang: number, lessee: tenant, delegate, members };
+        let gang = delegate_pen.sign(order_subject(&tenant, &number), &gang);
+        let commit = node_pen.sign(lease.0, &Commit { gang: gang.id(), lease });
         let mut chain = Chain::default();
         let (mut receipts, mut acknowledgements) = (Vec::new(), Vec::new());
         for (seconds, end) in [(10, None), (20, None), (27, Some(EndReason::Released))] {
@@ -235,7 +260,7 @@ impl Story {
                 memory_peak: GIB,
             };
             let at = START + Span::secs(62 + seconds);
-            let receipt: Receipt = chain.next(lease, &grant, usage, end, at);
+            let receipt: Receipt = chain.next(lease, (&grant, term), usage, end, at);
             let signed = node_pen.sign(lease.0, &receipt);
             chain.advance(&receipt, signed.id());
             let (number, charge) = (receipt.number, receipt.charge);
@@ -253,6 +278,7 @@ impl Story {
             at: START + Span::secs(89),
             billed: chain.usage.billed,
             charge,
+            missed: Span::ZERO,
             credit: Amount::ZERO,
             receipt,
             outcome: Some(Outcome::Exited(0)),
@@ -272,6 +298,10 @@ impl Story {
             refusal,
             claim,
             acceptance,
+            renew,
+            renewal,
+            gang,
+            commit,
             receipts,
             acknowledgements,
             objection,
@@ -287,6 +317,7 @@ impl Story {
             offer: Some(self.offer.clone()),
             order: self.order.clone(),
             grant: self.grant.clone(),
+            renewals: vec![self.renew.clone(), self.renewal.clone()],
             receipts: self.receipts.clone(),
             acknowledgements: self.acknowledgements.clone(),
             termination: Some(self.termination.clone()),
@@ -311,6 +342,10 @@ impl Story {
             &self.receipts[2],
             &self.acknowledgements[2],
             &self.objection,
+            &self.renew,
+            &self.renewal,
+            &self.gang,
+            &self.commit,
         ]
         .map(|signed| {
             let kind = signed.header().expect("an envelope").kind;
@@ -322,6 +357,7 @@ impl Story {
     /// One message of every sort, by a name of its own.
     pub(crate) fn messages(&self) -> Vec<(&'static str, Message)> {
         let key = Signer::from_seed(&LESSOR).id();
+        let lease = LeaseId(self.grant.id());
         let names = vec![
             RecordName { key, kind: Kind::HostRecord, epoch: 7, seq: 1, tag: 9 },
             RecordName { key, kind: Kind::Unknown(700), epoch: 7, seq: 2, tag: 8 },
@@ -352,8 +388,13 @@ impl Story {
             ("acknowledged", Message::Acknowledged(self.acknowledgements[0].clone())),
             ("objected", Message::Objected(self.objection.clone())),
             ("terminated", Message::Terminated(self.termination.clone())),
-            ("inquire", Message::Inquire(LeaseId(self.grant.id()))),
+            ("inquire", Message::Inquire(lease)),
             ("done", Message::Done),
+            ("renew", Message::Renew(self.renew.clone())),
+            ("renewed", Message::Renewed(self.renewal.clone())),
+            ("gang", Message::Gang(self.gang.clone(), Some(self.claim.clone()))),
+            ("committed", Message::Committed(self.commit.clone())),
+            ("commits", Message::Commits(lease, vec![self.commit.clone()])),
         ]
     }
 }

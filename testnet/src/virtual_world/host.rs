@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use leasehold_proto::base::dice::Dice;
-use leasehold_proto::base::id::LeaseId;
+use leasehold_proto::base::id::{Hash, LeaseId};
 use leasehold_proto::base::time::{Boot, BootId, Now, Span, Wall};
 use leasehold_proto::core::kept::ReadError;
 use leasehold_proto::core::{Kept, StartJob};
@@ -103,6 +103,8 @@ impl Disk {
 /// A job under its warden.
 #[derive(Debug)]
 pub(super) struct Job {
+    /// The claim that it was started for.
+    pub(super) claim: Hash,
     started_us: u64,
     /// When it ends, as things stand.
     pub(super) ends_us: u64,
@@ -112,9 +114,17 @@ pub(super) struct Job {
     pub(super) plan: u64,
     /// When it ended.
     pub(super) ended_us: Option<u64>,
-    /// Whether it ignores being asked to end.
-    stubborn: bool,
-    grace: Span,
+    /// When and how it would end by itself, while it is not frozen.
+    own: Option<(u64, Outcome)>,
+    /// When it was stopped, with the time that takes.
+    stopped: Option<u64>,
+    deadline_us: u64,
+    /// How long it takes to end once it is asked to.
+    late_us: u64,
+    /// Since when it stands still.
+    pub(super) frozen: Option<u64>,
+    /// For how long it stood still before.
+    paused_us: u64,
     /// Of a thousand, how busy it is.
     busy: u64,
     memory: u64,
@@ -129,45 +139,88 @@ impl Job {
         endless: u64,
         dice: &mut Dice,
     ) -> Self {
-        let left = clock.when(what.deadline).saturating_sub(us);
+        let deadline_us = clock.when(what.deadline).max(us);
+        let grace = what.grace.as_millis() * 1000;
         let stubborn = dice.chance(1, 4);
-        let late =
-            if stubborn { what.grace.as_millis() * 1000 } else { 1_000 + dice.below(300_000) };
-        let deadline = us + left + late.min(what.grace.as_millis() * 1000);
+        let late = if stubborn { grace } else { 1_000 + dice.below(300_000) };
         let fetched = us + 1_000 + dice.below(50_000);
-        let (ends, outcome) = if dice.chance(1, 30) {
-            (fetched, Outcome::NoPayload("no holder answers".into()))
+        let left = (deadline_us - us).max(1);
+        let own = if dice.chance(1, 30) {
+            Some((fetched, Outcome::NoPayload("no holder answers".into())))
         } else if dice.chance(endless, 1000) {
-            (u64::MAX, Outcome::Deadline)
+            None
         } else {
             let code = i32::try_from(dice.below(3)).unwrap_or(0);
-            (fetched + dice.below(left.max(1) * 3 / 2 + 1), Outcome::Exited(code))
+            Some((fetched + dice.below(left * 3 / 2 + 1), Outcome::Exited(code)))
         };
-        let outcome = if ends <= deadline { outcome } else { Outcome::Deadline };
-        Self {
+        let mut job = Self {
+            claim: what.claim,
             started_us: us,
-            ends_us: ends.min(deadline),
-            outcome,
+            ends_us: 0,
+            outcome: Outcome::Deadline,
             plan: 0,
             ended_us: None,
-            stubborn,
-            grace: what.grace,
+            own,
+            stopped: None,
+            deadline_us,
+            late_us: late.min(grace),
+            frozen: None,
+            paused_us: 0,
             busy: dice.below(1_001),
             memory: dice.below(what.shape.memory.max(1)),
+        };
+        job.replan();
+        job
+    }
+
+    /// Finds out when it ends from what is known now.
+    fn replan(&mut self) {
+        let own = self.own.clone().filter(|_| self.frozen.is_none());
+        let stopped = self.stopped.map(|at| (at, Outcome::Stopped));
+        let deadline = (self.deadline_us + self.late_us, Outcome::Deadline);
+        let first = own.into_iter().chain(stopped).chain([deadline]).min_by_key(|(at, _)| *at);
+        if let Some((at, outcome)) = first {
+            (self.ends_us, self.outcome) = (at, outcome);
+        }
+        self.plan += 1;
+    }
+
+    /// It is asked to end; what is frozen is thawed for that. True when that moves its end.
+    pub(super) fn stop(&mut self, us: u64) -> bool {
+        if self.ended_us.is_some() || self.stopped.is_some() {
+            return false;
+        }
+        self.thaw(us);
+        self.stopped = Some(us + self.late_us);
+        self.replan();
+        true
+    }
+
+    /// Its warden takes a later deadline.
+    pub(super) fn extend(&mut self, deadline_us: u64) {
+        if self.ended_us.is_none() {
+            self.deadline_us = self.deadline_us.max(deadline_us);
+            self.replan();
         }
     }
 
-    /// It is asked to end. True when that moves its end.
-    pub(super) fn stop(&mut self, us: u64, dice: &mut Dice) -> bool {
-        let grace = self.grace.as_millis() * 1000;
-        let late = if self.stubborn { grace } else { (1_000 + dice.below(300_000)).min(grace) };
-        if self.ended_us.is_some() || self.ends_us <= us + late {
-            return false;
+    /// It stands still from now on.
+    pub(super) fn freeze(&mut self, us: u64) {
+        if self.ended_us.is_none() && self.stopped.is_none() && self.frozen.is_none() {
+            self.frozen = Some(us);
+            self.replan();
         }
-        self.ends_us = us + late;
-        self.outcome = Outcome::Stopped;
-        self.plan += 1;
-        true
+    }
+
+    /// It goes on.
+    pub(super) fn thaw(&mut self, us: u64) {
+        if let Some(since) = self.frozen.take() {
+            self.paused_us += us - since;
+            if let Some((at, _)) = &mut self.own {
+                *at += us - since;
+            }
+            self.replan();
+        }
     }
 
     /// It is killed.
@@ -181,7 +234,9 @@ impl Job {
 
     /// What it used by `us`.
     pub(super) fn usage(&self, us: u64) -> Usage {
-        let ran = self.ended_us.unwrap_or(us).saturating_sub(self.started_us) / 1000;
+        let until = self.ended_us.unwrap_or(us);
+        let still = self.paused_us + self.frozen.map_or(0, |since| until.saturating_sub(since));
+        let ran = until.saturating_sub(self.started_us).saturating_sub(still) / 1000;
         Usage {
             billed: Span::ZERO,
             cpu: Span::millis(ran * self.busy / 1000),

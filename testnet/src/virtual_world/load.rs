@@ -6,9 +6,9 @@ use leasehold_proto::base::id::{Hash, LeaseId, Payload};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::{GIB, Rates, Resources};
 use leasehold_proto::base::time::Span;
-use leasehold_proto::core::{Command, Failure, Reply};
+use leasehold_proto::core::{Command, Failure, Leased, Reply};
 use leasehold_proto::minds::pricing::Policy;
-use leasehold_proto::words::contract::{Class, JobSpec, Order};
+use leasehold_proto::words::contract::{Class, EarlyEnd, Grant, JobSpec, Order};
 use leasehold_proto::words::message::verify_order;
 use leasehold_proto::words::object::Envelope;
 use leasehold_proto::words::sign::{Draft, HeaderOf};
@@ -27,6 +27,10 @@ pub(super) enum Purpose {
     Draft,
     /// To use a lease, or end it, or see its end.
     Act(LeaseId, &'static str),
+    /// To get leases on several hosts.
+    Gang,
+    /// To have capacity back, or to sell again.
+    Operator,
     /// To look.
     Look,
 }
@@ -60,6 +64,12 @@ pub(super) fn policy(dice: &mut Dice) -> Policy {
             disk_gib_hour: Amount(dice.below(100_000)),
             gpu_hour: Vec::new(),
         },
+        slack_permille: Some(400 + u16::try_from(dice.below(601)).unwrap_or(0)),
+        early: EarlyEnd {
+            notice: Span::millis(500 + dice.below(5_000)),
+            freeze: Span::millis(dice.below(3_000)),
+            credit_permille: u16::try_from(dice.below(1_001)).unwrap_or(0),
+        },
         max_term: Span::secs(3600),
         max_claim_within: Span::secs(300),
         runtimes: vec!["wasm".into()],
@@ -75,8 +85,9 @@ fn want(load: &Load, dice: &mut Dice) -> Want {
     let exposure = if dice.chance(1, 10) { dice.below(100_000) } else { UNIT };
     Want {
         shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
-        class: Class::Firm,
+        class: if dice.chance(1, 3) { Class::Slack } else { Class::Firm },
         term,
+        longest: if dice.chance(1, 2) { term.scale(1 + dice.below(4), 1) } else { term },
         claim_within: span(dice, load.claim_within).min(term),
         max_hourly: Amount(10 * UNIT),
         budget: Amount(budget),
@@ -111,9 +122,31 @@ pub(super) fn begin(load: &Load, me: &Identity, dice: &mut Dice) -> (Purpose, Co
             let lessee = me.tenant.id();
             (Purpose::Draft, Command::DraftOrder { want, lessee, certificate })
         }
+        n if (900..930).contains(&n) => {
+            let size = u16::try_from(1 + dice.below(5)).unwrap_or(1);
+            let claim_within = want.claim_within.max(Span::secs(3)).min(want.term);
+            let want = Want { claim_within, ..want };
+            let job = dice.chance(3, 4).then(|| job(dice));
+            (Purpose::Gang, Command::Gang { want, size, job, together: dice.chance(1, 2) })
+        }
+        n if (930..960).contains(&n) => (Purpose::Operator, operate(dice)),
         n if n >= 980 => (Purpose::Look, Command::Plan(want)),
         n if n >= 960 => (Purpose::Look, Command::View),
         _ => (Purpose::Lease, Command::Lease(want)),
+    }
+}
+
+/// The owner of a host wants something.
+fn operate(dice: &mut Dice) -> Command {
+    let within = Span::millis(dice.below(15_000));
+    let dry_run = dice.chance(1, 5);
+    match dice.below(5) {
+        0 => Command::Drain { within, revoke: dice.chance(1, 2), dry_run },
+        1 | 2 => {
+            let shape = Resources::new(500 * (1 + dice.below(6)), GIB / 4, 0);
+            Command::Reclaim { shape, within, dry_run }
+        }
+        _ => Command::Resume,
     }
 }
 
@@ -128,13 +161,18 @@ pub(super) fn go_on(
 ) -> Vec<Later> {
     match reply {
         Ok(Reply::Leased(leased)) => {
-            let grant = Envelope::decode(&leased.grant.envelope).ok();
-            let grant = grant.and_then(|envelope| {
-                wire::decode::<MAX_OBJECT, leasehold_proto::words::contract::Grant>(&envelope.body)
-                    .ok()
-            });
-            let Some(grant) = grant else { return Vec::new() };
-            use_lease(load, leased.lease, grant.claim_within, grant.term, dice)
+            let Some(grant) = grant_in(leased) else { return Vec::new() };
+            use_lease(load, leased.lease, &grant, dice)
+        }
+        Ok(Reply::Ganged { leases, .. }) => {
+            let uses = leases.iter().filter_map(|leased| Some((leased.lease, grant_in(leased)?)));
+            let uses: Vec<_> = uses.collect();
+            uses.iter().flat_map(|(id, grant)| use_lease(load, *id, grant, dice)).collect()
+        }
+        // Who drained or reclaimed sells again after a while.
+        Ok(Reply::Reclaim(_)) if *purpose == Purpose::Operator => {
+            let after_us = 1_000_000 * (1 + dice.below(20));
+            vec![Later { after_us, purpose: Purpose::Operator, command: Command::Resume }]
         }
         Ok(Reply::Drafted(draft, _)) => sign_elsewhere(fabric, me, draft, dice),
         // A file that got no answer is carried again.
@@ -145,19 +183,20 @@ pub(super) fn go_on(
     }
 }
 
-fn use_lease(
-    load: &Load,
-    lease: LeaseId,
-    claim_within: Span,
-    term: Span,
-    dice: &mut Dice,
-) -> Vec<Later> {
+fn grant_in(leased: &Leased) -> Option<Grant> {
+    let envelope = Envelope::decode(&leased.grant.envelope).ok()?;
+    wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()
+}
+
+fn use_lease(load: &Load, lease: LeaseId, grant: &Grant, dice: &mut Dice) -> Vec<Later> {
+    let (claim_within, term) = (grant.claim_within, grant.term);
     let mut plan = Vec::new();
     let mut later = |after: Span, command: Command| {
         let after_us = after.as_millis() * 1000;
         let act = match &command {
             Command::Claim { .. } => "claim",
             Command::Release(_) => "release",
+            Command::Renew { .. } => "renew",
             _ => "await its end",
         };
         plan.push(Later { after_us, purpose: Purpose::Act(lease, act), command });
@@ -180,6 +219,19 @@ fn use_lease(
             later(after + Span::millis(dice.below(50)), Command::Claim { lease, job: job.clone() });
         }
         later(after, Command::Claim { lease, job });
+    }
+    if grant.longest > term {
+        // In steps, now and then too late, too long, or twice.
+        let mut after = Span::millis(dice.below(term.as_millis()));
+        for step in 1..=1 + dice.below(3) {
+            let more = grant.longest.saturating_sub(term).scale(step, 3);
+            let term = term + more + Span::secs(u64::from(dice.chance(1, 10)) * 10_000);
+            later(after, Command::Renew { lease, term });
+            if dice.chance(1, 5) {
+                later(after + Span::millis(dice.below(300)), Command::Renew { lease, term });
+            }
+            after = after + Span::millis(dice.below(term.as_millis().min(60_000)));
+        }
     }
     if dice.chance(load.released, 1000) {
         let after = Span::millis(dice.below(term.as_millis()));
@@ -217,7 +269,8 @@ fn sign_elsewhere(fabric: &Fabric, me: &Identity, draft: &Draft, dice: &mut Dice
 fn with_other_term(draft: &Draft) -> Option<Draft> {
     let envelope = Envelope::decode(&draft.envelope).ok()?;
     let order: Order = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
-    let order = Order { term: order.term + Span::secs(1), ..order };
+    let (term, longest) = (order.term + Span::secs(1), order.longest + Span::secs(1));
+    let order = Order { term, longest, ..order };
     let header = envelope.header;
     let header = HeaderOf {
         fabric: header.fabric,
