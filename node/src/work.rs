@@ -4,7 +4,8 @@
 //! `warden`) holds the deadline, the meter and a unix socket; below it the **runner** (module
 //! `runner`), confined and in a cgroup of its own, executes the program and dies with the warden.
 //! Neither needs the node: after a crash of the node the job goes on and still ends in time, and
-//! everything about it lies in its directory.
+//! everything about it lies in its directory. The next run of the node takes it back
+//! ([`Work::adopt`]).
 //!
 //! ```text
 //! JOBS/<lease>/            0700
@@ -12,7 +13,8 @@
 //!   status.json            where it stands, replaced whole by the warden
 //!   lock                   held by the warden while it lives, then by who reaped the job
 //!   socket                 the warden's, gone when the job has ended
-//!   in/  out/              the guest's directories, gone when the job has ended
+//!   in/  out/              the guest's directories, gone when the job has ended; `in/.notice`
+//!                          comes and goes while it runs
 //!   stdout  stderr         bounded logs
 //!   outputs/               the declared outputs, once the job has ended
 //! ```
@@ -21,6 +23,7 @@
 //! `__warden DIR` and `__runner DIR`; its `main` must hand these to [`warden_main`] and
 //! [`runner_main`] before it starts any thread, [`hidden`] does that.
 
+mod adopt;
 mod cgroup;
 mod confine;
 mod disk;
@@ -30,10 +33,11 @@ mod runner;
 mod spec;
 mod warden;
 mod wasm;
+mod watched;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -45,10 +49,11 @@ use std::time::Duration;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+pub use adopt::{Adopted, Reaped};
 pub use cgroup::Cgroup;
 pub use process::Process;
 pub use runner::runner_main;
@@ -60,6 +65,7 @@ pub use spec::{
 pub use warden::warden_main;
 
 use spec::{Answer, Ask, JobFile, MAX_JSON, boot_id, file, read_json, write_json};
+use watched::Watched;
 
 /// How long a new warden may take to answer.
 const WARDEN_STARTS: Duration = Duration::from_secs(20);
@@ -67,7 +73,7 @@ const WARDEN_STARTS: Duration = Duration::from_secs(20);
 const WARDEN_ANSWERS: Duration = Duration::from_secs(5);
 /// How long a killed process may take to be gone.
 const DIES: Duration = Duration::from_secs(10);
-/// Between two looks at a growing log.
+/// Between two looks at what nobody tells about.
 const POLL: Duration = Duration::from_millis(50);
 /// The most that one read of a log returns.
 const MAX_CHUNK: usize = 1 << 20;
@@ -217,21 +223,10 @@ pub struct Orphan {
     pub lease: String,
     /// Its directory.
     pub dir: PathBuf,
-    /// Whether its warden lives.
+    /// Whether its warden lives: the very process of its status, with the lock in its hand.
     pub live: bool,
     /// Its newest status; none if the warden never wrote one.
     pub status: Option<Status>,
-}
-
-/// What is left of an orphan once it is reaped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reaped {
-    /// The lease.
-    pub lease: String,
-    /// How it ended: as its warden said, or [`Outcome::Lost`] if it had to be killed.
-    pub outcome: Outcome,
-    /// What it used, up to the last thing known.
-    pub usage: Usage,
 }
 
 /// One of a job's logs.
@@ -267,6 +262,8 @@ struct Inner {
     events: mpsc::Sender<WorkEvent>,
     jobs: Mutex<BTreeMap<String, Job>>,
     orphans: Mutex<BTreeMap<String, PathBuf>>,
+    /// Held by who takes orphans back or ends them.
+    adopting: tokio::sync::Mutex<()>,
 }
 
 /// What the node knows of one job.
@@ -319,6 +316,7 @@ impl Work {
                 events,
                 jobs: Mutex::default(),
                 orphans: Mutex::new(orphans),
+                adopting: tokio::sync::Mutex::default(),
             }),
         })
     }
@@ -391,7 +389,9 @@ impl Work {
         let lease = status.lease.clone();
         let (show, view) = watch::channel(status);
         hold(&self.inner.jobs).insert(lease, Job { dir: dir.to_owned(), view, _lock: None });
-        tokio::spawn(follow(self.clone(), dir.to_owned(), grace_ms, child, stream, show));
+        let (dir, warden) = (dir.to_owned(), Watched::Child(child));
+        let following = Following { dir, grace_ms, warden, show, started: false };
+        tokio::spawn(follow(self.clone(), following, stream));
         Ok(())
     }
 
@@ -400,7 +400,7 @@ impl Work {
         job.ok_or_else(|| AskError::Unknown(lease.to_owned()))
     }
 
-    /// The newest status of a job that this run of the node started or reaped.
+    /// The newest status of a job that this run of the node started, took back or reaped.
     pub fn status(&self, lease: &str) -> Option<Status> {
         self.job(lease).ok().map(|job| job.view.borrow().clone())
     }
@@ -500,39 +500,12 @@ impl Work {
             .into_iter()
             .map(|(lease, dir)| {
                 let status: Option<Status> = read_json(&dir.join(file::STATUS)).ok();
-                let live = status
-                    .as_ref()
-                    .is_some_and(|status| status.boot_id == boot_id() && status.warden.alive());
+                let live = status.as_ref().is_some_and(|status| {
+                    status.boot_id == boot_id() && status.warden.alive() && locked(&dir)
+                });
                 Orphan { lease, dir, live, status }
             })
             .collect()
-    }
-
-    /// Ends all orphans and waits until their processes are gone and their cgroups removed. Each
-    /// is then a job that has ended: its output can be read, and it waits to be forgotten.
-    ///
-    /// Fails as a whole only where one cannot be ended; those that were ended are jobs already,
-    /// and a second call does the rest.
-    pub async fn reap_orphans(&self) -> Result<Vec<Reaped>, OpenError> {
-        let mut reaped = Vec::new();
-        loop {
-            let next =
-                hold(&self.inner.orphans).first_key_value().map(|(l, d)| (l.clone(), d.clone()));
-            let Some((lease, dir)) = next else { return Ok(reaped) };
-            let at = dir.clone();
-            let buried = tokio::task::spawn_blocking(move || bury(&at))
-                .await
-                .map_err(io::Error::other)
-                .and_then(|buried| buried);
-            let (status, lock) =
-                buried.map_err(|source| OpenError { path: dir.clone(), source })?;
-            let outcome = status.outcome.clone().unwrap_or_else(lost);
-            reaped.push(Reaped { lease: lease.clone(), outcome, usage: status.usage });
-            let (_, view) = watch::channel(status);
-            hold(&self.inner.jobs)
-                .insert(lease.clone(), Job { dir, view, _lock: Some(Arc::new(lock)) });
-            hold(&self.inner.orphans).remove(&lease);
-        }
     }
 
     /// Keeps what the node has to say about a job's end beside it, and gives back the disk that
@@ -641,16 +614,32 @@ async fn ask(dir: &Path, ask: &Ask) -> io::Result<Answer> {
     timeout(WARDEN_ANSWERS, asked).await.map_err(io::Error::from)?
 }
 
+/// Whether somebody holds the lock of a job directory: its warden, if that is alive.
+fn locked(dir: &Path) -> bool {
+    let lock = OpenOptions::new().write(true).open(dir.join(file::LOCK));
+    // Who takes it here lets it go at once: nobody starts a warden for an orphan.
+    lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+/// Asks a warden for every status from now on, and hears the first.
+async fn knock(dir: &Path) -> io::Result<(BufReader<UnixStream>, Status)> {
+    let mut stream = connect(dir).await?;
+    tell(&mut stream, &Ask::Watch).await?;
+    let mut stream = BufReader::new(stream);
+    match heard(&mut stream).await? {
+        Answer::Status { status } => Ok((stream, *status)),
+        _ => Err(io::Error::other("it answered something else")),
+    }
+}
+
 /// Waits for a new warden's first status.
-async fn greet(dir: &Path, child: &mut Child) -> Result<(BufReader<UnixStream>, Status), String> {
+async fn greet(
+    dir: &Path,
+    child: &mut tokio::process::Child,
+) -> Result<(BufReader<UnixStream>, Status), String> {
     loop {
-        if let Ok(mut stream) = connect(dir).await
-            && tell(&mut stream, &Ask::Watch).await.is_ok()
-        {
-            let mut stream = BufReader::new(stream);
-            if let Ok(Answer::Status { status }) = heard(&mut stream).await {
-                return Ok((stream, *status));
-            }
+        if let Ok(heard) = knock(dir).await {
+            return Ok(heard);
         }
         // A job may be over before it is ever heard of: then its warden is gone, but it wrote.
         if let Ok(Some(exit)) = child.try_wait() {
@@ -668,54 +657,55 @@ async fn greet(dir: &Path, child: &mut Child) -> Result<(BufReader<UnixStream>, 
     }
 }
 
-/// Follows one job until it is reaped.
-async fn follow(
-    work: Work,
+/// A job that is followed until it is reaped.
+struct Following {
     dir: PathBuf,
     grace_ms: u64,
-    mut child: Child,
-    stream: BufReader<UnixStream>,
+    warden: Watched,
     show: watch::Sender<Status>,
-) {
-    let lease = show.borrow().lease.clone();
+    /// Whether it was told already that the program runs.
+    started: bool,
+}
+
+/// Follows one job until it is reaped. The stream is one on which its warden was asked to say
+/// every status.
+async fn follow(work: Work, mut job: Following, stream: BufReader<UnixStream>) {
+    let (lease, dir) = (job.show.borrow().lease.clone(), job.dir.clone());
     let events = &work.inner.events;
-    let mut started = false;
+    let (show, grace_ms) = (job.show.clone(), job.grace_ms);
     tokio::select! {
-        () = listen(&dir, &lease, &mut child, stream, &show, events, &mut started) => {}
+        () = listen(&mut job, &lease, stream, events) => {}
         () = overdue(&dir, grace_ms, &show) => {
             tracing::error!(%lease, "the warden has let the deadline pass and is killed");
         }
     }
-    if timeout(2 * DIES, child.wait()).await.is_err() {
-        let _ = child.start_kill();
-        let _ = child.wait().await;
+    if timeout(2 * DIES, job.warden.gone()).await.is_err() {
+        job.warden.kill();
+        job.warden.gone().await;
     }
     let (status, lock) = bury_until_gone(&lease, &dir).await;
     let (outcome, usage) = (status.outcome.clone().unwrap_or_else(lost), status.usage);
     // A short job may have ended between two looks.
-    if !started && !status.isolation.is_empty() {
+    if !job.started && !status.isolation.is_empty() {
         let _ = events.send(WorkEvent::Started { lease: lease.clone() }).await;
     }
     if let Some(job) = hold(&work.inner.jobs).get_mut(&lease) {
         job._lock = Some(Arc::new(lock));
     }
-    show.send_replace(status);
+    job.show.send_replace(status);
     let _ = events.send(WorkEvent::Ended { lease, outcome, usage }).await;
 }
 
 /// Listens to a warden until it says that the job has ended, or is gone itself.
 async fn listen(
-    dir: &Path,
+    job: &mut Following,
     lease: &str,
-    child: &mut Child,
     mut stream: BufReader<UnixStream>,
-    show: &watch::Sender<Status>,
     events: &mpsc::Sender<WorkEvent>,
-    started: &mut bool,
 ) {
     loop {
-        if !*started && show.borrow().state == State::Running {
-            *started = true;
+        if !job.started && job.show.borrow().state == State::Running {
+            job.started = true;
             // Fails only when nobody listens any more; the job is still followed to its end.
             let _ = events.send(WorkEvent::Started { lease: lease.to_owned() }).await;
         }
@@ -723,23 +713,23 @@ async fn listen(
             Ok(Answer::Status { status }) if status.state.ended() => return,
             Ok(Answer::Status { status }) => {
                 let usage = status.usage;
-                show.send_replace(*status);
-                if *started {
+                job.show.send_replace(*status);
+                if job.started {
                     let _ = events.try_send(WorkEvent::Usage { lease: lease.to_owned(), usage });
                 }
             }
             // It drops those who do not read for long, which a node that was frozen did not.
             _ => loop {
-                if !matches!(child.try_wait(), Ok(None)) {
-                    return;
-                }
-                if let Ok(mut again) = connect(dir).await
+                if let Ok(mut again) = connect(&job.dir).await
                     && tell(&mut again, &Ask::Watch).await.is_ok()
                 {
                     stream = BufReader::new(again);
                     break;
                 }
-                sleep(POLL).await;
+                tokio::select! {
+                    () = job.warden.gone() => return,
+                    () = sleep(POLL) => {}
+                }
             },
         }
     }

@@ -6,8 +6,10 @@
 use std::ffi::OsString;
 use std::fs;
 use std::future::Future;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -15,9 +17,9 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use leasehold_node::work::{
-    AskError, DEFAULT_LOG_LIMIT, Exec, Input, MAX_REASON, NOTICE, NOTICE_VARIABLE, Notice, Outcome,
-    Process, Runtime, Spec, StartError, State, Status, Stream, Usage, Work, WorkEvent, boot_ms,
-    hidden, isolation,
+    Adopted, AskError, DEFAULT_LOG_LIMIT, Exec, Input, MAX_REASON, NOTICE, NOTICE_VARIABLE, Notice,
+    Orphan, Outcome, Process, Runtime, Spec, StartError, State, Status, Stream, Usage, Work,
+    WorkEvent, boot_ms, hidden, isolation,
 };
 use tokio::sync::mpsc;
 
@@ -61,6 +63,11 @@ fn main() -> ExitCode {
         ("a_killed_node_leaves_the_deadline_in_force", |room| Box::pin(killed_node(room))),
         ("orphans_are_found_and_reaped", |room| Box::pin(orphans(room))),
         ("an_orphan_that_ended_keeps_its_outcome", |room| Box::pin(ended_orphan(room))),
+        ("a_running_job_is_adopted_whole", |room| Box::pin(adopted(room))),
+        ("a_frozen_job_is_adopted_frozen", |room| Box::pin(adopted_frozen(room))),
+        ("only_what_lives_and_is_wanted_is_adopted", |room| Box::pin(adopted_or_reaped(room))),
+        ("what_ends_while_it_is_adopted_is_told_once", |room| Box::pin(adopted_ending(room))),
+        ("many_jobs_are_adopted_at_once", |room| Box::pin(adopted_many(room))),
         ("bad_specifications_leave_nothing", |room| Box::pin(bad_specifications(room))),
         ("required_isolation_is_required", |room| Box::pin(required_isolation(room))),
         ("it_works_without_cgroups", |room| Box::pin(without_cgroups(room))),
@@ -193,6 +200,17 @@ fn sleeper() -> Vec<u8> {
         "zzz",
         "(call $say (i32.const 1) (i32.const 64) (i32.const 3))
          (call $nap (i64.const 3600000000000))",
+    )
+}
+
+/// Says the same line for ever, a little after a little.
+fn talker() -> Vec<u8> {
+    program(
+        "abcdefghijklmnopqrstuvwxyz\\n",
+        "(loop $l
+           (call $say (i32.const 1) (i32.const 64) (i32.const 27))
+           (call $nap (i64.const 5000000))
+           (br $l))",
     )
 }
 
@@ -665,23 +683,24 @@ async fn stop(mut room: Room) {
     assert!(started.elapsed() < PATIENCE);
 }
 
+/// Says something at a warden's door, which stays open as long as what is returned.
+fn knock(dir: &Path, words: &[u8]) -> UnixStream {
+    // An address of a unix socket is short: through the open directory, as the node does it.
+    let open = fs::File::open(dir).expect("opens");
+    let path = format!("/proc/self/fd/{}/socket", open.as_raw_fd());
+    let mut stream = UnixStream::connect(path).expect("connects");
+    // A warden that has heard enough hangs up.
+    let _ = stream.write_all(words);
+    stream
+}
+
 async fn wardens_door(mut room: Room) {
-    use std::io::Write as _;
     let mut spec = room.spec("00000075", &tick_forever());
     spec.grace_ms = 120_000;
     spec.deadline_boot_ms = boot_ms() + 120_000;
     room.work.start(spec).await.expect("started");
     room.spoke("00000075").await;
     let dir = room.root.path().join("x".repeat(120)).join("jobs/00000075");
-    // An address of a unix socket is short: through the open directory, as the node does it.
-    let open = fs::File::open(&dir).expect("opens");
-    let path = format!("/proc/self/fd/{}/socket", std::os::fd::AsRawFd::as_raw_fd(&open));
-    let knock = |words: &[u8]| {
-        let mut stream = std::os::unix::net::UnixStream::connect(&path).expect("connects");
-        // A warden that has heard enough hangs up.
-        let _ = stream.write_all(words);
-        stream
-    };
     let long = vec![b'a'; 2 << 20];
     let mut doors = Vec::new();
     for words in [
@@ -695,7 +714,7 @@ async fn wardens_door(mut room: Room) {
         &long,
         b"",
     ] {
-        doors.push(knock(words));
+        doors.push(knock(&dir, words));
     }
     // Those stay open, and the job goes on as if nobody had knocked.
     assert_eq!(room.work.status("00000075").map(|status| status.state), Some(State::Running));
@@ -793,7 +812,6 @@ async fn uses_no_processor_while_frozen(room: &mut Room, lease: &str) {
     let mut spec = room.spec(lease, &tick_forever());
     // If its end needed the grace, this would run out of patience.
     spec.grace_ms = 3_600_000;
-    spec.deadline_boot_ms = boot_ms() + 3_600_000;
     let deadline = spec.deadline_boot_ms;
     room.work.start(spec).await.expect("started");
     room.spoke(lease).await;
@@ -974,21 +992,35 @@ async fn frozen_past_deadline(mut room: Room) {
     assert!(matches!(outcome, Outcome::Lost { .. }), "{outcome:?}");
 }
 
-/// A node in a process of its own: starts the job that lies ready, says so, and waits.
+/// A node in a process of its own: starts the jobs that lie ready, freezes those that are to be,
+/// says so, and waits.
 async fn be_a_node(dir: &Path) -> ExitCode {
-    let spec: Spec =
-        serde_json::from_slice(&fs::read(dir.join("job")).expect("read")).expect("a job");
+    let read = |name: &str| fs::read(dir.join(name)).expect("read");
+    let specs: Vec<Spec> = serde_json::from_slice(&read("specs")).expect("jobs");
+    let frozen: Vec<String> = serde_json::from_slice(&read("frozen")).expect("leases");
     let (sender, mut events) = mpsc::channel(64);
     let work = Work::open(dir.join("jobs"), Exec::default(), sender).expect("opened");
-    work.start(spec).await.expect("started");
+    let heard = tokio::spawn(async move { while events.recv().await.is_some() {} });
+    for spec in specs {
+        work.start(spec).await.expect("started");
+    }
+    for lease in frozen {
+        let mut output = work.output(&lease).expect("known");
+        output.read(Stream::Stdout, 0, 1).await.expect("it speaks");
+        work.freeze(&lease).await.expect("frozen");
+    }
     println!("started");
-    while events.recv().await.is_some() {}
+    heard.await.expect("it hears for ever");
     ExitCode::SUCCESS
 }
 
-/// Has another node start a job, kills that node, and returns the job's status.
-fn start_and_kill_the_node(dir: &Path, spec: &Spec) -> Status {
-    fs::write(dir.join("job"), serde_json::to_vec(spec).expect("json")).expect("written");
+/// Has another node start jobs, kills that node, and returns their status.
+fn start_all_and_kill_the_node(dir: &Path, specs: &[Spec], frozen: &[&str]) -> Vec<Status> {
+    let write = |name: &str, json: serde_json::Result<Vec<u8>>| {
+        fs::write(dir.join(name), json.expect("json")).expect("written");
+    };
+    write("specs", serde_json::to_vec(specs));
+    write("frozen", serde_json::to_vec(frozen));
     let mut node = Command::new("/proc/self/exe")
         .arg("__node")
         .arg(dir)
@@ -1001,7 +1033,11 @@ fn start_and_kill_the_node(dir: &Path, spec: &Spec) -> Status {
     assert_eq!(line, "started\n");
     node.kill().expect("killed");
     node.wait().expect("reaped");
-    status_of(dir, &spec.lease)
+    specs.iter().map(|spec| status_of(dir, &spec.lease)).collect()
+}
+
+fn start_and_kill_the_node(dir: &Path, spec: &Spec) -> Status {
+    start_all_and_kill_the_node(dir, std::slice::from_ref(spec), &[]).remove(0)
 }
 
 fn status_of(dir: &Path, lease: &str) -> Status {
@@ -1077,6 +1113,276 @@ async fn ended_orphan(room: Room) {
     let reaped = work.reap_orphans().await.expect("reaped");
     let outcomes: Vec<&Outcome> = reaped.iter().map(|one| &one.outcome).collect();
     assert_eq!(outcomes, [&Outcome::Exited { code: 7 }]);
+}
+
+// ---------------------------------------------------------------- jobs that outlive their node
+
+impl Room {
+    /// A job that another node starts, and that ends in time only if it ends in order.
+    fn orphan(&self, lease: &str, program: &[u8], token: &str) -> Spec {
+        let mut spec = self.spec(lease, program);
+        spec.token = token.into();
+        spec.grace_ms = 3_600_000;
+        spec
+    }
+
+    /// The directory of an orphan's job.
+    fn orphan_dir(&self, lease: &str) -> PathBuf {
+        self.root.path().join("jobs").join(lease)
+    }
+
+    /// Waits until an orphan's program runs and has said something.
+    async fn orphan_spoke(&self, lease: &str) {
+        let dir = self.orphan_dir(lease);
+        until("the program", || fs::read(dir.join("stdout")).is_ok_and(|b| !b.is_empty())).await;
+        // The warden's own word that it runs is older, and on disk.
+        assert_eq!(status_of(self.root.path(), lease).state, State::Running);
+    }
+
+    /// The node after its restart.
+    fn restarted(self) -> Self {
+        let (sender, events) = mpsc::channel(64);
+        let work = Work::open(self.root.path().join("jobs"), Exec::default(), sender);
+        Self { work: work.expect("opened"), events, root: self.root }
+    }
+
+    async fn adopt(&self, keep: impl Fn(&Orphan) -> bool + Send) -> Adopted {
+        let adopted = tokio::time::timeout(PATIENCE, self.work.adopt(keep)).await;
+        adopted.expect("in time").expect("adopted")
+    }
+
+    /// All events that are still to come until nobody is left to send one.
+    async fn last_words(self) -> Vec<WorkEvent> {
+        let Self { work, mut events, root: _root } = self;
+        drop(work);
+        let mut words = Vec::new();
+        let all = async {
+            while let Some(event) = events.recv().await {
+                words.push(event);
+            }
+        };
+        tokio::time::timeout(PATIENCE, all).await.expect("everybody has gone");
+        words
+    }
+}
+
+/// How often a job's end was told.
+fn ends(words: &[WorkEvent], of: &str) -> usize {
+    let ended = |word: &&WorkEvent| matches!(word, WorkEvent::Ended { lease, .. } if lease == of);
+    words.iter().filter(ended).count()
+}
+
+async fn adopted(room: Room) {
+    let lease = "00000180";
+    let spec = room.orphan(lease, &talker(), "c0ffee");
+    let deadline = spec.deadline_boot_ms;
+    let before = start_and_kill_the_node(room.root.path(), &spec);
+    room.orphan_spoke(lease).await;
+    // By a node that stops in order while the job runs, which changes nothing for the job.
+    let room = room.restarted();
+    let jobs = room.root.path().join("jobs");
+    let one = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let (sender, _events) = mpsc::channel(64);
+        runtime.block_on(async move {
+            let work = Work::open(jobs, Exec::default(), sender).expect("opened");
+            work.adopt(|_| true).await.expect("adopted")
+        })
+    });
+    let adopted = one.join().expect("joined");
+    assert_eq!(adopted.running.len(), 1, "{adopted:?}");
+    // By another one: in a task, as a node does it.
+    let work = room.work.clone();
+    let adopting = tokio::spawn(async move {
+        work.adopt(|orphan| orphan.status.as_ref().is_some_and(|s| s.token == "c0ffee")).await
+    });
+    let adopted = adopting.await.expect("joined").expect("adopted");
+    let [status] = adopted.running.as_slice() else { panic!("{adopted:?}") };
+    assert_eq!((status.lease.as_str(), status.token.as_str()), (lease, "c0ffee"));
+    assert_eq!((status.state, status.frozen), (State::Running, false));
+    assert_eq!((status.warden, status.deadline_boot_ms), (before.warden, deadline));
+    assert!(adopted.reaped.is_empty() && room.work.orphans().is_empty());
+    assert_eq!(room.adopt(|_| true).await, Adopted::default(), "nothing is left to do");
+
+    // It is a job like any other.
+    assert_eq!(room.work.status(lease).map(|status| status.state), Some(State::Running));
+    assert_eq!(room.work.leases(), [lease]);
+    assert!(room.work.forget(lease).await.is_err(), "it runs");
+    room.work.extend(lease, deadline + 1).await.expect("extended");
+    assert_eq!(status_of(room.root.path(), lease).deadline_boot_ms, deadline + 1);
+    room.work.freeze(lease).await.expect("frozen");
+    until("the status", || room.work.status(lease).is_some_and(|status| status.frozen)).await;
+    room.work.thaw(lease).await.expect("thawed");
+    until("the status", || room.work.status(lease).is_some_and(|status| !status.frozen)).await;
+    let notice = Notice { reason: "r".into(), end_boot_ms: deadline };
+    room.work.notice(lease, notice).await.expect("put");
+    assert!(room.orphan_dir(lease).join("in/.notice").exists());
+
+    // Its output is whole, from the beginning on, and goes on.
+    let so_far = fs::metadata(room.orphan_dir(lease).join("stdout")).expect("there").len();
+    let mut output = room.work.output(lease).expect("known");
+    let mut text = Vec::new();
+    while text.len() as u64 <= so_far + 27 {
+        let chunk = output.read(Stream::Stdout, text.len() as u64, 1000).await.expect("read");
+        assert!(!chunk.end);
+        text.extend(chunk.bytes);
+    }
+    room.work.stop(lease, "enough").await;
+    let ended = tokio::time::timeout(PATIENCE, output.ended()).await.expect("it ends");
+    assert_eq!(ended.outcome, Some(Outcome::Stopped { why: "enough".into() }));
+    nothing_left(&ended);
+    let line = b"abcdefghijklmnopqrstuvwxyz\n";
+    let text = room.text(lease, Stream::Stdout).await;
+    assert!(text.bytes().zip(line.iter().cycle()).all(|(byte, expected)| byte == *expected));
+    let words = room.last_words().await;
+    assert_eq!(ends(&words, lease), 1, "{words:?}");
+    let told = |is: fn(&WorkEvent) -> bool| words.iter().any(is);
+    assert!(told(|word| matches!(word, WorkEvent::Usage { .. })), "{words:?}");
+    assert!(!told(|word| matches!(word, WorkEvent::Started { .. })), "it is told twice: {words:?}");
+}
+
+async fn adopted_frozen(room: Room) {
+    let leases = ["00000190", "00000191"];
+    let specs = leases.map(|lease| room.orphan(lease, &tick_forever(), ""));
+    start_all_and_kill_the_node(room.root.path(), &specs, &leases[..1]);
+    room.orphan_spoke(leases[1]).await;
+    let mut room = room.restarted();
+    let adopted = room.adopt(|_| true).await;
+    let frozen: Vec<bool> = adopted.running.iter().map(|status| status.frozen).collect();
+    assert_eq!(frozen, [true, false], "{adopted:?}");
+    let first = room.sample(leases[0], |_| true).await;
+    let second = room.sample(leases[0], |_| true).await;
+    assert_eq!(first.cpu_ms, second.cpu_ms);
+    room.work.thaw(leases[0]).await.expect("thawed");
+    room.sample(leases[0], |usage| usage.cpu_ms > second.cpu_ms).await;
+    room.work.stop(leases[0], "enough").await;
+    assert_eq!(room.end(leases[0]).await.0, Outcome::Stopped { why: "enough".into() });
+    // A warden of another parent is missed as soon as one's own child.
+    let status = room.work.status(leases[1]).expect("known");
+    status.warden.kill().expect("killed");
+    let (outcome, _) = room.end(leases[1]).await;
+    assert!(matches!(outcome, Outcome::Lost { .. }), "{outcome:?}");
+    let words = room.last_words().await;
+    assert_eq!(leases.map(|lease| ends(&words, lease)), [0, 0], "{words:?}");
+}
+
+async fn adopted_or_reaped(room: Room) {
+    let jobs = [
+        ("000001a0", "aa"), // wanted
+        ("000001a1", "bb"), // unknown to the books
+        ("000001a2", "aa"), // its warden is frozen
+        ("000001a3", "aa"), // its warden dies before it is asked
+        ("000001a4", "aa"), // it ends in order before it is asked
+        ("000001a5", ""),   // its specification is of a version without tokens
+    ];
+    let specs = jobs.map(|(lease, token)| room.orphan(lease, &tick_forever(), token));
+    let statuses = start_all_and_kill_the_node(room.root.path(), &specs, &[]);
+    for (lease, _) in jobs {
+        room.orphan_spoke(lease).await;
+    }
+    // One that was never started.
+    fs::create_dir(room.orphan_dir("000001a6")).expect("made");
+    let path = room.orphan_dir("000001a5").join("spec.json");
+    let text = fs::read_to_string(&path).expect("read");
+    assert!(text.contains("\"token\":\"\","), "{text}");
+    fs::write(&path, text.replace("\"token\":\"\",", "")).expect("written");
+
+    let mut room = room.restarted();
+    let [_, _, frozen, killed, stopped, _] = statuses.as_slice() else { panic!("{statuses:?}") };
+    let pid = rustix::process::Pid::from_raw(frozen.warden.pid).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopped");
+    killed.warden.kill().expect("killed");
+    let _door = knock(&room.orphan_dir("000001a4"), b"{\"ask\":\"stop\",\"why\":\"enough\"}\n");
+    until("their ends", || !killed.warden.alive() && !stopped.warden.alive()).await;
+
+    let asked = std::sync::Mutex::new(Vec::new());
+    let keep = |orphan: &Orphan| {
+        let status = orphan.status.as_ref().expect("it lives");
+        asked.lock().expect("whole").push(orphan.lease.clone());
+        ["aa", ""].contains(&status.token.as_str())
+    };
+    let adopted = room.adopt(keep).await;
+    let running: Vec<&str> = adopted.running.iter().map(|status| status.lease.as_str()).collect();
+    assert_eq!(running, ["000001a0", "000001a5"]);
+    let reaped: Vec<(&str, Option<&str>)> = adopted
+        .reaped
+        .iter()
+        .map(|one| match &one.outcome {
+            Outcome::Stopped { why } => (one.lease.as_str(), Some(why.as_str())),
+            Outcome::Lost { .. } => (one.lease.as_str(), None),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let expected = [
+        ("000001a1", None),
+        ("000001a2", None),
+        ("000001a3", None),
+        ("000001a4", Some("enough")),
+        ("000001a6", None),
+    ];
+    assert_eq!(reaped, expected);
+    // Only those are asked about that could be kept.
+    let asked = asked.into_inner().expect("whole");
+    assert_eq!(asked, ["000001a0", "000001a1", "000001a2", "000001a5"]);
+    // Of those that are not adopted nothing runs, and what they said can be read.
+    for (lease, _) in &expected[..4] {
+        let known = statuses.iter().find(|status| status.lease == *lease).expect("started");
+        assert!(!known.warden.alive() && !known.runner.is_some_and(|runner| runner.alive()));
+        nothing_left(&room.work.status(lease).expect("known"));
+        assert_eq!(room.text(lease, Stream::Stdout).await, "tick");
+        room.work.forget(lease).await.expect("forgotten");
+    }
+    // The others run on, undisturbed.
+    for lease in ["000001a0", "000001a5"] {
+        room.sample(lease, |usage| usage.cpu_ms > 0).await;
+        room.work.stop(lease, "enough").await;
+        assert_eq!(room.end(lease).await.0, Outcome::Stopped { why: "enough".into() });
+    }
+}
+
+async fn adopted_ending(room: Room) {
+    let leases: Vec<String> = (0..6).map(|n| format!("000001b{n}")).collect();
+    let specs: Vec<Spec> =
+        leases.iter().map(|lease| room.orphan(lease, &tick_forever(), "")).collect();
+    start_all_and_kill_the_node(room.root.path(), &specs, &[]);
+    for lease in &leases {
+        room.orphan_spoke(lease).await;
+    }
+    let room = room.restarted();
+    // Told to stop at the moment they are looked for: each may be found at any point of its end.
+    let stop =
+        |lease: &String| knock(&room.orphan_dir(lease), b"{\"ask\":\"stop\",\"why\":\"enough\"}\n");
+    let _doors: Vec<UnixStream> = leases.iter().map(stop).collect();
+    let adopted = room.adopt(|_| true).await;
+    assert!(adopted.running.iter().all(|status| !status.state.ended()), "{adopted:?}");
+    let reaped: Vec<String> = adopted.reaped.iter().map(|one| one.lease.clone()).collect();
+    for lease in &leases {
+        let mut output = room.work.output(lease).expect("known");
+        let ended = tokio::time::timeout(PATIENCE, output.ended()).await.expect("it ends");
+        assert_eq!(ended.outcome, Some(Outcome::Stopped { why: "enough".into() }));
+    }
+    let words = room.last_words().await;
+    for lease in &leases {
+        assert_eq!(ends(&words, lease), usize::from(!reaped.contains(lease)), "{words:?}");
+    }
+}
+
+async fn adopted_many(room: Room) {
+    let leases: Vec<String> = (0..24).map(|n| format!("000001c0{n:02}")).collect();
+    let specs: Vec<Spec> = leases.iter().map(|lease| room.orphan(lease, &sleeper(), "")).collect();
+    start_all_and_kill_the_node(room.root.path(), &specs, &[]);
+    let room = room.restarted();
+    let adopted = room.adopt(|_| true).await;
+    let running: Vec<&String> = adopted.running.iter().map(|status| &status.lease).collect();
+    assert!(running.iter().copied().eq(&leases), "{adopted:?}");
+    for lease in &leases {
+        room.spoke(lease).await;
+        room.work.stop(lease, "enough").await;
+    }
+    let words = room.last_words().await;
+    for lease in &leases {
+        assert_eq!(ends(&words, lease), 1, "{words:?}");
+    }
 }
 
 // ---------------------------------------------------------------- refusals and lower levels

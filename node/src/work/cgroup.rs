@@ -445,6 +445,13 @@ mod tests {
         let pid = i32::try_from(child.id()).expect("a pid");
         assert!(group.add(pid));
         assert!(group.members().contains(&pid));
+        if group.freezes() {
+            let long = Duration::from_secs(30);
+            assert!(group.freeze(true, long) && group.frozen() == Some(true));
+            assert!(group.freeze(false, long) && group.frozen() == Some(false));
+            // The frozen are killed like others.
+            assert!(group.freeze(true, long));
+        }
         let waiter = std::thread::spawn(move || child.wait().expect("reaped"));
         assert!(group.kill(Duration::from_secs(30)));
         assert!(!waiter.join().expect("joined").success());

@@ -166,6 +166,25 @@ mod tests {
     }
 
     #[test]
+    fn a_stopped_process_is_seen_to_be_stopped() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let process = Process::of(i32::try_from(child.id()).expect("a pid")).expect("alive");
+        let fd = process.pidfd().expect("asked").expect("alive");
+        for (signal, stopped) in [(Signal::STOP, true), (Signal::CONT, false)] {
+            pidfd_send_signal(&fd, signal).expect("sent");
+            let end = Instant::now() + Duration::from_secs(30);
+            while process.stopped() != stopped {
+                assert!(Instant::now() < end, "{signal:?} is not seen");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        child.kill().expect("killed");
+        child.wait().expect("reaped");
+        assert!(!process.stopped(), "what is gone is not stopped");
+        assert!(process.pidfd().expect("asked").is_none());
+    }
+
+    #[test]
     fn another_start_time_is_another_process() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
         let pid = i32::try_from(child.id()).expect("a pid");
