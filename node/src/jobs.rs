@@ -304,7 +304,8 @@ impl Jobs {
         args.extend(job.args.iter().cloned());
         Ok(Spec {
             lease: start.lease.to_string(),
-            token: String::new(),
+            // By this a restarted node knows the warden of the job that its book speaks of.
+            token: start.claim.to_string(),
             runtime: work::Runtime::Wasm,
             program: path(&job.program)?,
             args,
@@ -467,14 +468,30 @@ impl Jobs {
         kept
     }
 
-    /// What became of the jobs that an earlier run of this node left. Their directories stay until
-    /// what follows from it is kept.
-    pub(crate) fn orphans(reaped: &[work::Reaped]) -> Orphans {
-        let ended = reaped.iter().filter_map(|job| {
+    /// What became of the jobs that an earlier run of this node left. The directories of those
+    /// that ended stay until what follows from it is kept.
+    pub(crate) fn orphans(adopted: &work::Adopted) -> Orphans {
+        let ended = adopted.reaped.iter().filter_map(|job| {
             let ended = Orphan::Ended(outcome_of(&job.outcome), usage_of(&job.usage));
             Some((lease_of(&job.lease)?, ended))
         });
-        ended.collect()
+        let running = adopted.running.iter().filter_map(|status| {
+            let running = Orphan::Adopted(usage_of(&status.usage), status.frozen);
+            Some((lease_of(&status.lease)?, running))
+        });
+        ended.chain(running).collect()
+    }
+
+    /// Takes back jobs of an earlier run that run on under their wardens, with the delegate that
+    /// may follow each.
+    pub(crate) fn adopt(&self, running: Vec<(work::Status, KeyId)>) {
+        for (status, delegate) in running {
+            let Some(lease) = lease_of(&status.lease) else { continue };
+            let job = Job::new(delegate, Phase::Running, Boot(status.deadline_boot_ms));
+            let frozen = status.frozen;
+            job.wanted.send_modify(|wanted| wanted.frozen = frozen);
+            hold(&self.inner.jobs).insert(lease, job);
+        }
     }
 
     /// Serves one who wants to follow a job.

@@ -225,22 +225,38 @@ impl Node {
 }
 
 impl Bound {
-    /// Ends what an earlier run left behind, and goes to work.
+    /// Adopts the jobs of an earlier run that its book still speaks of, ends what else it left, and
+    /// goes to work.
     ///
     /// # Errors
     /// When jobs of an earlier run cannot be looked at or ended, or what was kept does not read.
     pub async fn start(self) -> Result<Node, StartError> {
         let (events, work_events) = mpsc::channel(256);
         let work = Work::open(self.home.path("jobs"), self.exec.clone(), events)?;
-        let reaped = work.reap_orphans().await?;
-        let orphans = Jobs::orphans(&reaped);
+        let adoptable = core::adoptable(&self.saved, self.core.boot);
+        let adopted = work
+            .adopt(|orphan| {
+                let claim = orphan.lease.parse().ok().and_then(|lease| adoptable.get(&lease));
+                let token = orphan.status.as_ref().map(|status| status.token.as_str());
+                claim.is_some_and(|claim| token == Some(claim.to_string().as_str()))
+            })
+            .await?;
+        if !adopted.running.is_empty() || !adopted.reaped.is_empty() {
+            let (running, reaped) = (adopted.running.len(), adopted.reaped.len());
+            tracing::info!(running, reaped, "jobs of an earlier run");
+        }
+        let orphans = Jobs::orphans(&adopted);
         let mut first = Vec::new();
         let Self { home, identity, store, payloads, net, probe, data, admitted, .. } = self;
         let core = Core::new(self.core, self.saved, &orphans, clock::now(), &mut first)?;
-        let delegate =
-            |job: &work::Reaped| job.lease.parse().ok().and_then(|lease| core.delegate_of(&lease));
-        let reaped = reaped.into_iter().map(|job| (delegate(&job), job));
+        let delegate = |lease: &str| lease.parse().ok().and_then(|id| core.delegate_of(&id));
+        let reaped = adopted.reaped.into_iter().map(|job| (delegate(&job.lease), job));
         let reaped = reaped.map(|(delegate, job)| (job, delegate)).collect();
+        let running = adopted.running.into_iter().filter_map(|status| {
+            let delegate = delegate(&status.lease)?;
+            Some((status, delegate))
+        });
+        let running = running.collect();
         let me = core.hand().me;
         let facts = Facts {
             me,
@@ -263,6 +279,7 @@ impl Bound {
             probe,
             work,
             reaped,
+            running,
             isolation,
             admitted,
             min_disk_free,
@@ -284,13 +301,14 @@ impl Node {
         parts: Parts,
         streams: Streams,
     ) -> Self {
-        let Parts { store, payloads, data, net, probe, work, reaped, isolation, .. } = parts;
-        let Parts { admitted, min_disk_free, .. } = parts;
+        let Parts { store, payloads, data, net, probe, work, reaped, running, .. } = parts;
+        let Parts { isolation, admitted, min_disk_free, .. } = parts;
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
         let (commands, command_input) = mpsc::channel(QUEUE);
         let jobs = Jobs::new(work, data.clone(), payloads.clone(), events, isolation);
+        jobs.adopt(running);
         let counts = Arc::new(Counts::default());
         let shutdown = CancellationToken::new();
         let handle = Handle::new(
@@ -375,6 +393,7 @@ struct Parts {
     probe: Probe,
     work: Work,
     reaped: Vec<(work::Reaped, Option<KeyId>)>,
+    running: Vec<(work::Status, KeyId)>,
     isolation: Vec<String>,
     admitted: Admitted,
     min_disk_free: u64,

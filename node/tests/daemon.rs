@@ -19,7 +19,7 @@ use leasehold_node::cli::up::NodeFile;
 use leasehold_node::home::{Allowance, Home, mandate};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::{Amount, Span};
-use processes::{Fabric, PATIENCE, WANT, program, stderr, terminate, until};
+use processes::{Fabric, Node, PATIENCE, WANT, program, stderr, terminate, until};
 use serde_json::{Value, json};
 
 /// A place with nothing in it, and the command line in it.
@@ -488,62 +488,228 @@ fn bad_programs_end_with_their_name_and_an_agreed_receipt() {
     }
 }
 
-#[test]
-fn a_seller_killed_with_a_running_job_loses_the_job_and_nothing_else() {
-    let fabric = Fabric::new();
-    let mut seller = fabric.node("seller", "1", &[]);
-    let buyer = fabric.node("buyer", "0", &[&seller]);
-    buyer.sees_offer_of("seller");
-    let endless = program(&fabric, "endless.wasm", ENDLESS);
-    let mut args = vec!["run", "--yes", "-d"];
+/// Starts an endless job and gives its lease, once a receipt of it is countersigned.
+fn begun(buyer: &Node, program: &str) -> String {
+    let mut args = vec!["run", "--yes", "-d", "--max-ttl", "5m"];
     args.extend(WANT);
-    args.push(&endless);
+    args.push(program);
     let output = buyer.cli(&args);
     assert!(output.status.success(), "{output:?}");
     let lease = String::from_utf8(output.stdout).expect("text").trim().to_string();
-    until("a receipt is countersigned", || {
-        let shown = buyer.cli_json(&["lease", "show", "--json", &lease]);
-        (shown["receipts"].as_u64()? > 0).then_some(())
-    });
-    let job = seller.dir.join("jobs").join(&lease);
-    let status: Value =
-        serde_json::from_slice(&std::fs::read(job.join("status.json")).expect("reads"))
-            .expect("parses");
-    let pids: Vec<_> = ["warden", "runner"].iter().map(|who| status[who]["pid"].clone()).collect();
+    until("a receipt is countersigned", || (receipts(buyer, &lease)() > 0).then_some(()));
+    lease
+}
+
+fn receipts<'a>(buyer: &'a Node, lease: &'a str) -> impl Fn() -> u64 + 'a {
+    move || {
+        let shown = buyer.cli_json(&["lease", "show", "--json", lease]);
+        shown["receipts"].as_u64().unwrap_or(0)
+    }
+}
+
+fn status_of(seller: &Node, lease: &str) -> Value {
+    let path = seller.dir.join("jobs").join(lease).join("status.json");
+    serde_json::from_slice(&std::fs::read(path).expect("reads")).expect("parses")
+}
+
+/// Whether this process is one of that lease's.
+fn is_of(pid: &Value, lease: &str) -> bool {
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&command).contains(lease)
+}
+
+#[test]
+fn a_seller_killed_with_running_jobs_takes_them_back() {
+    let fabric = Fabric::new();
+    let mut seller = fabric.node("seller", "2", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let program = program(&fabric, "begun.wasm", processes::ENDLESS);
+    let (kept, lost) = (begun(&buyer, &program), begun(&buyer, &program));
+    let (before, doomed) = (status_of(&seller, &kept), status_of(&seller, &lost));
     seller.process.kill().expect("killed");
     seller.process.wait().expect("gone");
+    // One of the two loses its warden while there is no node.
+    let warden = i32::try_from(doomed["warden"]["pid"].as_i64().expect("a pid")).expect("small");
+    let warden = rustix::process::Pid::from_raw(warden).expect("a pid");
+    assert!(is_of(&doomed["warden"]["pid"], &lost));
+    rustix::process::kill_process(warden, rustix::process::Signal::KILL).expect("killed");
     let home = Home::at(&seller.dir);
     let api = seller.file.api;
-    let seller = fabric.up(&home, "seller", "1", &[&buyer], api);
+    let seller = fabric.up(&home, "seller", "2", &[&buyer], api);
 
-    let end = until("the buyer learns of the end", || {
+    let ended = |lease: &str| {
+        let end = buyer.get(&format!("/v1/leases/{lease}/end?timeout_s=5")).json();
+        (end["ended"] == true).then_some(end)
+    };
+    let end = until("the buyer learns that one is lost", || ended(&lost));
+    assert_eq!((&end["reason"], &end["outcome"]["kind"]), (&json!("lost"), &json!("lost")));
+    assert!(!is_of(&doomed["runner"]["pid"], &lost), "nothing of it is left");
+    // The other goes on under the same warden: receipts follow those of before, its deadline is
+    // in force, and its output is there from the beginning.
+    let after = status_of(&seller, &kept);
+    assert_eq!((&after["warden"], &after["runner"]), (&before["warden"], &before["runner"]));
+    assert_eq!(after["deadline_boot_ms"], before["deadline_boot_ms"]);
+    let receipts = receipts(&buyer, &kept);
+    let had = receipts();
+    until("receipts go on", || (receipts() > had).then_some(()));
+    let mut logs = buyer.command();
+    logs.args(["logs", "-f", &kept]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut logs = Follower(logs.spawn().expect("starts"));
+    let mut begun = [0; 6];
+    logs.0.stdout.as_mut().expect("piped").read_exact(&mut begun).expect("it follows");
+    assert_eq!(&begun, b"begun\n");
+    // It is made longer through the warden that was taken back, and given back.
+    let renewed = buyer.cli_json(&["lease", "renew", "--json", "--ttl", "100s", &kept]);
+    assert_eq!((&renewed["version"], &renewed["term_ms"]), (&json!(1), &json!(100_000)));
+    let longer = status_of(&seller, &kept)["deadline_boot_ms"].as_u64().expect("a deadline");
+    assert!(longer > before["deadline_boot_ms"].as_u64().expect("a deadline"));
+    assert!(buyer.cli(&["lease", "release", &kept]).status.success());
+    let end = until("the buyer learns of the end", || ended(&kept));
+    assert_eq!(end["reason"], "released");
+    for lease in [&kept, &lost] {
+        until("the final receipt is countersigned", || {
+            let shown = seller.cli_json(&["lease", "show", "--json", lease]);
+            (shown["receipts"] == shown["acknowledged"] && shown["stage"] == "ended").then_some(())
+        });
+        for node in [&buyer, &seller] {
+            let proof = format!("{}-{}.proof", node.file.name, &lease[..8]);
+            let proof = fabric.room.path().join(proof).display().to_string();
+            assert!(node.cli(&["lease", "export", lease, "--out", &proof]).status.success());
+            assert_eq!(node.cli_json(&["verify", "--json", &proof])["verified"], true);
+        }
+    }
+    let node = seller.get("/v1/node").json();
+    assert_eq!(node["promised"]["cpu_milli"], 0, "its capacity is free again");
+}
+
+#[test]
+fn an_operator_takes_slack_back_and_sells_again() {
+    let fabric = Fabric::new();
+    let seller = fabric.node("seller", "2", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let endless = program(&fabric, "begun.wasm", processes::ENDLESS);
+    let args = [&["run", "--yes", "-d", "--class", "slack"], &WANT[..], &[&endless]].concat();
+    let output = buyer.cli(&args);
+    assert!(output.status.success(), "{output:?}");
+    let lease = String::from_utf8(output.stdout).expect("text").trim().to_string();
+    until("a receipt is countersigned", || (receipts(&buyer, &lease)() > 0).then_some(()));
+
+    let reclaim = |cpu: &str, within: &str, more: &[&str]| {
+        seller.cli(&[&["reclaim", "--json", "--cpu", cpu, "--within", within], more].concat())
+    };
+    for (cpu, within) in [("9", "60s"), ("1.8", "1s")] {
+        let no = reclaim(cpu, within, &[]);
+        assert_eq!(code(&no), 7, "{}", stderr(&no));
+        assert!(stderr(&no).contains("cannot be had back"), "{}", stderr(&no));
+    }
+    assert_eq!(code(&reclaim("0", "60s", &[])), 2, "nothing is wanted");
+    let dry = reclaim("1.8", "30s", &["--dry-run"]);
+    let dry: Value = serde_json::from_slice(&dry.stdout).expect("JSON");
+    assert_eq!(dry["leases"].as_array().map(Vec::len), Some(1), "{dry}");
+    assert_eq!((&dry["leases"][0]["reason"], &dry["dry_run"]), (&json!("reclaimed"), &json!(true)));
+    let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
+    assert_eq!((&shown["stage"], &shown["ends_early"]), (&json!("active"), &Value::Null));
+    // What is free is enough: nobody is disturbed, and it is not sold any more.
+    assert!(reclaim("1", "30s", &[]).status.success());
+    let free = || {
+        let offers = buyer.get("/v1/offers").json();
+        offers["offers"][0]["shapes"][0]["cpu_milli"].as_u64()
+    };
+    until("less is offered", || (free() == Some(500)).then_some(()));
+    let done = reclaim("0.8", "2s", &[]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    let end = until("the lease is reclaimed", || {
         let end = buyer.get(&format!("/v1/leases/{lease}/end?timeout_s=5")).json();
         (end["ended"] == true).then_some(end)
     });
-    assert_eq!((&end["reason"], &end["outcome"]["kind"]), (&json!("lost"), &json!("lost")));
-    for pid in pids {
-        let pid = pid.as_u64().expect("a pid");
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command).into_owned();
-        assert!(!command.contains(&lease), "{pid} still runs: {command}");
-    }
-    until("the final receipt is countersigned", || {
-        let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
-        (shown["receipts"] == shown["acknowledged"] && shown["stage"] == "ended").then_some(())
-    });
+    assert_eq!(end["reason"], "reclaimed", "{end}");
+    let amount = |of: &Value| of.as_str().expect("text").parse::<Amount>().expect("an amount");
+    assert!(amount(&end["credit"]) > Amount::ZERO, "{end}");
+    assert!(amount(&end["credit"]) <= amount(&end["charge"]), "{end}");
     for node in [&buyer, &seller] {
         let proof = fabric.room.path().join(format!("{}.proof", node.file.name));
         let proof = proof.display().to_string();
+        until("the last receipt is countersigned", || {
+            let shown = node.cli_json(&["lease", "show", "--json", &lease]);
+            (shown["receipts"] == shown["acknowledged"]).then_some(())
+        });
         assert!(node.cli(&["lease", "export", &lease, "--out", &proof]).status.success());
-        assert_eq!(node.cli_json(&["verify", "--json", &proof])["verified"], true);
+        let verdict = node.cli_json(&["verify", "--json", &proof]);
+        assert_eq!(verdict["verified"], true, "{verdict}");
     }
-    // Its log can still be read, and its capacity is free again.
-    until("the buyer knows where the seller serves now", || {
-        (code(&buyer.cli(&["logs", &lease])) == 0).then_some(())
-    });
-    let node = seller.get("/v1/node").json();
-    assert_eq!(node["promised"]["cpu_milli"], 0);
+    until("what is left of it is offered", || (free() == Some(200)).then_some(()));
+
+    // Drained, nothing is granted; resumed, everything is for sale again.
+    assert!(seller.cli(&["drain", "--by", "10s"]).status.success());
+    until("nothing is offered", || free().is_none().then_some(()));
+    let request = [&["lease", "request"], &WANT[..]].concat();
+    assert_eq!(code(&buyer.cli(&request)), 5);
+    assert!(seller.cli(&["resume"]).status.success());
+    until("all is offered", || (free() == Some(2000)).then_some(()));
+    until("it is granted", || buyer.cli(&request).status.success().then_some(()));
 }
+
+#[test]
+fn a_gang_runs_on_several_hosts_or_on_none() {
+    let fabric = Fabric::new();
+    let first = fabric.node("first", "1", &[]);
+    let others = ["second", "third"].map(|name| fabric.node(name, "1", &[&first]));
+    let buyer = fabric.node("buyer", "0", &[&first]);
+    for name in ["first", "second", "third"] {
+        buyer.sees_offer_of(name);
+    }
+    let environment = program(&fabric, "environment.wasm", ENVIRONMENT);
+    let gang = |nodes: &str, more: &[&str]| {
+        let args = [&["run", "--yes", "--nodes", nodes], more, &WANT[..], &[&environment]];
+        buyer.cli(&args.concat())
+    };
+    let ran = gang("3", &[]);
+    assert_eq!(code(&ran), 0, "{}", stderr(&ran));
+    let out = String::from_utf8_lossy(&ran.stdout).replace('\0', "\n");
+    for rank in 0..3 {
+        let said = format!("LEASEHOLD_RANK={rank}");
+        assert_eq!(out.matches(&said).count(), 1, "{said} in {out}");
+        assert!(out.contains(&format!("[{rank}] ")), "{out}");
+    }
+    assert_eq!(out.matches("LEASEHOLD_SIZE=3").count(), 3, "{out}");
+    assert_eq!(out.matches("LEASEHOLD_HOSTS=127.0.0.1,127.0.0.1,127.0.0.1").count(), 3, "{out}");
+    // More than there are: none at all, and it says so.
+    let too_many = gang("4", &[]);
+    assert_eq!(code(&too_many), 5, "{}", stderr(&too_many));
+    assert!(stderr(&too_many).contains("gang needs 4"), "{}", stderr(&too_many));
+    for node in [&first, &others[0], &others[1]] {
+        until("its capacity is free again", || {
+            let node = node.get("/v1/node").json();
+            (node["promised"]["cpu_milli"] == 0).then_some(())
+        });
+    }
+    assert_eq!(code(&gang("0", &[])), 2);
+    // Leases without jobs, each to be used as its holder likes.
+    let leases =
+        buyer.cli_json(&[&["lease", "request", "--json", "--nodes", "2"], &WANT[..]].concat());
+    let lease = leases["leases"][1]["lease"].as_str().expect("an id");
+    let ran = buyer.cli(&["run", "--yes", "--lease", lease, &environment]);
+    assert_eq!(code(&ran), 0, "{}", stderr(&ran));
+    let out = String::from_utf8_lossy(&ran.stdout).into_owned();
+    assert!(out.contains("LEASEHOLD_RANK=1") && out.contains("LEASEHOLD_SIZE=2"), "{out}");
+}
+
+/// Writes its environment, each variable with a zero after it.
+const ENVIRONMENT: &str = r#"(module
+  (import "wasi_snapshot_preview1" "environ_sizes_get"
+    (func $sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_get" (func $get (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_write"
+    (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (func (export "_start")
+    (drop (call $sizes (i32.const 0) (i32.const 4)))
+    (drop (call $get (i32.const 1024) (i32.const 8192)))
+    (i32.store (i32.const 16) (i32.const 8192))
+    (i32.store (i32.const 20) (i32.load (i32.const 4)))
+    (drop (call $fd_write (i32.const 1) (i32.const 16) (i32.const 1) (i32.const 24)))))"#;
 
 /// Ends a process that a failed test would leave behind.
 struct Follower(Child);
@@ -584,11 +750,17 @@ fn a_node_told_to_stop_does_not_wait_for_those_who_follow() {
     let command = std::fs::read(format!("/proc/{}/cmdline", status["warden"]["pid"]));
     let command = String::from_utf8(command.unwrap_or_default()).expect("text");
     assert!(command.contains(&lease), "the job goes on under its warden");
-    // The next start ends the job, and the lease with it.
+    // The next start takes the job back.
     let (home, api) = (Home::at(&seller.dir), seller.file.api);
     let seller = fabric.up(&home, "seller", "1", &[], api);
-    until("the lease is lost", || {
+    until("the job runs on", || {
         let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
-        (shown["end"] == "lost").then_some(())
+        (shown["stage"] == "active" && shown["running"] == true).then_some(())
+    });
+    assert_eq!(status_of(&seller, &lease)["warden"], status["warden"]);
+    assert!(seller.cli(&["lease", "revoke", &lease]).status.success(), "and is not left behind");
+    until("it has ended", || {
+        let shown = seller.cli_json(&["lease", "show", "--json", &lease]);
+        (shown["end"] == "revoked").then_some(())
     });
 }

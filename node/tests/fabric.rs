@@ -550,8 +550,8 @@ async fn bad_orders() {
         (Reason::WrongLessor, Box::new(|order, _| order.lessor = KeyId([9; 32]))),
         (Reason::StaleOffer, Box::new(|order, _| order.offer = Hash([9; 32]))),
         (Reason::Mandate, Box::new(|order, _| order.ceiling = Amount(11_000_000_000))),
-        (Reason::NotOffered, Box::new(|order, _| order.class = Class::Slack)),
-        (Reason::NotOffered, Box::new(|order, _| order.term = Span::secs(40 * 24 * 3600))),
+        (Reason::NotOffered, Box::new(|order, _| order.receipt_every = Span::millis(1))),
+        (Reason::NotOffered, Box::new(|order, _| order.longest = Span::secs(40 * 24 * 3600))),
         (Reason::NotAdmitted, Box::new(|order, _| order.lessee = KeyId([9; 32]))),
     ];
     for (expected, change) in cases {

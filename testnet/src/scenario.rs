@@ -194,7 +194,8 @@ impl Scenario {
         // Who hears of a dead node only by its record, after everybody has stopped speaking of it,
         // finds out by a probe of its own: one round of them takes half a second a node.
         let round = nodes as u64 / 2;
-        let quiet = Span::secs(longest + round + if copies { 140 } else { 60 });
+        // A lease may be renewed to three times its term.
+        let quiet = Span::secs(3 * longest + round + if copies { 140 } else { 60 });
         Self { seed, nodes, length, quiet, plant, network, sync_us, load, steps }
     }
 

@@ -8,8 +8,10 @@
 //!
 //! Whatever fails after the lease was granted gives the lease back.
 
+mod gang;
+
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -23,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::follow::{self, Kept, Sink};
 use super::output::{Out, page, short_key, span};
 use super::transfer::{self, Local};
-use super::want::{WantArgs, pair};
+use super::want::{GangArgs, WantArgs, pair};
 use super::{Failure, Session, find};
 use crate::api::body::{
     ChoiceLine, ClaimRequest, Claimed, EndLine, LeaseLine, LeaseRequest, Leased, OutcomeLine, Plan,
@@ -37,6 +39,8 @@ use crate::attach::End;
 const CLOSING: Duration = Duration::from_secs(60);
 /// How long output may still come after the lease is over.
 const LATE: Duration = Duration::from_secs(5);
+/// The longest line that waits for its end before it is written behind its label, in bytes.
+const MAX_LINE: usize = 64 * 1024;
 /// What a shell shows for a program that a signal ended: 128 and the signal's number.
 const SIGNALLED: u8 = 128;
 
@@ -53,6 +57,8 @@ pub(super) struct Run {
     /// Use this lease, which was requested before, or its first digits
     #[arg(long, value_name = "LEASE", conflicts_with = "WantArgs")]
     lease: Option<String>,
+    #[command(flatten)]
+    gang: GangArgs,
     /// A file that the program finds as /in/NAME; may be repeated
     #[arg(long, value_name = "NAME=FILE", value_parser = pair)]
     input: Vec<(String, String)>,
@@ -125,6 +131,11 @@ impl Run {
             uploaded = self.upload(session, &files) => uploaded?,
             () = stop.cancelled() => return Err(interrupted()),
         };
+        if let (Some(nodes), Some(want)) = (self.gang.nodes, &want) {
+            let job = self.job(&files, stdin);
+            let run = gang::Launch { args: &self, session, stop: &stop, begun, uploaded };
+            return run.run(want.clone(), nodes, job).await;
+        }
         let ordered = Instant::now();
         let leased = match (want, &self.lease) {
             (None, Some(lease)) => held(session, lease).await?,
@@ -156,8 +167,7 @@ impl Run {
             ));
             return Ok(Exit::Ok.code());
         }
-        let mut sink =
-            Output { out: session.out, stdout: Kept::default(), stderr: Kept::default() };
+        let mut sink = Output::new(session.out, None);
         let told = running.follow(&mut sink).await;
         let Told { end, over, interrupted } = match told {
             Ok(told) => told,
@@ -170,7 +180,7 @@ impl Run {
         let fetched = if interrupted {
             Ok(Vec::new())
         } else {
-            self.fetch(session, &leased.lease, end.as_ref()).await
+            self.fetch(session, &leased.lease, &self.output_dir, end.as_ref()).await
         };
         let over = match over {
             Some(over) => Some(over),
@@ -316,6 +326,7 @@ impl Run {
         &self,
         session: &Session,
         lease: &str,
+        dir: &Path,
         end: Option<&End>,
     ) -> Result<Vec<Value>, Failure> {
         let mut fetched = Vec::new();
@@ -327,7 +338,7 @@ impl Run {
                 continue;
             };
             let payload = PayloadText::of(&file.payload);
-            let path = transfer::download(session, lease, name, &payload, &self.output_dir).await?;
+            let path = transfer::download(session, lease, name, &payload, dir).await?;
             fetched.push(transfer::line(name, &path, &payload));
         }
         Ok(fetched)
@@ -441,11 +452,52 @@ fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Where the program's output goes: through, or with `--json` into the object.
+/// Where the program's output goes: through, line by line behind a label where several write at
+/// once, or with `--json` into the object.
 struct Output {
     out: Out,
+    label: Option<String>,
     stdout: Kept,
     stderr: Kept,
+    /// Lines that are not whole yet.
+    begun: [Vec<u8>; 2],
+}
+
+impl Output {
+    fn new(out: Out, label: Option<String>) -> Self {
+        let (stdout, stderr) = (Kept::default(), Kept::default());
+        Self { out, label, stdout, stderr, begun: [Vec::new(), Vec::new()] }
+    }
+
+    /// Whole lines with the label before each; what is left waits for its end.
+    fn labelled(&mut self, which: usize, bytes: &[u8], end: bool) -> Vec<u8> {
+        let Some(label) = &self.label else { return bytes.to_vec() };
+        let Some(begun) = self.begun.get_mut(which) else { return Vec::new() };
+        begun.extend_from_slice(bytes);
+        let whole = match begun.iter().rposition(|byte| *byte == b'\n') {
+            _ if end || begun.len() > MAX_LINE => begun.len(),
+            Some(at) => at + 1,
+            None => 0,
+        };
+        let mut lines = Vec::new();
+        for line in begun.drain(..whole).as_slice().split_inclusive(|byte| *byte == b'\n') {
+            lines.extend_from_slice(label.as_bytes());
+            lines.extend_from_slice(line);
+            if !line.ends_with(b"\n") {
+                lines.push(b'\n');
+            }
+        }
+        lines
+    }
+
+    /// Nothing more comes: what is left is written.
+    fn finish(&mut self) -> Result<(), Failure> {
+        let (stdout, stderr) = (self.labelled(0, &[], true), self.labelled(1, &[], true));
+        if !stdout.is_empty() {
+            self.out.data(&stdout)?;
+        }
+        if stderr.is_empty() { Ok(()) } else { self.out.raw_stderr(&stderr) }
+    }
 }
 
 impl Sink for Output {
@@ -454,7 +506,8 @@ impl Sink for Output {
             self.stdout.take(bytes);
             return Ok(());
         }
-        self.out.data(bytes)
+        let bytes = self.labelled(0, bytes, false);
+        self.out.data(&bytes)
     }
 
     fn stderr(&mut self, bytes: &[u8]) -> Result<(), Failure> {
@@ -462,7 +515,8 @@ impl Sink for Output {
             self.stderr.take(bytes);
             return Ok(());
         }
-        self.out.raw_stderr(bytes)
+        let bytes = self.labelled(1, bytes, false);
+        self.out.raw_stderr(&bytes)
     }
 }
 

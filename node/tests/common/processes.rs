@@ -107,6 +107,9 @@ impl Fabric {
         let _ = std::fs::remove_file(home.dir().join("node.json"));
         let mut config = Config::default();
         config.node.name = name.into();
+        (config.offer.notice, config.offer.freeze) = ("200ms".into(), "200ms".into());
+        config.offer.grace = "1s".into();
+        config.offer.credit = "50%".into();
         (config.listen.link, config.listen.probe) = (any, any);
         (config.listen.data, config.listen.api) = (any, api);
         config.fabric.join = join.iter().map(|node| node.file.link[0]).collect();

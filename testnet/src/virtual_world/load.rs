@@ -87,7 +87,7 @@ fn want(load: &Load, dice: &mut Dice) -> Want {
         shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
         class: if dice.chance(1, 3) { Class::Slack } else { Class::Firm },
         term,
-        longest: if dice.chance(1, 2) { term.scale(1 + dice.below(4), 1) } else { term },
+        longest: if dice.chance(1, 2) { term.scale(1 + dice.below(3), 1) } else { term },
         claim_within: span(dice, load.claim_within).min(term),
         max_hourly: Amount(10 * UNIT),
         budget: Amount(budget),
