@@ -45,6 +45,9 @@ pub struct Node {
     pub name: String,
     /// What lessees may select by (`zone = "a"`). At most 32 labels of 64 bytes.
     pub labels: BTreeMap<String, String>,
+    /// Where everything that it keeps, signs and is asked is written down as well, for tests and
+    /// for looking into faults; empty: nowhere. See [`crate::history`].
+    pub history: PathBuf,
 }
 
 /// `[listen]`: UDP but for `api`. Port 0 takes a free one, which suits tests; a node that others
