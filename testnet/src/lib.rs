@@ -3,6 +3,7 @@
 //! ```text
 //! scenario      who is there, what they ask, what goes wrong: plain data from one seed
 //! check         the invariants of the design, over a history of what was seen
+//! judge         the same checks, over the histories that real nodes wrote
 //! virtual_world many cores in virtual time in one process
 //! bench         the subcommand that measures, with real processes
 //! fleet         real node processes on loopback, and nothing of them left behind
@@ -15,6 +16,7 @@ pub mod bench;
 pub mod check;
 pub mod demo;
 pub mod fleet;
+pub mod judge;
 pub mod report;
 pub mod scenario;
 pub mod signal;
