@@ -10,10 +10,12 @@
 //! fleet         real node processes on loopback, and nothing of them left behind
 //! demo          the subcommand that shows one lease from end to end
 //! up            the subcommand that runs a fleet until it is told to stop
+//! chaos         the subcommand that lets real nodes run into everything that can go wrong
 //! sim           the subcommand that runs scenarios in the virtual world
 //! ```
 
 pub mod bench;
+pub mod chaos;
 pub mod check;
 pub mod demo;
 pub mod fleet;
