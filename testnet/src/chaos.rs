@@ -16,7 +16,8 @@ pub mod fault;
 mod load;
 mod witness;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -58,6 +59,9 @@ const EVERY: Duration = Duration::from_millis(1_500);
 const SLACK: Span = Span::secs(4);
 /// How old the fabric is: older than any wall clock is set back.
 const AGE: Span = Span::secs(2 * 3600);
+/// Whether nodes adopt the jobs of an earlier run, so that a restart loses none
+/// (docs/decisions/0005: they do not yet).
+const ADOPTS: bool = false;
 /// Between two looks at what is due.
 const TICK: Duration = Duration::from_millis(20);
 /// How long after its disk had room again a node may still end because it had none.
@@ -65,7 +69,7 @@ const EXCUSED: Duration = Duration::from_secs(10);
 /// How long until a node that did not start is started again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// The size of a file system that can be filled: a node with some jobs needs less than half.
-const DISK: &str = "size=384m,mode=0700";
+const DISK: &CStr = c"size=384m,mode=0700";
 /// What fills it.
 const BALLAST: &str = "ballast";
 /// The file that says what a kept directory is about.
@@ -158,6 +162,10 @@ pub struct Kept {
     pub closed: u64,
     /// How much later than promptly things may be done, in milliseconds.
     pub slack_ms: u64,
+    /// Whether the nodes adopt jobs when they start again.
+    pub adopts: bool,
+    /// Nodes, counted from zero, whose disks were filled.
+    pub filled: Vec<usize>,
 }
 
 impl Kept {
@@ -192,6 +200,7 @@ pub fn judge_kept(dir: &Path) -> Result<Verdict, ChaosError> {
         histories: &histories,
         outside: &outside,
         slack: Span::millis(kept.slack_ms),
+        adopts: kept.adopts.then_some(kept.filled.as_slice()),
         quiet: Some(kept.quiet),
         closed: kept.closed,
     })?)
@@ -395,6 +404,8 @@ struct World<'a> {
     planned: u64,
     nodes: Vec<Node>,
     outside: Vec<Outside>,
+    /// Nodes whose disks were filled.
+    filled: BTreeSet<usize>,
     log: File,
     summary: Summary,
 }
@@ -470,10 +481,10 @@ impl<'a> World<'a> {
             if mounts && nth % 2 == 1 {
                 let place = fleet.root().join(&name);
                 make(&place).map_err(io_at(&place))?;
-                let data = std::ffi::CString::new(DISK).unwrap_or_default();
-                let mounted = mount("tmpfs", &place, "tmpfs", MountFlags::empty(), &*data);
-                mounted.map_err(|error| io_at(&place)(error.into()))?;
-                disks.push(usize::from(nth));
+                match mount("tmpfs", &place, "tmpfs", MountFlags::empty(), DISK) {
+                    Ok(()) => disks.push(usize::from(nth)),
+                    Err(why) => eprintln!("the disk of {name} is not filled: {why}"),
+                }
             }
             fleet.add(config(&name, &dir, net, nth))?;
         }
@@ -500,6 +511,7 @@ impl<'a> World<'a> {
             planned: 0,
             nodes: vec![node; usize::from(count)],
             outside: Vec::new(),
+            filled: BTreeSet::new(),
             log,
             summary,
         })
@@ -530,7 +542,9 @@ impl<'a> World<'a> {
         self.note(&format!("the relay: {relayed:?}"));
         let nodes = self.fleet.members().iter().map(|member| member.name().to_string());
         let (nodes, slack_ms) = (nodes.collect(), SLACK.as_millis());
-        let kept = Kept { seed: self.summary.seed, nodes, quiet, closed, slack_ms };
+        let filled = self.filled.iter().copied().collect();
+        let (seed, adopts) = (self.summary.seed, ADOPTS);
+        let kept = Kept { seed, nodes, quiet, closed, slack_ms, adopts, filled };
         Ok(Ran { kept, dir: self.dir.clone(), outside, summary: self.summary.clone() })
     }
 
@@ -636,6 +650,7 @@ impl<'a> World<'a> {
             }
             Fault::FillDisk { node, lasts } => {
                 self.fill_disk(*node).await?;
+                self.filled.insert(*node);
                 self.summary.full_disks += 1;
                 self.plan_in(*lasts, Act::EmptyDisk(*node));
             }

@@ -24,6 +24,7 @@ use leasehold_node::history::{JobStep, Line, MAX_SIGNED, Octets, Saw};
 use leasehold_proto::base::time::{Boot, Span};
 use leasehold_proto::core::{Kept, View};
 use leasehold_proto::words::sign::Signed;
+use leasehold_proto::words::usage::Outcome;
 use leasehold_proto::words::wire;
 use leasehold_proto::{Hash, KeyId, LeaseId};
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,10 @@ pub struct Case<'a> {
     pub outside: &'a [Outside],
     /// How much later than promptly things may be done on this machine.
     pub slack: Span,
+    /// Whether nodes adopt jobs when they start again, so that none may be lost; wardens are not
+    /// killed, and hosts not booted. On a host named here the disk was full, and with it what a
+    /// warden wants to write.
+    pub adopts: Option<&'a [usize]>,
     /// From when on all was quiet, if it is to be judged whether all came to rest: every node
     /// that runs must have said how things stand after that.
     pub quiet: Option<u64>,
@@ -437,6 +442,11 @@ impl Judge<'_> {
                     match value.as_ref().map(|(_, value)| Kept::read(&key, value)) {
                         Some(Ok(Kept::Lent(id, lent))) => {
                             self.check.see(at, Seen::Lent(id, &lent));
+                            let adopts = self.case.adopts.is_some_and(|full| !full.contains(&host));
+                            if adopts && lent.outcome == Some(Outcome::Lost) {
+                                let what = format!("the job of {id} was lost, not adopted");
+                                self.check.found("adoption", at, what);
+                            }
                         }
                         Some(Err(error)) => {
                             self.check.found("2 (durability)", at, error.to_string());

@@ -202,7 +202,7 @@ fn changed_histories_are_noticed(run: &Evidence) {
     let (host, nth) = run.find(relies);
     let broken = run.changed(|lines, _| {
         if let Saw::View { view, .. } = &mut lines[host][nth].saw {
-            view.held.iter_mut().for_each(|held| held.left = held.left + Span::secs(60));
+            view.held.iter_mut().for_each(|held| held.left += Span::secs(60));
         }
     });
     noticed(&broken, "5 (the lessee stops first)");
