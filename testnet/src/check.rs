@@ -134,7 +134,7 @@ struct Host {
 
 /// As what an object must be found again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Evidence {
+pub(crate) enum Evidence {
     Grant,
     Acceptance,
     Receipt,
@@ -142,6 +142,22 @@ enum Evidence {
     Claim,
     Release,
     Acknowledgement,
+}
+
+impl Evidence {
+    /// As what an object of this kind must be found; none where nothing depends on it.
+    pub(crate) const fn of(kind: Kind) -> Option<Self> {
+        match kind {
+            Kind::Grant => Some(Self::Grant),
+            Kind::Acceptance => Some(Self::Acceptance),
+            Kind::Receipt => Some(Self::Receipt),
+            Kind::Termination => Some(Self::Termination),
+            Kind::Claim => Some(Self::Claim),
+            Kind::Release => Some(Self::Release),
+            Kind::Acknowledgement => Some(Self::Acknowledgement),
+            _ => None,
+        }
+    }
 }
 
 /// A lease as the check remembers it.
@@ -408,16 +424,11 @@ impl Check {
             let what = format!("two bodies of a {kind} in epoch {epoch} with number {seq}");
             self.found("8 (epochs)", at, what);
         }
-        let evidence = match header.kind {
-            Kind::Grant => Evidence::Grant,
-            Kind::Acceptance => Evidence::Acceptance,
-            Kind::Receipt => Evidence::Receipt,
-            Kind::Termination => Evidence::Termination,
-            Kind::Claim => Evidence::Claim,
-            Kind::Release => Evidence::Release,
-            Kind::Acknowledgement => Evidence::Acknowledgement,
-            Kind::Objection if !spared => return self.objected(at, signed),
-            _ => return,
+        let Some(evidence) = Evidence::of(header.kind) else {
+            if header.kind == Kind::Objection && !spared {
+                self.objected(at, signed);
+            }
+            return;
         };
         if let Some(host) = self.hosts.get_mut(&at.host) {
             host.left.insert((evidence, id));
@@ -682,7 +693,7 @@ impl Check {
 }
 
 /// Everything that must be found again, among what a node read back.
-fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &Lent>) {
+pub(crate) fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &Lent>) {
     let mut found = BTreeSet::new();
     let mut leases = BTreeMap::new();
     for kept in kept {

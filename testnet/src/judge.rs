@@ -11,8 +11,9 @@
 //! stand in the order in which things happened there; where two sources have the same time, what
 //! was seen from outside comes first.
 //!
-//! Beside the invariants of the check it judges that what a node reads back is what it once gave
-//! to its store: the fold of some first part of it, in order, batch by batch.
+//! Beside the invariants of the check it judges that nothing leaves a node that it had not given to
+//! its store before, and that what it reads back is the fold of some first part of what it gave,
+//! in order, batch by batch.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
@@ -29,7 +30,7 @@ use leasehold_proto::words::wire;
 use leasehold_proto::{Hash, KeyId, LeaseId};
 use serde::{Deserialize, Serialize};
 
-use crate::check::{At, Check, Seen, Settled, Violation};
+use crate::check::{At, Check, Evidence, Seen, Settled, Violation, recovered};
 
 /// Something that was seen from outside of a node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -215,6 +216,8 @@ struct Given {
     batches: VecDeque<Vec<(Vec<u8>, Option<Hash>)>>,
     /// Every value in there.
     values: HashMap<Hash, Vec<u8>>,
+    /// What may leave, since it was given before or read back.
+    evidence: BTreeSet<(Evidence, Hash)>,
 }
 
 impl Given {
@@ -264,6 +267,17 @@ struct Node {
     asked: BTreeMap<u64, String>,
     whole: Option<(u64, Box<View>)>,
     jobs: BTreeSet<LeaseId>,
+}
+
+impl Node {
+    /// What is wrong with this leaving, if it was not given to the store before.
+    fn hasty(&self, signed: &Signed) -> Option<String> {
+        let header = signed.header().ok().filter(|header| header.signer == self.key)?;
+        let evidence = Evidence::of(header.kind)?;
+        let id = signed.id();
+        let given = self.given.evidence.contains(&(evidence, id));
+        (!given).then(|| format!("a {evidence:?} ({}) leaves that was not kept", id.short()))
+    }
 }
 
 struct Judge<'a> {
@@ -429,6 +443,7 @@ impl Judge<'_> {
                     }
                 }
                 wrong.extend(node.given.read_back(entries));
+                node.given.evidence = recovered(&kept).0;
                 let seen = Seen::Started { key, boot, epoch, capacity: &capacity, kept: &kept };
                 self.check.see(at, seen);
                 for what in wrong {
@@ -439,7 +454,11 @@ impl Judge<'_> {
                 let mut batch = Vec::with_capacity(entries.len());
                 for (Octets(key), value) in entries {
                     let value = value.map(|Octets(value)| (Hash::of(&value), value));
-                    match value.as_ref().map(|(_, value)| Kept::read(&key, value)) {
+                    let kept = value.as_ref().map(|(_, value)| Kept::read(&key, value));
+                    if let Some(Ok(kept)) = &kept {
+                        node.given.evidence.extend(recovered(std::slice::from_ref(kept)).0);
+                    }
+                    match kept {
                         Some(Ok(Kept::Lent(id, lent))) => {
                             self.check.see(at, Seen::Lent(id, &lent));
                             let adopts = self.case.adopts.is_some_and(|full| !full.contains(&host));
@@ -460,7 +479,12 @@ impl Judge<'_> {
             }
             Saw::Signed { object: Octets(object), answers } => {
                 match wire::decode::<MAX_SIGNED, Signed>(&object) {
-                    Ok(signed) => self.check.see(at, Seen::Signed(&signed, answers)),
+                    Ok(signed) => {
+                        if let Some(what) = node.hasty(&signed) {
+                            self.check.found("2 (durability)", at, what);
+                        }
+                        self.check.see(at, Seen::Signed(&signed, answers));
+                    }
                     Err(error) => self.check.found("words", at, error.to_string()),
                 }
             }

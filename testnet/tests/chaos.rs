@@ -157,7 +157,14 @@ fn noticed(broken: &[String], invariant: &str) {
 
 /// Each change is one that a node would have to make that breaks its word.
 fn changed_histories_are_noticed(run: &Evidence) {
-    let (host, nth) = run.find(|line, rest| !lent(line).is_empty() && rest.iter().any(is_start));
+    // A record that was not kept before its grant left, and one that is read back.
+    let (host, nth) = run.find(|line, _| lent_at(line, LentStage::Granted).is_some());
+    noticed(&run.changed(|lines, _| drop(lines[host].remove(nth))), "2 (durability)");
+    let (host, nth) = run.find(|line, rest| {
+        let life: Vec<_> = rest.iter().take_while(|line| !is_start(line)).collect();
+        let restarted = rest.get(life.len()).is_some_and(|line| line.at <= run.case.closed);
+        restarted && !lent(line).is_empty() && life.into_iter().all(|line| lent(line).is_empty())
+    });
     noticed(&run.changed(|lines, _| drop(lines[host].remove(nth))), "2 (durability)");
 
     let small = Resources::new(50, 1 << 20, 1 << 20);
