@@ -801,7 +801,8 @@ impl<'a> World<'a> {
             self.resume(node, life)?;
             self.start(node)?;
         }
-        while self.nodes.iter().any(|node| node.stands != Stands::Up) {
+        let begun = Instant::now();
+        while self.nodes.iter().any(|node| node.stands != Stands::Up) && begun.elapsed() < RESTS {
             self.step(false).await?;
         }
         self.note("all is put right");
