@@ -64,8 +64,6 @@ const AGE: Span = Span::secs(2 * 3600);
 const ADOPTS: bool = false;
 /// Between two looks at what is due.
 const TICK: Duration = Duration::from_millis(20);
-/// How long after its disk had room again a node may still end because it had none.
-const EXCUSED: Duration = Duration::from_secs(10);
 /// How long until a node that did not start is started again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// The size of a file system that can be filled: a node with some jobs needs less than half.
@@ -139,7 +137,7 @@ pub struct Summary {
     pub witnessed: usize,
     /// Starts of nodes.
     pub starts: usize,
-    /// Nodes that ended by themselves while their disks were full, and were started again.
+    /// Nodes that ended by themselves where their disks were full, and were started again.
     pub fell: u64,
     /// Lines of histories.
     pub lines: usize,
@@ -264,23 +262,19 @@ pub fn main(args: &Args) -> ExitCode {
 }
 
 fn say(summary: &Summary) {
+    let Summary { seed, nodes, minutes, leases, jobs, witnessed, starts, violations, .. } = summary;
+    // What is judged again says nothing of its faults.
+    if *minutes > 0.0 {
+        let Summary { sigkills, sigstops, partitions, delays, full_disks, clock_jumps, .. } =
+            summary;
+        println!(
+            "{minutes} min: {sigkills} SIGKILLs, {sigstops} SIGSTOPs, {partitions} partitions, \
+             {delays} delays, {full_disks} full disks, {clock_jumps} clock jumps"
+        );
+    }
     println!(
-        "seed {}, {} nodes, {} min: {} SIGKILLs, {} SIGSTOPs, {} partitions, {} delays, {} full \
-         disks, {} clock jumps; {} leases, {} jobs ({} seen), {} starts; {} violations",
-        summary.seed,
-        summary.nodes,
-        summary.minutes,
-        summary.sigkills,
-        summary.sigstops,
-        summary.partitions,
-        summary.delays,
-        summary.full_disks,
-        summary.clock_jumps,
-        summary.leases,
-        summary.jobs,
-        summary.witnessed,
-        summary.starts,
-        summary.violations,
+        "seed {seed}, {nodes} nodes: {leases} leases, {jobs} jobs ({witnessed} seen at work), \
+         {starts} starts, {violations} violations"
     );
 }
 
@@ -376,8 +370,18 @@ struct Node {
     stands: Stands,
     /// Rises with each start: what was planned for an earlier life is void.
     life: u64,
-    /// Up to when it may end because its disk was full.
-    excused: Option<Instant>,
+    disk: Disk,
+}
+
+/// How a node's disk stands: a full one excuses a node that ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Disk {
+    /// It has had room for as long as this life lasts.
+    Roomy,
+    Full,
+    /// It was full in this life. What the database could not write then comes to light when it is
+    /// next looked after, which may be long after there was room again.
+    WasFull,
 }
 
 /// Something that is due at some time.
@@ -490,7 +494,7 @@ impl<'a> World<'a> {
         }
         let length = Duration::from_secs_f64(args.minutes * 60.0);
         let frame = Frame { nodes: usize::from(count), length, disks };
-        let node = Node { stands: Stands::Up, life: 0, excused: None };
+        let node = Node { stands: Stands::Up, life: 0, disk: Disk::Roomy };
         let summary = Summary {
             chaos: "chaos",
             seed: args.seed,
@@ -676,6 +680,9 @@ impl<'a> World<'a> {
         let Some(node) = self.nodes.get_mut(node) else { return 0 };
         if matches!(stands, Stands::Starting(_)) {
             node.life += 1;
+            if node.disk == Disk::WasFull {
+                node.disk = Disk::Roomy;
+            }
         }
         node.stands = stands;
         node.life
@@ -730,7 +737,7 @@ impl<'a> World<'a> {
         };
         self.fell(node);
         self.note(&format!("{node} ended by itself: {ended}"));
-        if known.excused.is_some_and(|until| Instant::now() < until) {
+        if known.disk != Disk::Roomy {
             self.summary.fell += 1;
         } else {
             self.saw(
@@ -749,7 +756,7 @@ impl<'a> World<'a> {
     async fn fill_disk(&mut self, node: usize) -> Result<(), ChaosError> {
         let path = self.disk(node)?;
         if let Some(known) = self.nodes.get_mut(node) {
-            known.excused = Some(Instant::now() + Duration::from_secs(3600));
+            known.disk = Disk::Full;
         }
         let filled = tokio::task::spawn_blocking(move || -> io::Result<()> {
             let mut file = OpenOptions::new().append(true).create(true).open(path)?;
@@ -778,8 +785,8 @@ impl<'a> World<'a> {
             }
             _ => {}
         }
-        if let Some(known) = self.nodes.get_mut(node) {
-            known.excused = known.excused.map(|_| Instant::now() + EXCUSED);
+        if let Some(known) = self.nodes.get_mut(node).filter(|node| node.disk == Disk::Full) {
+            known.disk = Disk::WasFull;
         }
         Ok(())
     }
