@@ -20,6 +20,7 @@ pub mod clock;
 pub mod config;
 pub mod data;
 pub mod handle;
+pub mod history;
 pub mod home;
 pub mod host;
 mod jobs;

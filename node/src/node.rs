@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, ConfigError};
 use crate::data::{self, Data, DataConfig};
 use crate::handle::{Facts, Handle};
+use crate::history::{History, HistoryError};
 use crate::home::{Home, HomeError, Identity};
 use crate::jobs::Jobs;
 use crate::net::{Limits, Net, NetConfig, NetError, NetEvent};
@@ -66,6 +67,9 @@ pub enum StartError {
     /// A kept record does not read.
     #[error("the store holds what this version cannot read: {0}")]
     Kept(#[from] core::kept::ReadError),
+    /// The history cannot be written.
+    #[error(transparent)]
+    History(#[from] HistoryError),
     /// The payloads do not open.
     #[error("payloads: {0}")]
     Payloads(#[from] PayloadError),
@@ -119,6 +123,7 @@ pub struct Bound {
     min_disk_free: u64,
     store: Store,
     saved: Vec<Kept>,
+    history: History,
     payloads: PayloadStore,
     net: Net,
     net_events: mpsc::Receiver<NetEvent>,
@@ -155,6 +160,8 @@ impl Node {
         // The store's lock is taken first: of two processes in one directory the second stops
         // here, with the reason that helps.
         let (store, saved) = open_store(home, &identity, min_disk_free).await?;
+        let mut history = History::open(&config.node.history)?;
+        history.read_back(&saved);
         let limits = payload::Limits { keep_free: min_disk_free, ..payload::Limits::default() };
         let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
         let seed = *identity.secret.seed();
@@ -210,6 +217,7 @@ impl Node {
             min_disk_free,
             store,
             saved,
+            history,
             payloads,
             net,
             net_events,
@@ -283,6 +291,7 @@ impl Bound {
             isolation,
             admitted,
             min_disk_free,
+            history: self.history,
         };
         let (net_events, packets, arrivals) = (self.net_events, self.packets, self.arrivals);
         let streams = Streams { net_events, packets, work_events, arrivals };
@@ -302,7 +311,7 @@ impl Node {
         streams: Streams,
     ) -> Self {
         let Parts { store, payloads, data, net, probe, work, reaped, running, .. } = parts;
-        let Parts { isolation, admitted, min_disk_free, .. } = parts;
+        let Parts { isolation, admitted, min_disk_free, history, .. } = parts;
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
@@ -344,6 +353,7 @@ impl Node {
             counts,
             min_disk_free,
             dir: home.dir().to_path_buf(),
+            history,
             reaped,
         };
         let inputs = Inputs {
@@ -397,6 +407,7 @@ struct Parts {
     isolation: Vec<String>,
     admitted: Admitted,
     min_disk_free: u64,
+    history: History,
 }
 
 /// What the edges tell.

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::handle::Asked;
+use crate::history::History;
 use crate::jobs::Jobs;
 use crate::net::{Net, NetCommand, NetEvent, SendError};
 use crate::probe::Probe;
@@ -75,6 +76,7 @@ pub(crate) struct Loop {
     pub(crate) counts: Arc<Counts>,
     pub(crate) min_disk_free: u64,
     pub(crate) dir: std::path::PathBuf,
+    pub(crate) history: History,
     /// Jobs of an earlier run that have ended, with who may follow them.
     pub(crate) reaped: Vec<(Reaped, Option<KeyId>)>,
 }
@@ -131,6 +133,7 @@ impl Loop {
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut first = first;
         self.look_at_disk(&mut state, &mut first);
+        self.history.started(&self.core);
         // The epoch is on disk before anything is signed in it, liveness packets included.
         let (kept, rest) = first.into_iter().partition(|effect| matches!(effect, Effect::Keep(_)));
         self.take_care(&mut state, kept).await;
@@ -187,6 +190,7 @@ impl Loop {
             }
             self.drain(&mut inputs, &mut state, &mut out).await;
             self.take_care(&mut state, out).await;
+            self.history.look(&self.core);
         }
         self.stop(state).await;
     }
@@ -220,6 +224,7 @@ impl Loop {
 
     fn handle(&mut self, event: Event, out: &mut Vec<Effect>) {
         self.counts.events.fetch_add(1, Ordering::Relaxed);
+        self.history.heard(&event);
         self.core.handle(clock::now(), event, out);
     }
 
@@ -325,6 +330,7 @@ impl Loop {
             }
         }
         self.share_admitted(state);
+        self.history.kept(&writes);
         let pending = if writes.is_empty() {
             None
         } else {
@@ -369,12 +375,18 @@ impl Loop {
     }
 
     /// Signs what is to be said and encodes it.
-    fn frame(&self, what: Utterance) -> Result<Vec<u8>, VerifyError> {
-        let message = what.carry(|draft| self.signer.sign(draft))?;
+    fn frame(&mut self, what: Utterance, answers: Option<Ticket>) -> Result<Vec<u8>, VerifyError> {
+        let (signer, history) = (&self.signer, &mut self.history);
+        let message = what.carry(|draft| {
+            let signed = signer.sign(draft)?;
+            history.signed(&signed, answers);
+            Ok::<_, VerifyError>(signed)
+        })?;
         message::encode(&message).map_err(|_| VerifyError::Version(0))
     }
 
     async fn perform(&mut self, state: &mut State, effect: Effect) {
+        self.history.leaves(&effect);
         match effect {
             Effect::Ask { to, token, what } => self.ask(state, to, token, what).await,
             Effect::Reply { ticket, what } => self.reply(state, ticket, what).await,
@@ -405,7 +417,7 @@ impl Loop {
     }
 
     async fn ask(&mut self, state: &mut State, to: KeyId, token: Token, what: Utterance) {
-        let frame = match self.frame(what) {
+        let frame = match self.frame(what, None) {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::error!(%error, "a question could not be signed");
@@ -423,7 +435,7 @@ impl Loop {
     }
 
     async fn reply(&mut self, state: &mut State, ticket: Ticket, what: Utterance) {
-        let frame = match self.frame(what) {
+        let frame = match self.frame(what, Some(ticket)) {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::error!(%error, "an answer could not be signed");
@@ -442,6 +454,7 @@ impl Loop {
     async fn own_record(&mut self, state: &mut State, draft: &leasehold_proto::words::sign::Draft) {
         let fabric = self.core.hand().fabric;
         let signed = self.signer.sign(draft);
+        signed.iter().for_each(|signed| self.history.signed(signed, None));
         match signed.and_then(|signed| message::verify_record(&signed, &fabric)) {
             Ok(record) => {
                 let mut out = Vec::new();

@@ -132,11 +132,14 @@ struct Host {
     left: BTreeSet<(Evidence, Hash)>,
     /// The highest epoch under anything it signed.
     signed_epoch: u64,
+    /// The highest epoch in which it was seen at work. One that was killed while it started may
+    /// not have made its epoch durable, and then starts in the same one again.
+    lived_epoch: u64,
 }
 
 /// As what an object must be found again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Evidence {
+pub(crate) enum Evidence {
     Grant,
     Acceptance,
     Receipt,
@@ -145,6 +148,23 @@ enum Evidence {
     Release,
     Acknowledgement,
     Commit,
+}
+
+impl Evidence {
+    /// As what an object of this kind must be found; none where nothing depends on it.
+    pub(crate) const fn of(kind: Kind) -> Option<Self> {
+        match kind {
+            Kind::Grant => Some(Self::Grant),
+            Kind::Acceptance | Kind::Renewal => Some(Self::Acceptance),
+            Kind::Commit => Some(Self::Commit),
+            Kind::Receipt => Some(Self::Receipt),
+            Kind::Termination => Some(Self::Termination),
+            Kind::Claim => Some(Self::Claim),
+            Kind::Release => Some(Self::Release),
+            Kind::Acknowledgement => Some(Self::Acknowledgement),
+            _ => None,
+        }
+    }
 }
 
 /// A lease as the check remembers it.
@@ -205,6 +225,9 @@ pub struct Check {
     /// When a lease that is not claimed must have lapsed.
     lapses: BTreeSet<(u64, LeaseId)>,
     copied: BTreeSet<KeyId>,
+    /// How much later than promptly a node and its wardens may act on a deadline, where the
+    /// machine is slow and its processes wait for each other.
+    slack_us: u64,
     /// The highest epoch in which a node of this key was started.
     epochs: BTreeMap<KeyId, u64>,
     /// Of which version each renewal that was asked for is.
@@ -221,6 +244,17 @@ fn body_of<T: Body>(envelope: &[u8]) -> Option<(Envelope, T)> {
 }
 
 impl Check {
+    /// A check of a world in which everybody may be `slack` later than in an ideal one.
+    #[must_use]
+    pub fn with_slack(slack: Span) -> Self {
+        Self { slack_us: slack.as_millis() * 1000, ..Self::default() }
+    }
+
+    /// How late somebody may act on a deadline, in microseconds.
+    const fn prompt_us(&self) -> u64 {
+        PROMPT_US + self.slack_us
+    }
+
     /// What was found so far.
     #[must_use]
     pub fn violations(&self) -> &[Violation] {
@@ -284,8 +318,8 @@ impl Check {
         let host = self.hosts.entry(at.host).or_default();
         let mut host = std::mem::take(host);
         let spared = host.copied || self.copied.contains(&key);
-        if epoch <= host.epoch.max(host.signed_epoch) && !spared {
-            let was = host.epoch.max(host.signed_epoch);
+        if epoch <= host.lived_epoch.max(host.signed_epoch) && !spared {
+            let was = host.lived_epoch.max(host.signed_epoch);
             self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
         }
         let (found, leases) = recovered(kept);
@@ -323,6 +357,7 @@ impl Check {
     }
 
     fn lent(&mut self, at: At, id: LeaseId, lent: &Lent) {
+        let prompt_us = self.prompt_us();
         let Some(host) = self.hosts.get_mut(&at.host) else { return };
         let spared = host.copied || self.copied.contains(&host.key);
         if !self.leases.contains_key(&id) {
@@ -346,7 +381,7 @@ impl Check {
                 return;
             }
             let claim_by = us(lent.decided + grant.claim_within.min(grant.term));
-            self.lapses.insert((claim_by + PROMPT_US, id));
+            self.lapses.insert((claim_by + prompt_us, id));
             let lease = Lease {
                 host: at.host,
                 grant,
@@ -425,6 +460,7 @@ impl Check {
         let id = signed.id();
         let host = self.hosts.entry(at.host).or_default();
         let spared = host.copied || self.copied.contains(&header.signer);
+        host.lived_epoch = host.lived_epoch.max(host.epoch);
         if header.signer == host.key {
             host.signed_epoch = host.signed_epoch.max(header.epoch);
         }
@@ -435,18 +471,14 @@ impl Check {
             let what = format!("two bodies of a {kind} in epoch {epoch} with number {seq}");
             self.found("8 (epochs)", at, what);
         }
-        let evidence = match header.kind {
-            Kind::Grant => Evidence::Grant,
-            Kind::Acceptance | Kind::Renewal => Evidence::Acceptance,
-            Kind::Commit => Evidence::Commit,
-            Kind::Renew => return self.asked_to_renew(signed),
-            Kind::Receipt => Evidence::Receipt,
-            Kind::Termination => Evidence::Termination,
-            Kind::Claim => Evidence::Claim,
-            Kind::Release => Evidence::Release,
-            Kind::Acknowledgement => Evidence::Acknowledgement,
-            Kind::Objection if !spared => return self.objected(at, signed),
-            _ => return,
+        if header.kind == Kind::Renew {
+            return self.asked_to_renew(signed);
+        }
+        let Some(evidence) = Evidence::of(header.kind) else {
+            if header.kind == Kind::Objection && !spared {
+                self.objected(at, signed);
+            }
+            return;
         };
         if let Some(host) = self.hosts.get_mut(&at.host) {
             host.left.insert((evidence, id));
@@ -577,18 +609,26 @@ impl Check {
     }
 
     fn job(&mut self, at: At, id: LeaseId, started: bool) {
-        let host = self.hosts.get(&at.host);
-        let boot = host.map(|host| host.boot);
+        let late = Span::millis(self.prompt_us() / 1000);
+        let Some(host) = self.hosts.get(&at.host) else { return };
         // An older copy of a directory may know an earlier term than the job's warden.
-        let copied = host.is_some_and(|host| host.copied || self.copied.contains(&host.key));
-        let Some(lease) = self.leases.get_mut(&id) else { return };
-        lease.running = started;
-        if started && lease.grant.gang.is_some() {
-            self.gang_started(at, id);
+        let (boot, spared) = (Some(host.boot), host.copied || self.copied.contains(&host.key));
+        let Some(lease) = self.leases.get_mut(&id) else {
+            if started && !spared {
+                self.found("7 (reap before reuse)", at, format!("a job runs under no lease: {id}"));
+            }
             return;
+        };
+        lease.running = started;
+        if started && lease.stage == LentStage::Ended && lease.host == at.host && !spared {
+            let what = format!("the job of {id} starts after the lease has ended");
+            return self.found("7 (reap before reuse)", at, what);
         }
-        let over = lease.decided + lease.term + lease.grant.grace + Span::secs(1);
-        if boot == Some(lease.boot) && over < at.boot && !started && !copied {
+        if started && lease.grant.gang.is_some() {
+            return self.gang_started(at, id);
+        }
+        let over = lease.decided + lease.term + lease.grant.grace + late;
+        if boot == Some(lease.boot) && over < at.boot && !started && !spared {
             let late = at.boot.since(lease.decided + lease.term);
             let what = format!("the job of {id} ended {late} after its term");
             self.found("4 (bounded life)", at, what);
@@ -626,6 +666,7 @@ impl Check {
 
     fn view(&mut self, at: At, view: &View) {
         let Some(host) = self.hosts.get_mut(&at.host) else { return };
+        host.lived_epoch = host.lived_epoch.max(host.epoch);
         if host.promised != view.promised {
             let what = format!(
                 "it says that {} is promised, its leases come to {}",
@@ -656,6 +697,7 @@ impl Check {
 
     /// Time has passed: what should have happened by now?
     pub fn passed(&mut self, us: u64) {
+        let prompt_us = self.prompt_us();
         while let Some((due, id)) = self.lapses.first().copied().filter(|(due, _)| *due <= us) {
             self.lapses.remove(&(due, id));
             let Some(lease) = self.leases.get(&id) else { continue };
@@ -666,16 +708,16 @@ impl Check {
             }
             let since = self.hosts.get(&host).and_then(|host| host.running_since);
             match since {
-                Some(since) if since + PROMPT_US <= due => {
+                Some(since) if since + prompt_us <= due => {
                     let at = At { us, host, boot: Boot(0) };
                     let what = format!("lease {id} was not claimed in time and did not lapse");
                     self.found("6 (ended is final)", at, what);
                 }
                 Some(since) => {
-                    self.lapses.insert((since + PROMPT_US, id));
+                    self.lapses.insert((since + prompt_us, id));
                 }
                 None => {
-                    self.lapses.insert((us + PROMPT_US, id));
+                    self.lapses.insert((us + prompt_us, id));
                 }
             }
         }
@@ -758,7 +800,7 @@ impl Check {
 }
 
 /// Everything that must be found again, among what a node read back.
-fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &Lent>) {
+pub(crate) fn recovered(kept: &[Kept]) -> (BTreeSet<(Evidence, Hash)>, BTreeMap<LeaseId, &Lent>) {
     let mut found = BTreeSet::new();
     let mut leases = BTreeMap::new();
     for kept in kept {

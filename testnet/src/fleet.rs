@@ -4,7 +4,8 @@
 //! ROOT/               0700; a temporary one goes at the end
 //!   lock              held while the fleet runs: one fleet per directory
 //!   fabric/           the organisation's key and its charter
-//!   NAME/             one node's directory, as `leasehold init` would make it, and its node.log
+//!   NAME/             one node's directory, as `leasehold init` would make it, and its node.log;
+//!                     maybe a file system of its own
 //!
 //! this process --pipe--> guard                  ends the fleet when the pipe closes unannounced
 //!       |
@@ -38,12 +39,13 @@ use leasehold_node::clock;
 use leasehold_node::config::{Config, FILE};
 use leasehold_node::home::{Allowance, Founder, Founding, Home, HomeError, mandate};
 use leasehold_node::work::{self, Exec};
+use leasehold_proto::base::time::Wall;
 use leasehold_proto::words::charter::Role;
 use leasehold_proto::{Amount, Span};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::sleep;
 
-use self::guard::{Guard, end_processes, guard_main};
+use self::guard::{Guard, end_processes, guard_main, unmount_below};
 
 /// The first argument that makes this executable a node.
 pub const NODE: &str = "node";
@@ -75,13 +77,17 @@ pub struct Plan {
     pub nodes: Vec<Config>,
     /// The name of the fabric.
     pub fabric: String,
+    /// How long ago charter and certificates were made, by what they say: nodes whose clocks are
+    /// slow find those of just now not valid yet.
+    pub age: Span,
 }
 
 impl Plan {
     /// A fleet of these nodes in a temporary directory, played by this executable.
     #[must_use]
     pub fn new(nodes: Vec<Config>) -> Self {
-        Self { dir: None, program: "/proc/self/exe".into(), nodes, fabric: "testnet".into() }
+        let (program, fabric) = ("/proc/self/exe".into(), "testnet".into());
+        Self { dir: None, program, nodes, fabric, age: Span::ZERO }
     }
 }
 
@@ -209,6 +215,10 @@ pub struct Member {
     config: Config,
     process: Option<Child>,
     file: Option<NodeFile>,
+    /// Where its log is.
+    log: PathBuf,
+    /// The file that says how wrong its wall clock is, where a test wants that.
+    wall: Option<PathBuf>,
 }
 
 /// What a process uses.
@@ -236,7 +246,7 @@ impl Member {
     /// Its log.
     #[must_use]
     pub fn log(&self) -> PathBuf {
-        self.home.path("node.log")
+        self.log.clone()
     }
 
     /// Its configuration, with the ports it listens on once it has started.
@@ -358,6 +368,9 @@ pub struct Fleet {
     program: PathBuf,
     founder: Founder,
     members: Vec<Member>,
+    /// Where logs and wall clocks lie, if not in the nodes' directories.
+    apart: Option<PathBuf>,
+    age: Span,
     began: Option<Instant>,
     guard: Guard,
     _lock: File,
@@ -376,11 +389,22 @@ impl Fleet {
         let root = make_root(plan.dir.as_deref())?;
         let lock = lock(&root)?;
         let guard = Guard::start(&plan.program, &root, temporary)?;
-        let founder = founder(&root, &plan.fabric)?;
-        let program = plan.program;
+        let founder = founder(&root, &plan.fabric, ago(plan.age))?;
+        let (program, age) = (plan.program, plan.age);
         let members = Vec::new();
-        let mut fleet =
-            Self { root, temporary, program, founder, members, began: None, guard, _lock: lock };
+        let (apart, began) = (None, None);
+        let mut fleet = Self {
+            root,
+            temporary,
+            program,
+            founder,
+            members,
+            apart,
+            age,
+            began,
+            guard,
+            _lock: lock,
+        };
         for config in plan.nodes {
             fleet.add(config)?;
         }
@@ -397,6 +421,12 @@ impl Fleet {
         end_processes(&fleet.root).await?;
         fleet.start_all().await?;
         Ok(fleet)
+    }
+
+    /// Lets nodes that are added from now on write their logs to `dir`, as NAME.log, and read from
+    /// NAME.wall in there how many milliseconds their wall clocks are wrong.
+    pub fn keep_apart(&mut self, dir: PathBuf) {
+        self.apart = Some(dir);
     }
 
     /// Admits one more node, which does not run yet, and gives its index.
@@ -416,14 +446,16 @@ impl Fleet {
         if !home.holds_node() {
             self.admit(&home, &name)?;
         }
-        self.members.push(Member { name, home, config, process: None, file: None });
+        let file = |end: &str| Some(self.apart.as_ref()?.join(format!("{name}.{end}")));
+        let (log, wall) = (file("log").unwrap_or_else(|| home.path("node.log")), file("wall"));
+        self.members.push(Member { name, home, config, process: None, file: None, log, wall });
         Ok(self.members.len() - 1)
     }
 
     /// Makes a node's directory: who it is, and a tenant of its own in whose name it orders.
     fn admit(&self, home: &Home, name: &str) -> Result<(), FleetError> {
         home.create()?;
-        let now = clock::now().wall;
+        let now = ago(self.age);
         home.put("charter", &self.founder.charter)?;
         let tenant = home.new_key("tenant.key", &Protection::Clear)?;
         let admitted = self.founder.admit(tenant.id(), Role::Tenant, name, now)?;
@@ -526,14 +558,21 @@ impl Fleet {
         self.members.get_mut(index).ok_or_else(|| no_member(index))
     }
 
-    /// Link addresses of running nodes to join by, the oldest first.
+    /// Link addresses of running nodes to join by, the oldest first, where others reach them.
     fn joins(&self, but: usize) -> Vec<SocketAddr> {
         let others = self.members.iter().enumerate().filter(|(index, _)| *index != but);
-        let files = others.filter_map(|(_, member)| member.file.as_ref());
-        files.flat_map(|file| file.link.first()).take(JOINS).copied().collect()
+        let running = others.filter_map(|(_, member)| Some((member, member.file.as_ref()?)));
+        let links = running.filter_map(|(member, file)| {
+            member.config.advertise.link.first().or(file.link.first())
+        });
+        links.take(JOINS).copied().collect()
     }
 
-    fn spawn(&mut self, index: usize) -> Result<(), FleetError> {
+    /// Starts the process of one node that does not run; [`Fleet::listens`] says when it is up.
+    ///
+    /// # Errors
+    /// When it runs, or cannot be started.
+    pub fn spawn(&mut self, index: usize) -> Result<(), FleetError> {
         let joins = self.joins(index);
         let (program, root, temporary) = (self.program.clone(), self.root.clone(), self.temporary);
         let member = self.member_mut(index)?;
@@ -562,6 +601,9 @@ impl Fleet {
             // What a node publishes for its user's commands goes with the fleet.
             command.env("XDG_STATE_HOME", root.join("state"));
         }
+        if let Some(wall) = &member.wall {
+            command.env(clock::TEST_WALL, wall);
+        }
         // Ctrl-C at a terminal goes to this process alone, which then stops the fleet in order.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         let child = command
@@ -573,7 +615,10 @@ impl Fleet {
     }
 
     /// Whether a node that was started at `since` has come to listen.
-    fn listens(&mut self, index: usize, since: Instant) -> Result<bool, FleetError> {
+    ///
+    /// # Errors
+    /// When it has ended instead, or takes too long.
+    pub fn listens(&mut self, index: usize, since: Instant) -> Result<bool, FleetError> {
         let member = self.member_mut(index)?;
         let Some(child) = &mut member.process else {
             return Err(FleetError::Down(member.name.clone()));
@@ -657,6 +702,45 @@ impl Fleet {
         Ok(())
     }
 
+    /// Lets a node stand still (SIGSTOP). Its jobs go on under their wardens.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pause(&mut self, index: usize) -> Result<(), FleetError> {
+        self.running(index)?.signal(Signal::STOP);
+        Ok(())
+    }
+
+    /// Lets it go on (SIGCONT).
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn resume(&mut self, index: usize) -> Result<(), FleetError> {
+        self.running(index)?.signal(Signal::CONT);
+        Ok(())
+    }
+
+    fn running(&mut self, index: usize) -> Result<&mut Member, FleetError> {
+        let member = self.member_mut(index)?;
+        if member.process.is_none() {
+            return Err(FleetError::Down(member.name.clone()));
+        }
+        Ok(member)
+    }
+
+    /// How a node ended that was not told to, if it did; then it is reaped.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn fallen(&mut self, index: usize) -> Result<Option<ExitStatus>, FleetError> {
+        let member = self.member_mut(index)?;
+        let status = member.process.as_mut().and_then(|child| child.try_wait().ok()?);
+        if status.is_some() {
+            (member.process, member.file) = (None, None);
+        }
+        Ok(status)
+    }
+
     /// Stops a node as an operator would: SIGTERM, and SIGKILL where it does not stop in time.
     /// True when it stopped by itself. Its jobs stay under their wardens.
     ///
@@ -670,18 +754,28 @@ impl Fleet {
         Ok(stop_members(std::slice::from_mut(member)).await == 0)
     }
 
+    /// Ends nodes and their jobs; the directory stays.
+    ///
+    /// # Errors
+    /// When something does not end.
+    pub async fn end(&mut self) -> Result<Stopped, FleetError> {
+        let forced = stop_members(&mut self.members).await;
+        let jobs = end_processes(&self.root).await?;
+        Ok(Stopped { forced, jobs })
+    }
+
     /// Ends everything: nodes, their jobs, the temporary directory.
     ///
     /// # Errors
     /// When something does not end, or the directory cannot be removed.
     pub async fn stop(mut self) -> Result<Stopped, FleetError> {
-        let forced = stop_members(&mut self.members).await;
-        let jobs = end_processes(&self.root).await?;
+        let stopped = self.end().await?;
+        unmount_below(&self.root).map_err(io_at(&self.root))?;
         if self.temporary {
             fs::remove_dir_all(&self.root).map_err(io_at(&self.root))?;
         }
         self.guard.dismiss();
-        Ok(Stopped { forced, jobs })
+        Ok(stopped)
     }
 }
 
@@ -700,6 +794,10 @@ impl Drop for Fleet {
 
 /// The longest term of a lease in a fleet.
 const MAX_TERM: Span = Span::secs(24 * 3600);
+
+fn ago(age: Span) -> Wall {
+    Wall(clock::now().wall.0.saturating_sub(age.as_millis()))
+}
 
 fn no_member(index: usize) -> FleetError {
     FleetError::Plan(format!("the fleet has no node number {index}"))
@@ -736,7 +834,7 @@ fn lock(root: &Path) -> Result<File, FleetError> {
 }
 
 /// The organisation of the fleet in this directory, founded now if there is none.
-fn founder(root: &Path, fabric: &str) -> Result<Founder, FleetError> {
+fn founder(root: &Path, fabric: &str, now: Wall) -> Result<Founder, FleetError> {
     let home = Home::at(root.join("fabric"));
     let organisation = ORGANISATION.to_string();
     if home.path("charter").exists() {
@@ -752,7 +850,7 @@ fn founder(root: &Path, fabric: &str) -> Result<Founder, FleetError> {
         max_order_life: Span::secs(3600),
     };
     let key = home.new_key("org.key", &Protection::Clear)?;
-    let founder = Founder::found(key, &founding, clock::now().wall)?;
+    let founder = Founder::found(key, &founding, now)?;
     home.put("charter", &founder.charter)?;
     Ok(founder)
 }

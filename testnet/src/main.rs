@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use leasehold_testnet::{bench, demo, fleet, sim, up};
+use leasehold_testnet::{bench, chaos, demo, fleet, sim, up};
 
 /// Fleets of Leasehold nodes on one machine.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ enum Command {
     Demo(demo::Args),
     /// Run many nodes in virtual time, with faults, and check the invariants after every step.
     Sim(sim::Args),
+    /// Run real nodes and jobs, let things go wrong at random, and judge what they did
+    Chaos(chaos::Args),
     /// Measure this machine, as JSON lines: one a case, the first about the machine.
     Bench(bench::Bench),
     /// Run a fleet of real nodes on this machine until Ctrl-C or SIGTERM
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Demo(args) => demo::main(&args),
         Command::Sim(args) => sim::main(&args),
+        Command::Chaos(args) => chaos::main(&args),
         Command::Bench(bench) => bench.main(),
         Command::Up(args) => up::main(&args),
     }

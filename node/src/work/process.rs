@@ -103,7 +103,9 @@ impl Process {
         };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
-            Err(Errno::SRCH) => return Ok(None),
+            // It is gone; and so it is where its number is that of some other process's thread by
+            // now, which has no pidfd of this sort: EINVAL, on newer kernels ENOENT.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         Ok(self.alive().then_some(fd))
@@ -197,5 +199,21 @@ mod tests {
         assert!(process.wait_gone(Duration::from_secs(30)), "a zombie counts as gone");
         child.wait().expect("reaped");
         process.kill().expect("killing twice is no error");
+    }
+
+    #[test]
+    fn a_pid_that_is_a_thread_by_now_is_nobody_to_kill() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get()).expect("heard");
+            let _ = ended.recv();
+        });
+        let pid = told.recv().expect("runs");
+        let process = Process { pid, start: 1 };
+        process.kill().expect("nothing to do");
+        assert!(process.wait_gone(Duration::ZERO));
+        drop(end);
+        thread.join().expect("was not killed");
     }
 }

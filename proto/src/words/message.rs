@@ -130,12 +130,12 @@ impl Utterance {
     ///
     /// # Errors
     /// What `sign` says.
-    pub fn carry<E>(self, sign: impl Fn(&Draft) -> Result<Signed, E>) -> Result<Message, E> {
+    pub fn carry<E>(self, mut sign: impl FnMut(&Draft) -> Result<Signed, E>) -> Result<Message, E> {
         Ok(match self {
             Self::Plain(message) => message,
             Self::Signs(word, draft) => word.carry(sign(&draft)?),
             Self::Gang(gang, claim) => {
-                Message::Gang(sign(&gang)?, claim.as_ref().map(sign).transpose()?)
+                Message::Gang(sign(&gang)?, claim.as_ref().map(&mut sign).transpose()?)
             }
             Self::Commits(lease, mut commits, own) => {
                 commits.extend(own.as_ref().map(sign).transpose()?);

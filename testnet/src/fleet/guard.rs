@@ -17,6 +17,7 @@ use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use leasehold_node::work::{self, Exec, Process, Work};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
@@ -114,6 +115,18 @@ async fn end_jobs(jobs: PathBuf) -> Result<usize, work::OpenError> {
     Ok(running)
 }
 
+/// Unmounts what is mounted below `root`.
+pub(super) fn unmount_below(root: &Path) -> io::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    // Names with a space or a backslash are written as octal numbers, and are none of ours.
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    let below: Vec<_> = places.filter(|place| place.starts_with(root)).collect();
+    for place in below.iter().rev() {
+        unmount(*place, UnmountFlags::empty())?;
+    }
+    Ok(())
+}
+
 /// The process that ends the fleet when this one cannot any more.
 #[derive(Debug)]
 pub(super) struct Guard {
@@ -189,7 +202,7 @@ pub(super) fn guard_main<'a>(mut args: impl Iterator<Item = &'a OsString>) -> Ex
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = runtime.is_ok_and(|runtime| runtime.block_on(end_processes(&root)).is_ok());
-    if temporary && ended {
+    if temporary && ended && unmount_below(&root).is_ok() {
         let _ = fs::remove_dir_all(&root);
     }
     if ended { ExitCode::SUCCESS } else { ExitCode::FAILURE }
