@@ -434,6 +434,9 @@ impl Core {
             }
             self.resume_lent(now, &id, orphans.get(&id), out);
         }
+        // What is promised is there, however much the host was found to have this time.
+        let capacity = self.book.capacity().at_least(self.book.promised());
+        self.book.set_capacity(capacity);
         for (order, kept) in held {
             let here = matches!(kept.order, holdings::Placed::Here(_));
             if kept.stage == holdings::Stage::Ordered && here {

@@ -126,8 +126,10 @@ pub struct Summary {
     pub clock_jumps: u64,
     /// Leases that were granted.
     pub leases: usize,
-    /// Gangs: this version has none.
-    pub gangs: u64,
+    /// Gangs of which a job was seen at work.
+    pub gangs: usize,
+    /// Gangs of which, under faults, not every member's job was seen at work.
+    pub partial_gangs: usize,
     /// Jobs that nodes started.
     pub jobs: usize,
     /// Jobs that were seen at work from outside.
@@ -260,6 +262,7 @@ pub fn main(args: &Args) -> ExitCode {
 
 fn say(summary: &Summary) {
     let Summary { seed, nodes, minutes, leases, jobs, witnessed, starts, violations, .. } = summary;
+    let Summary { gangs, partial_gangs, .. } = summary;
     // What is judged again says nothing of its faults.
     if *minutes > 0.0 {
         let Summary { sigkills, sigstops, partitions, delays, full_disks, clock_jumps, .. } =
@@ -270,8 +273,8 @@ fn say(summary: &Summary) {
         );
     }
     println!(
-        "seed {seed}, {nodes} nodes: {leases} leases, {jobs} jobs ({witnessed} seen at work), \
-         {starts} starts, {violations} violations"
+        "seed {seed}, {nodes} nodes: {leases} leases, {gangs} gangs ({partial_gangs} not whole at \
+         work), {jobs} jobs ({witnessed} seen at work), {starts} starts, {violations} violations"
     );
 }
 
@@ -453,6 +456,7 @@ fn config(name: &str, dir: &Path, net: [u8; 2], nth: u8) -> Config {
     config.offer.disk = "128M".into();
     config.offer.min_disk_free = "32M".into();
     config.offer.grace = format!("{}s", GRACE.as_secs());
+    (config.offer.notice, config.offer.freeze) = ("1s".into(), "1s".into());
     config.log.filter = "info,leasehold_node=debug".into();
     config
 }
@@ -558,6 +562,7 @@ impl<'a> World<'a> {
             let seed = self.summary.seed.wrapping_mul(1_000).wrapping_add(nth);
             let (client, load) = (member.client()?, load.clone());
             let (programs, told) = (Arc::clone(&programs), Arc::clone(&told));
+            tokio::spawn(load::operator(member.client()?, !seed, load.until));
             tokio::spawn(load::lessee(client, seed, load, programs, told));
         }
         Ok(())
@@ -889,6 +894,7 @@ impl Summary {
     fn take(&mut self, verdict: &Verdict) {
         self.leases = verdict.leases;
         self.jobs = verdict.jobs;
+        (self.gangs, self.partial_gangs) = verdict.gangs;
         self.witnessed = verdict.witnessed;
         self.starts = verdict.starts;
         self.lines = verdict.lines;

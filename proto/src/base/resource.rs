@@ -94,6 +94,12 @@ impl Resources {
         }
     }
 
+    /// The larger of both, resource by resource.
+    #[must_use]
+    pub fn at_least(&self, other: &Self) -> Self {
+        self.plus(&other.minus(self))
+    }
+
     /// What is left of `self` after `other` is taken; a resource that runs short is zero.
     #[must_use]
     pub fn minus(&self, other: &Self) -> Self {

@@ -1,5 +1,7 @@
-//! What lessees do meanwhile: each node's lessee orders leases from whoever is best, claims most of
-//! them with real programs, gives some back early, and lets others run to their term or lapse.
+//! What lessees and operators do meanwhile: each node's lessee orders leases from whoever is best,
+//! claims most of them with real programs, renews some, gives some back early, and lets others run
+//! to their term or lapse; now and then it wants a gang. Each node's operator takes slack back, or
+//! drains the host, and sells again.
 //!
 //! Nothing here judges an answer: a node that was killed gives none. What a node was asked and
 //! answered is in its history.
@@ -11,9 +13,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::stream;
 use leasehold_node::api::body::{
-    ClaimRequest, Claimed, EndLine, LeaseRequest, Leased, Released, Uploaded,
+    ClaimRequest, Claimed, DrainRequest, EndLine, GangRequest, Ganged, LeaseRequest, Leased,
+    OnLoss, ReclaimRequest, Reclaimed, Released, RenewRequest, Renewed, Resumed, Uploaded,
 };
-use leasehold_node::api::want::{JobText, PayloadText, Text, WantText};
+use leasehold_node::api::want::{ClassText, JobText, PayloadText, Text, WantText};
 use leasehold_node::client::{Client, ClientError};
 use leasehold_proto::base::dice::Dice;
 use tokio::time::{sleep, timeout};
@@ -93,6 +96,10 @@ pub(super) async fn lessee(
         let client = client.clone();
         let (programs, told) = (Arc::clone(&programs), Arc::clone(&told));
         // Beside the next one: an order to a host that is gone takes a while.
+        if dice.chance(1, 8) {
+            tokio::spawn(async move { gang(&client, lease, seed, &programs, &told).await });
+            continue;
+        }
         tokio::spawn(async move {
             let request = LeaseRequest { want: Some(lease), order: None };
             let asked = client.post::<Leased>("/v1/leases", &request);
@@ -111,8 +118,11 @@ pub(super) async fn lessee(
 
 fn want(dice: &mut Dice, term_ms: u64) -> WantText {
     let millis = |ms: u64| Text(format!("{ms}ms"));
-    let term = 2_000 + dice.below(term_ms.saturating_sub(2_000).max(1));
+    // Renewals fit into the longest term.
+    let term = 2_000 + dice.below((term_ms / 2).saturating_sub(2_000).max(1));
     WantText {
+        class: if dice.chance(1, 3) { ClassText::Slack } else { ClassText::Firm },
+        max_ttl: dice.chance(1, 2).then(|| millis(2 * term)),
         cpu: Text("0.1".into()),
         memory: Text("96M".into()),
         disk: Text("4M".into()),
@@ -138,6 +148,13 @@ async fn use_lease(client: &Client, lease: &str, seed: u64, programs: &[Bytes]) 
     if !claim(client, lease, program, release_after).await {
         return;
     }
+    if dice.chance(1, 2) {
+        sleep(Duration::from_millis(dice.below(3_000))).await;
+        // To more than was agreed now and then, which must be refused.
+        let ttl = Text(format!("{}ms", 4_000 + dice.below(16_000)));
+        let path = format!("/v1/leases/{lease}/renew");
+        let _ = patiently(client.post::<Renewed>(&path, &RenewRequest { ttl })).await;
+    }
     match follows {
         Follows::Nothing => {}
         Follows::AwaitEnd => {
@@ -158,13 +175,65 @@ enum Follows {
     Release(Duration),
 }
 
+/// Leases on two or three hosts, each with the same job, together or not at all.
+async fn gang(client: &Client, want: WantText, seed: u64, programs: &[Bytes], told: &Told) {
+    let mut dice = Dice::new(seed);
+    let nth = usize::try_from(dice.below(programs.len() as u64)).unwrap_or(0);
+    let Some(program) = programs.get(nth) else { return };
+    let Some(job) = job(client, program, dice.chance(1, 2)).await else { return };
+    let nodes = if dice.chance(1, 3) { 3 } else { 2 };
+    let want = WantText { claim_within: Text("4s".into()), ttl: Text("8s".into()), ..want };
+    let on_loss = if dice.chance(1, 2) { OnLoss::End } else { OnLoss::Continue };
+    let request =
+        GangRequest { want: WantText { max_ttl: None, ..want }, nodes, job: Some(job), on_loss };
+    let asked = client.post::<Ganged>("/v1/gangs", &request);
+    let count = match timeout(2 * PATIENCE, asked).await {
+        Ok(Ok(_)) => &told.leases,
+        Ok(Err(ClientError::Answer { .. })) => &told.refused,
+        _ => &told.failed,
+    };
+    count.fetch_add(1, Ordering::Relaxed);
+}
+
+/// One host's operator, until its time is over: takes slack back or drains, and sells again.
+pub(super) async fn operator(client: Client, seed: u64, until: Instant) {
+    let mut dice = Dice::new(seed);
+    while Instant::now() < until {
+        sleep(Duration::from_millis(5_000 + dice.below(15_000))).await;
+        let within = Text(format!("{}ms", dice.below(8_000)));
+        if dice.chance(1, 3) {
+            let request = DrainRequest { within, revoke: dice.chance(1, 2), dry_run: false };
+            let _ = patiently(client.post::<Reclaimed>("/v1/drain", &request)).await;
+        } else {
+            let cpu = Some(Text("0.3".into()));
+            let (memory, disk, dry_run) = (None, None, dice.chance(1, 5));
+            let request = ReclaimRequest { cpu, memory, disk, within, dry_run };
+            let _ = patiently(client.post::<Reclaimed>("/v1/reclaim", &request)).await;
+        }
+        sleep(Duration::from_millis(dice.below(6_000))).await;
+        // However long the node is away: a host that sells nothing has nothing to judge.
+        while !matches!(patiently(client.post::<Resumed>("/v1/resume", &())).await, Some(Ok(_))) {
+            sleep(Duration::from_millis(500)).await;
+        }
+    }
+}
+
 /// Uploads the program and claims the lease with it. Whether that was answered with a yes.
 async fn claim(client: &Client, lease: &str, program: &Bytes, release_after: bool) -> bool {
+    let Some(job) = job(client, program, release_after).await else { return false };
+    let path = format!("/v1/leases/{lease}/claim");
+    let request = ClaimRequest { job };
+    let asked = client.post::<Claimed>(&path, &request);
+    matches!(patiently(asked).await, Some(Ok(_)))
+}
+
+/// Uploads the program for a job.
+async fn job(client: &Client, program: &Bytes, release_after: bool) -> Option<JobText> {
     let body = stream::iter([Ok(program.clone())]);
     let path = format!("/v1/payloads?size={}", program.len());
     let uploaded = client.upload::<Uploaded>(&path, body, PATIENCE);
-    let Some(Ok(Uploaded { root, size, .. })) = patiently(uploaded).await else { return false };
-    let job = JobText {
+    let Some(Ok(Uploaded { root, size, .. })) = patiently(uploaded).await else { return None };
+    Some(JobText {
         runtime: "wasm".into(),
         program: PayloadText { root, size },
         args: Vec::new(),
@@ -173,9 +242,5 @@ async fn claim(client: &Client, lease: &str, program: &Bytes, release_after: boo
         inputs: Vec::new(),
         outputs: Vec::new(),
         release_after,
-    };
-    let path = format!("/v1/leases/{lease}/claim");
-    let request = ClaimRequest { job };
-    let asked = client.post::<Claimed>(&path, &request);
-    matches!(patiently(asked).await, Some(Ok(_)))
+    })
 }
