@@ -13,6 +13,7 @@
 use std::path::{Path, PathBuf};
 
 use leasehold_proto::proof::Proof;
+use leasehold_proto::words::equivocation::Equivocation;
 use leasehold_proto::words::object::{Envelope, Kind};
 use leasehold_proto::words::sign::{Draft, Signed};
 use leasehold_proto::words::wire::{self, DecodeError, EncodeError, MAX_OBJECT};
@@ -23,6 +24,8 @@ use crate::pem::{self, PemError};
 
 /// The longest encoding of a proof, in bytes.
 pub const MAX_PROOF: usize = 64 << 20;
+/// The longest encoding of two signed objects, in bytes.
+const MAX_BOTH: usize = 2 * MAX_SIGNED;
 /// The longest file of objects, in bytes: the longest proof in base64, with its lines.
 pub const MAX_FILE: usize = 90 << 20;
 /// The longest encoding of a signed object or draft: an envelope, its length and a signature.
@@ -31,6 +34,8 @@ const MAX_SIGNED: usize = MAX_OBJECT + 8 + 64;
 const SIGNED: &str = "LEASEHOLD SIGNED ";
 const UNSIGNED: &str = "LEASEHOLD UNSIGNED ";
 const PROOF: &str = "LEASEHOLD PROOF";
+/// The label of two objects that contradict each other.
+const EQUIVOCATION: &str = "LEASEHOLD EQUIVOCATION";
 
 /// One thing in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +46,8 @@ pub enum Item {
     Draft(Draft),
     /// A whole proof; whether it holds is not said.
     Proof(Box<Proof>),
+    /// Two objects that contradict each other; whether they do is not said.
+    Equivocation(Box<Equivocation>),
 }
 
 /// Why a file gives no objects.
@@ -86,7 +93,9 @@ pub enum NotArmor {
         holds: String,
     },
     /// A block is of another sort.
-    #[error("block {nth} is a {label}: expected a signed object, a draft or a proof")]
+    #[error(
+        "block {nth} is a {label}: expected a signed object, a draft, a proof or an equivocation"
+    )]
     Label {
         /// Which block, counting from one.
         nth: usize,
@@ -145,6 +154,7 @@ impl Item {
                 format!("{UNSIGNED}{}", upper(envelope.header.kind))
             }
             Self::Proof(_) => PROOF.to_string(),
+            Self::Equivocation(_) => EQUIVOCATION.to_string(),
         })
     }
 }
@@ -158,6 +168,7 @@ pub fn encode(item: &Item) -> Result<String, SaveError> {
         Item::Signed(signed) => wire::encode::<MAX_SIGNED>(signed)?,
         Item::Draft(draft) => wire::encode::<MAX_SIGNED>(draft)?,
         Item::Proof(proof) => wire::encode::<MAX_PROOF>(&**proof)?,
+        Item::Equivocation(both) => wire::encode::<MAX_BOTH>(&**both)?,
     };
     Ok(std::mem::take(&mut *pem::write(&item.label()?, &bytes)))
 }
@@ -179,6 +190,8 @@ fn item(nth: usize, block: &pem::Block) -> Result<Item, NotArmor> {
         Item::Draft(wire::decode::<MAX_SIGNED, _>(&block.bytes).map_err(damaged)?)
     } else if block.label == PROOF {
         Item::Proof(Box::new(wire::decode::<MAX_PROOF, _>(&block.bytes).map_err(damaged)?))
+    } else if block.label == EQUIVOCATION {
+        Item::Equivocation(Box::new(wire::decode::<MAX_BOTH, _>(&block.bytes).map_err(damaged)?))
     } else {
         return Err(NotArmor::Label { nth, label });
     };

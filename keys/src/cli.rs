@@ -47,7 +47,7 @@ enum Command {
     Export(key::Export),
     /// Print any signed object, draft or proof as a person reads it
     Inspect(object::Inspect),
-    /// Sign a charter, certificate, mandate or order, after showing it
+    /// Sign a charter, certificate, mandate, order or reinstatement, after showing it
     Sign(object::Sign),
     /// Check a proof or signed objects, with no network and no node
     Verify(object::Verify),
@@ -60,6 +60,9 @@ enum Command {
     /// Drafts of mandates
     #[command(subcommand)]
     Mandate(draft::MandateCommand),
+    /// Drafts of reinstatements
+    #[command(subcommand)]
+    Reinstatement(draft::ReinstatementCommand),
 }
 
 /// Where a passphrase comes from; asked on the terminal when nothing is said.
@@ -191,6 +194,7 @@ pub(crate) fn run(cli: Cli) -> Exit {
         Command::Charter(args) => args.run(now),
         Command::Certificate(args) => args.run(now),
         Command::Mandate(args) => args.run(now),
+        Command::Reinstatement(args) => args.run(now),
     };
     let (text, value, exit) = match result {
         Ok(answer) => (answer.text, answer.json, answer.exit),

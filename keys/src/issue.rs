@@ -6,7 +6,7 @@
 //! one millisecond would be the same or a lie.
 //!
 //! [`signable`] is what keeps the tool from being an oracle: only charters, certificates,
-//! mandates and orders are signed, of a version that is fully understood here, still valid, whose
+//! mandates, orders and reinstatements are signed, of a version that is fully understood here, still valid, whose
 //! subject and inner papers are what they should be.
 
 use leasehold_proto::minds::admission::{Admission, CharterError};
@@ -14,6 +14,7 @@ use leasehold_proto::words::charter::{
     Certificate, Charter, Limits, MAX_ORGANISATIONS, Organisation, Role,
 };
 use leasehold_proto::words::contract::{Authority, Mandate, Order};
+use leasehold_proto::words::equivocation::Reinstatement;
 use leasehold_proto::words::object::{
     Body, Envelope, Header, Kind, draft_json, key_subject, order_subject,
 };
@@ -214,6 +215,38 @@ pub fn mandate(certificate: &Signed, new: NewMandate, now: Wall) -> Result<Draft
     )
 }
 
+/// What a reinstatement says.
+#[derive(Clone, Debug)]
+pub struct NewReinstatement {
+    /// The organisation, as the charter names it: its root key will sign.
+    pub organisation: String,
+    /// The key that is to be believed again.
+    pub key: KeyId,
+    /// What it signed in this epoch or before is void.
+    pub above: u64,
+    /// For how long nodes take this, from now on; what they took stays.
+    pub valid: Span,
+}
+
+/// A draft of a reinstatement in the fabric that `charter` founds.
+///
+/// # Errors
+/// When the charter cannot be used or names no such organisation, or the key is unusable.
+pub fn reinstatement(
+    charter: &Signed,
+    new: NewReinstatement,
+    now: Wall,
+) -> Result<Draft, IssueError> {
+    let admission = Admission::found(charter)?;
+    let NewReinstatement { organisation: issuer, key, above, valid } = new;
+    usable(&key)?;
+    let signer = organisation(admission.charter(), &issuer)?.root;
+    let fabric = admission.fabric();
+    let (not_after, subject) = (now + valid, key_subject(&key));
+    let header = HeaderOf { fabric, signer, subject, epoch: now.0, seq: 0, not_after };
+    draft(header, &Reinstatement { organisation: issuer, key, above })
+}
+
 /// Why a draft is not signed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotSignable {
@@ -221,7 +254,9 @@ pub enum NotSignable {
     #[error("it is no draft of an object: {0}")]
     Decode(#[from] DecodeError),
     /// A kind that only a node signs, in its own name.
-    #[error("{0}: not signed here, only a charter, certificate, mandate or order is")]
+    #[error(
+        "{0}: not signed here, only a charter, certificate, mandate, order or reinstatement is"
+    )]
     Kind(Kind),
     /// A version of the kind that cannot be shown in full.
     #[error("version {0} of this kind is not known here, so it cannot be shown before signing")]
@@ -290,6 +325,7 @@ pub fn signable(draft: &Draft, key: &KeyId, now: Wall) -> Result<Header, NotSign
         Kind::Certificate => admitting(&header, &body(&envelope)?)?,
         Kind::Mandate => mandating(&header, &body(&envelope)?)?,
         Kind::Order => ordering(&header, &body(&envelope)?)?,
+        Kind::Reinstatement => reinstating(&header, &body(&envelope)?)?,
         other => return Err(NotSignable::Kind(other)),
     }
     if header.not_after < now {
@@ -335,6 +371,10 @@ fn founding(header: &Header, body: &Charter) -> Result<(), NotSignable> {
 fn admitting(header: &Header, body: &Certificate) -> Result<(), NotSignable> {
     rule(header.subject == key_subject(&body.key), "its subject is another key than it admits")?;
     rule(is_usable(&body.key), "it admits a key that is not a usable Ed25519 key")
+}
+
+fn reinstating(header: &Header, body: &Reinstatement) -> Result<(), NotSignable> {
+    rule(header.subject == key_subject(&body.key), "its subject is another key than it reinstates")
 }
 
 fn mandating(header: &Header, body: &Mandate) -> Result<(), NotSignable> {

@@ -7,6 +7,7 @@ use leasehold_proto::base::time::SKEW;
 use leasehold_proto::minds::admission::{Admission, CharterError, NotAdmitted, NotEntitled};
 use leasehold_proto::proof::{self, Proof, ProofError, Verdict};
 use leasehold_proto::words::charter::{Certificate, Role};
+use leasehold_proto::words::equivocation::{Conviction, Equivocation, NotEquivocation};
 use leasehold_proto::words::message::{
     GrantPapers, OrderPapers, RecordSaid, verify_grant, verify_order, verify_record,
 };
@@ -55,6 +56,9 @@ pub enum NotVerified {
     /// An order's papers do not entitle to it, or a mandate does not hold now.
     #[error("not entitled: {0}")]
     NotEntitled(#[from] NotEntitled),
+    /// Two objects do not contradict each other.
+    #[error("it proves nothing: {0}")]
+    Equivocation(#[from] NotEquivocation),
     /// It is a draft.
     #[error("it is an unsigned draft: it proves nothing")]
     Unsigned,
@@ -86,6 +90,19 @@ pub fn proof(proof: &Proof, fabric: Option<&FabricId>) -> Result<Verdict, NotVer
     let verdict = proof::check(proof)?;
     same_fabric(fabric, verdict.fabric)?;
     Ok(verdict)
+}
+
+/// Checks that two objects prove that their signer said two different things under one version.
+///
+/// # Errors
+/// Why they prove nothing, or that they are of another fabric than asked for.
+pub fn equivocation(
+    both: &Equivocation,
+    fabric: Option<&FabricId>,
+) -> Result<Conviction, NotVerified> {
+    let header = both.first.header()?;
+    same_fabric(fabric, header.fabric)?;
+    Ok(both.check(&header.fabric)?)
 }
 
 fn same_fabric(expected: Option<&FabricId>, got: FabricId) -> Result<(), NotVerified> {
@@ -170,6 +187,7 @@ fn admitted(
             admission.entitles(&order, mandate.as_ref(), &certificate, order.body().placed)?;
             Ok(Some(true))
         }
+        Object::Reinstatement(reinstatement) => Ok(Some(admission.reinstates(reinstatement))),
         Object::Grant(_) => {
             let GrantPapers { grant, certificate } =
                 verify_grant(signed, &fabric).map_err(unverified)?;

@@ -14,6 +14,7 @@ use leasehold_proto::words::contract::{
     Acceptance, Authority, Claim, Class, Commit, EarlyEnd, Figure, Gang, GangOf, Grant, Input,
     JobSpec, Mandate, Member, Order, Refusal, Release, Renew, Renewal, Termination,
 };
+use leasehold_proto::words::equivocation::{Conviction, Reinstatement};
 use leasehold_proto::words::object::{Body, Envelope, Header, Kind, Object, draft_json};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
 use leasehold_proto::words::sign::Signed;
@@ -61,7 +62,7 @@ impl Context {
                     self.learn(signed);
                 }
                 Item::Proof(proof) => self.learn(&proof.charter),
-                Item::Signed(_) | Item::Draft(_) => {}
+                Item::Signed(_) | Item::Draft(_) | Item::Equivocation(_) => {}
             }
         }
     }
@@ -80,6 +81,12 @@ pub fn text(item: &Item, context: &Context) -> String {
         Item::Signed(signed) => page.signed("", signed),
         Item::Draft(draft) => page.draft(&draft.envelope),
         Item::Proof(proof) => page.proof(proof),
+        Item::Equivocation(both) => {
+            page.raw("two objects under one version ('verify' says whether they prove a lie)");
+            page.depth = 1;
+            page.signed("first", &both.first);
+            page.signed("second", &both.second);
+        }
     }
     page.text
 }
@@ -162,7 +169,22 @@ pub fn json(item: &Item) -> Value {
                 "termination": termination.as_ref().map(|signed| signed_json(signed, 0)),
             })
         }
+        Item::Equivocation(both) => json!({
+            "type": "equivocation",
+            "first": signed_json(&both.first, 0),
+            "second": signed_json(&both.second, 0),
+        }),
     }
+}
+
+/// What two contradicting objects prove, as a person reads it.
+#[must_use]
+pub fn conviction(conviction: &Conviction) -> String {
+    let Header { kind, signer, epoch, seq, fabric, .. } = conviction.header();
+    format!(
+        "the proof holds: {signer}\n  signed two different {kind}s in epoch {epoch}, number {seq}\n  \
+         in fabric {fabric}\n  at least one is a lie, or two nodes run with that key\n"
+    )
 }
 
 /// Why the signature of `signed` does not hold, if it does not. Kinds that are not known here can
@@ -412,6 +434,7 @@ impl Page<'_> {
             Kind::Renewal => self.of::<Renewal>(body),
             Kind::Gang => self.of::<Gang>(body),
             Kind::Commit => self.of::<Commit>(body),
+            Kind::Reinstatement => self.of::<Reinstatement>(body),
             Kind::Unknown(_) => {
                 self.line("body", format!("{} bytes of an unknown kind", body.len()));
             }
@@ -729,6 +752,15 @@ impl Shown for Gang {
         for (rank, Member { lessor, lease }) in members.iter().enumerate() {
             page.line(&format!("rank {rank}"), format!("lease {lease} of {lessor}"));
         }
+    }
+}
+
+impl Shown for Reinstatement {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { organisation, key, above } = self;
+        page.line("organisation", organisation);
+        page.line("believes again", key);
+        page.line("in epochs above", above);
     }
 }
 

@@ -10,6 +10,7 @@
 //! POST /v1/gangs
 //! POST /v1/leases/{lease}/claim  …/renew  …/release  …/revoke
 //! POST /v1/reclaim  /v1/drain  /v1/resume
+//! GET  /v1/quarantine    POST /v1/quarantine/reinstate
 //! GET  /v1/leases/{lease}/end  …/output  …/outputs/{name}  …/receipts  …/proof
 //! ```
 //!
@@ -26,6 +27,7 @@ mod node;
 mod openapi;
 mod operator;
 mod payload;
+mod quarantine;
 pub mod token;
 pub mod want;
 
@@ -116,6 +118,8 @@ fn routes() -> Vec<Route> {
         route("/v1/gangs", &["post"], Quick, post(lease::gang)),
         route("/v1/reclaim", &["post"], Quick, post(operator::reclaim)),
         route("/v1/drain", &["post"], Quick, post(operator::drain)),
+        route("/v1/quarantine", &["get"], Quick, get(quarantine::list)),
+        route("/v1/quarantine/reinstate", &["post"], Quick, post(quarantine::reinstate)),
         route("/v1/resume", &["post"], Quick, post(operator::resume)),
         route("/v1/leases/{lease}/end", &["get"], Slow, get(lease::end)),
         route("/v1/leases/{lease}/output", &["get"], Slow, get(lease::output)),

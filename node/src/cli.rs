@@ -19,6 +19,7 @@ mod order;
 mod output;
 mod outputs;
 mod ps;
+mod quarantine;
 mod receipts;
 mod run;
 mod transfer;
@@ -123,6 +124,9 @@ enum Command {
     Drain(operator::Drain),
     /// End a drain or reclaim
     Resume(operator::Resume),
+    /// Keys that were convicted of saying two different things
+    #[command(subcommand)]
+    Quarantine(quarantine::Quarantine),
     /// List jobs that run on the node or under leases it holds
     Ps(ps::Ps),
     /// Print a job's output
@@ -335,6 +339,7 @@ async fn dispatch(cli: Cli, exec: Exec) -> Result<u8, Failure> {
         Command::Reclaim(args) => args.run(&Session::open(&global)?).await?,
         Command::Drain(args) => args.run(&Session::open(&global)?).await?,
         Command::Resume(args) => args.run(&Session::open(&global)?).await?,
+        Command::Quarantine(args) => args.run(&Session::open(&global)?).await?,
         Command::Ps(args) => args.run(&Session::open(&global)?).await?,
         Command::Logs(args) => args.run(&Session::open(&global)?).await?,
         Command::Outputs(args) => args.run(&Session::open(&global)?).await?,

@@ -319,6 +319,7 @@ fn name(command: &Command) -> Option<String> {
         Command::Reclaim { .. } => Some("reclaim".into()),
         Command::Drain { .. } => Some("drain".into()),
         Command::Resume => Some("resume".into()),
+        Command::Reinstate(_) => Some("reinstate".into()),
         Command::AwaitEnd(lease) => of("await the end of", lease),
         Command::DraftOrder { .. } => Some("draft an order".into()),
         Command::Plan(_) | Command::Lessor(_) | Command::Reach(_) | Command::View => None,

@@ -12,6 +12,8 @@
 //!   payloads/          payloads by root
 //!   jobs/              a directory per job
 //!   org.key tenant.key (only where `leasehold init` made the fabric; they may move elsewhere)
+//! DIR.epoch            beside it: the node's highest epoch, so that a DIR that is restored from an
+//!                      older copy is known for one
 //! ```
 
 use std::fs::DirBuilder;
@@ -19,7 +21,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use leasehold_keys::armor::{self, ArmorError, Item, SaveError};
-use leasehold_keys::disk::Existing;
+use leasehold_keys::disk::{self, Existing, WriteError};
 use leasehold_keys::exit::Exit;
 use leasehold_keys::file::{self, CreateError, LoadError, Protection, Secret};
 use leasehold_keys::issue::{self, IssueError, NewCertificate, NewCharter, NewMandate};
@@ -28,6 +30,7 @@ use leasehold_proto::base::time::Wall;
 use leasehold_proto::words::charter::{Limits, Organisation, Role};
 use leasehold_proto::words::sign::{Draft, Signed, VerifyError};
 use leasehold_proto::{Amount, KeyId, Span};
+use serde::{Deserialize, Serialize};
 
 /// The directory of one node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +115,15 @@ impl HomeError {
             Self::Issue(why) => why.exit(),
         }
     }
+}
+
+/// What stands in the note beside a node's directory.
+#[derive(Debug, Serialize, Deserialize)]
+struct EpochNote {
+    /// Whose.
+    node: KeyId,
+    /// The highest epoch in which it ran.
+    epoch: u64,
 }
 
 /// What founds a fabric.
@@ -243,6 +255,43 @@ pub fn mandate(
 }
 
 impl Home {
+    /// Where the node's highest epoch is noted, outside its directory.
+    fn note_path(&self) -> Option<PathBuf> {
+        let mut name = self.dir.file_name()?.to_os_string();
+        name.push(".epoch");
+        Some(self.dir.with_file_name(name))
+    }
+
+    /// The highest epoch of `node` that is noted beside the directory; zero where nothing is.
+    ///
+    /// # Errors
+    /// When there is a note that does not read: whether the directory is an older copy cannot be
+    /// told then.
+    pub fn noted_epoch(&self, node: KeyId) -> Result<u64, HomeError> {
+        let Some(path) = self.note_path() else { return Ok(0) };
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            Err(source) => return Err(HomeError::Io { path, source }),
+        };
+        match serde_json::from_slice::<EpochNote>(&text) {
+            Ok(note) if note.node == node => Ok(note.epoch),
+            // Another node's, which lived here before.
+            Ok(_) => Ok(0),
+            Err(_) => Err(HomeError::Content { path, expected: "note of the node's epoch" }),
+        }
+    }
+
+    /// Notes beside the directory that `node` runs in `epoch`, durably.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn note_epoch(&self, node: KeyId, epoch: u64) -> Result<(), WriteError> {
+        let Some(path) = self.note_path() else { return Ok(()) };
+        let note = serde_json::to_vec(&EpochNote { node, epoch }).unwrap_or_default();
+        disk::write_atomic(&path, &note, 0o600, Existing::Replace)
+    }
+
     /// The home in `dir`, which need not exist yet.
     #[must_use]
     pub fn at(dir: impl Into<PathBuf>) -> Self {

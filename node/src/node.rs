@@ -203,6 +203,7 @@ impl Node {
             timing: Timing::default(),
             grace,
             join: config.fabric.join.clone(),
+            noted_epoch: home.noted_epoch(identity.secret.id())?,
             seed: u64::from_le_bytes(dice),
             plant: leasehold_proto::base::plant::Plant::NONE,
         };
@@ -352,7 +353,7 @@ impl Node {
             admitted,
             counts,
             min_disk_free,
-            dir: home.dir().to_path_buf(),
+            home: home.clone(),
             history,
             reaped,
         };

@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock;
 use crate::handle::Asked;
 use crate::history::History;
+use crate::home::Home;
 use crate::jobs::Jobs;
 use crate::net::{Net, NetCommand, NetEvent, SendError};
 use crate::probe::Probe;
@@ -75,7 +76,7 @@ pub(crate) struct Loop {
     pub(crate) admitted: Admitted,
     pub(crate) counts: Arc<Counts>,
     pub(crate) min_disk_free: u64,
-    pub(crate) dir: std::path::PathBuf,
+    pub(crate) home: Home,
     pub(crate) history: History,
     /// Jobs of an earlier run that have ended, with who may follow them.
     pub(crate) reaped: Vec<(Reaped, Option<KeyId>)>,
@@ -142,6 +143,12 @@ impl Loop {
                 tracing::error!("the store has closed: nothing can be promised any more");
                 return;
             }
+        }
+        // Noted elsewhere as well before anything is signed: a directory that is restored from an
+        // older copy is known by that.
+        let hand = self.core.hand();
+        if let Err(error) = self.home.note_epoch(hand.me, hand.epoch) {
+            tracing::warn!(%error, "the epoch cannot be noted beside the node's directory");
         }
         // What became of earlier jobs is kept now: what is left of them may go.
         tokio::spawn(self.jobs.clone().take_back(std::mem::take(&mut self.reaped)));
@@ -294,7 +301,7 @@ impl Loop {
     }
 
     fn look_at_disk(&mut self, state: &mut State, out: &mut Vec<Effect>) {
-        let free = crate::host::disk_free(&self.dir).unwrap_or(0);
+        let free = crate::host::disk_free(self.home.dir()).unwrap_or(0);
         let full = free < self.min_disk_free || self.store.admit().is_err();
         if full != state.disk_full {
             state.disk_full = full;

@@ -14,12 +14,13 @@ use std::time::Instant;
 use leasehold_keys::armor::{self, Item};
 use leasehold_keys::disk::Existing;
 use leasehold_keys::file::{self, Secret};
+use leasehold_keys::issue::{self, NewReinstatement};
 use leasehold_keys::passphrase::Source;
 use leasehold_node::cli::up::NodeFile;
 use leasehold_node::home::{Allowance, Home, mandate};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::{Amount, Span};
-use processes::{Fabric, Node, PATIENCE, WANT, program, stderr, terminate, until};
+use processes::{Fabric, Node, PATIENCE, WANT, program, stderr, terminate, until, until_within};
 use serde_json::{Value, json};
 
 /// A place with nothing in it, and the command line in it.
@@ -694,6 +695,103 @@ fn a_gang_runs_on_several_hosts_or_on_none() {
     assert_eq!(code(&ran), 0, "{}", stderr(&ran));
     let out = String::from_utf8_lossy(&ran.stdout).into_owned();
     assert!(out.contains("LEASEHOLD_RANK=1") && out.contains("LEASEHOLD_SIZE=2"), "{out}");
+}
+
+/// Copies a node's directory as a backup would.
+fn copied(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().expect("runs");
+    assert!(copied.success());
+}
+
+fn shut(node: &mut Node) {
+    terminate(&node.process);
+    until("it ends", || node.process.try_wait().expect("asked"));
+}
+
+#[test]
+fn a_directory_that_is_an_older_copy_grants_nothing_until_its_organisation_says_so() {
+    let fabric = Fabric::new();
+    let mut seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    buyer.sees_offer_of("seller");
+    let (dir, backup) = (seller.dir.clone(), fabric.room.path().join("backup"));
+    shut(&mut seller);
+    copied(&dir, &backup);
+    let (home, api) = (Home::at(&dir), seller.file.api);
+    // It lives on for two starts, then its directory is lost and the backup put in its place.
+    let mut epoch = 0;
+    for _ in 0..2 {
+        let mut seller = fabric.up(&home, "seller", "1", &[&buyer], api);
+        epoch = seller.get("/v1/node").json()["epoch"].as_u64().expect("an epoch");
+        shut(&mut seller);
+    }
+    std::fs::remove_dir_all(&dir).expect("removed");
+    copied(&backup, &dir);
+    // Nobody is there to tell it: the note beside its directory does.
+    let mut seller = fabric.up(&home, "seller", "1", &[], api);
+    let node = seller.get("/v1/node").json();
+    let why = node["halted"].as_str().expect("it says why");
+    assert!(why.contains("older copy"), "{why}");
+    assert!(node["epoch"].as_u64().expect("an epoch") > epoch, "nothing is signed twice");
+    let request = [&["lease", "request", "--on", "seller"], &WANT[..]].concat();
+    assert_ne!(code(&seller.cli(&request)), 0);
+    // Its organisation has looked into it, and declares what was signed before void.
+    let above = node["epoch"].as_u64().expect("an epoch");
+    let key = node["id"].as_str().expect("a key").parse().expect("a key");
+    let new = NewReinstatement { organisation: "acme".into(), key, above, valid: Span::secs(60) };
+    let draft = issue::reinstatement(&fabric.founder.charter, new, fabric.now).expect("a draft");
+    let wrong = fabric.room.path().join("wrong");
+    let right = fabric.room.path().join("right");
+    let root = fabric.founder.root.signer().sign(&draft).expect("signs");
+    let existing = Existing::Replace;
+    armor::write_objects(&right, &[Item::Signed(root)], existing).expect("written");
+    armor::write_objects(&wrong, &[Item::Draft(draft)], existing).expect("written");
+    let lift = |seller: &Node, file: &Path| {
+        seller.cli(&["quarantine", "reinstate", &file.display().to_string()])
+    };
+    assert_eq!(code(&lift(&seller, &wrong)), 2, "it is not signed");
+    let lifted = lift(&seller, &right);
+    assert_eq!(code(&lifted), 0, "{}", stderr(&lifted));
+    shut(&mut seller);
+    let seller = fabric.up(&home, "seller", "1", &[&buyer], api);
+    assert_eq!(seller.get("/v1/node").json()["halted"], Value::Null);
+    buyer.sees_offer_of("seller");
+    until("it grants again", || buyer.cli(&request).status.success().then_some(()));
+}
+
+#[test]
+fn of_two_nodes_with_one_key_neither_goes_on_and_the_proof_stands_by_itself() {
+    let fabric = Fabric::new();
+    let mut seller = fabric.node("seller", "1", &[]);
+    let buyer = fabric.node("buyer", "0", &[&seller]);
+    let third = fabric.node("third", "0", &[&buyer]);
+    buyer.sees_offer_of("seller");
+    shut(&mut seller);
+    let twin = fabric.room.path().join("twin");
+    copied(&seller.dir, &twin);
+    let (home, api) = (Home::at(&seller.dir), seller.file.api);
+    // Both start from the same state, so both live in the same epoch.
+    let seller = fabric.up(&home, "seller", "1", &[&buyer], api);
+    let any = "127.0.0.1:0".parse().expect("an address");
+    let twin = fabric.up(&Home::at(&twin), "seller", "1", &[&third], any);
+    for node in [&seller, &twin] {
+        let halted = || node.get("/v1/node").json()["halted"].as_str().map(drop);
+        // What goes astray between two holders of one name is made up for within a minute.
+        until_within(3 * PATIENCE, "it is halted", halted);
+    }
+    for (nth, node) in [&buyer, &third].into_iter().enumerate() {
+        let listed = until("the proof is here", || {
+            let listed = node.cli_json(&["quarantine", "list", "--json"]);
+            listed["keys"].as_array().is_some_and(|keys| keys.len() == 1).then_some(listed)
+        });
+        let key = listed["keys"][0]["key"].as_str().expect("a key").to_string();
+        let proof = fabric.room.path().join(format!("lie-{nth}")).display().to_string();
+        let exported = node.cli(&["quarantine", "export", &key, "--out", &proof]);
+        assert!(exported.status.success(), "{}", stderr(&exported));
+        let verdict = node.cli_json(&["verify", "--json", &proof]);
+        let convicted = &verdict["items"][0];
+        assert_eq!((&verdict["verified"], &convicted["signer"]), (&json!(true), &json!(key)));
+    }
 }
 
 /// Writes its environment, each variable with a zero after it.

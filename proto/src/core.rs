@@ -42,6 +42,7 @@ use crate::base::time::{Boot, BootId, Now, Span, Wall};
 use crate::minds::admission::{Admission, CharterError, NotAdmitted};
 use crate::minds::assembly::{Assembly, Whole};
 use crate::minds::book::{self, Book, Lent};
+use crate::minds::conduct::Conduct;
 use crate::minds::holdings::{self, Held, Holdings};
 use crate::minds::member::{Membership, Peer, Timing};
 use crate::minds::pricing::{Policy, Pricing};
@@ -49,6 +50,7 @@ use crate::minds::seek::Pursuit;
 use crate::minds::spread::Spread;
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{Claim, Mandate};
+use crate::words::equivocation::Equivocation;
 use crate::words::message::{Utterance, verify_grant};
 use crate::words::record::{Addresses, HostRecord};
 use crate::words::sign::{Draft, Hand, Signed, Verified, VerifyError};
@@ -96,6 +98,9 @@ pub struct Config {
     pub grace: Span,
     /// Nodes to join by.
     pub join: Vec<SocketAddr>,
+    /// The highest epoch of this node that is noted outside its data directory; zero where there
+    /// is no such note.
+    pub noted_epoch: u64,
     /// The seed of all dice.
     pub seed: u64,
     /// A planted bug; none outside the simulation.
@@ -202,6 +207,7 @@ enum Pending {
     Release(LeaseId),
     Renew(LeaseId),
     Gang(LeaseId),
+    Conduct,
     Commits(LeaseId),
     Receipt(LeaseId),
     Termination(LeaseId),
@@ -301,8 +307,12 @@ pub struct Core {
     history: VecDeque<Past>,
     records: BTreeMap<KeyId, Record>,
     halted: Option<String>,
-    /// Keys of whose equivocation a proof is kept.
-    equivocators: BTreeSet<KeyId>,
+    /// Whose word does not count.
+    conduct: Conduct,
+    /// Peers that have greeted since the start, and when the first did: each of them would have
+    /// shown a later life of this node's.
+    greeted: BTreeSet<KeyId>,
+    greeted_at: Option<Boot>,
     /// The highest epoch in which the last word about this key was said.
     last_word: u64,
     disk_full: bool,
@@ -340,8 +350,12 @@ impl Core {
         let fabric = admission.fabric();
         let probe = *config.addresses.probe.first().ok_or(StartError::NoProbe)?;
         let saved = Saved::sort(saved);
-        let epoch = saved.epoch + u64::from(!config.plant.is("same-epoch"));
+        let conduct = saved.conduct(&admission);
+        let floor = conduct.floor(&config.me);
+        let last = saved.epoch.max(config.noted_epoch).max(floor);
+        let epoch = last + u64::from(!config.plant.is("same-epoch"));
         let epoch = epoch.max(1);
+        let halted = halted_at_start(&config, &conduct, saved.epoch);
         let hand = Hand { fabric, me: config.me, epoch };
         let mut dice = Dice::new(config.seed);
         let peer = Peer { key: config.me, epoch, rejoin: 0, probe };
@@ -388,7 +402,9 @@ impl Core {
             history: VecDeque::new(),
             records: BTreeMap::new(),
             halted: None,
-            equivocators: saved.equivocators.clone(),
+            conduct,
+            greeted: BTreeSet::new(),
+            greeted_at: None,
             last_word: 0,
             disk_full: false,
             leaving: false,
@@ -406,6 +422,9 @@ impl Core {
             config,
         };
         out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
+        if let Some(why) = halted {
+            core.halt(why);
+        }
         core.restore(saved, orphans, now, out)?;
         core.handle(now, Event::Woke, out);
         Ok(core)
@@ -558,6 +577,7 @@ impl Core {
                 self.drain(now, command, within, (revoke, dry_run), out);
                 Ok(())
             }
+            Command::Reinstate(signed) => self.reinstate(now, command, &signed, out),
             Command::Resume => {
                 self.resume(now, command, out);
                 Ok(())
@@ -611,6 +631,7 @@ impl Core {
             lent: self.view_lent(),
             held: self.view_held(now),
             pursuits: self.pursuits.len(),
+            quarantine: self.conduct.convictions().map(|known| known.proof().clone()).collect(),
             counters: self.counters,
         }
     }
@@ -678,10 +699,45 @@ struct Saved {
     claimed: BTreeMap<LeaseId, Signed>,
     holdback: Holdback,
     gangs: BTreeMap<Hash, (Draft, bool)>,
-    equivocators: BTreeSet<KeyId>,
+    proofs: Vec<Equivocation>,
+    reinstated: Vec<Signed>,
+}
+
+/// Why a node that starts with this may not grant: its directory is an older copy, or its key was
+/// convicted, and its organisation has not reinstated it above that.
+fn halted_at_start(config: &Config, conduct: &Conduct, saved: u64) -> Option<String> {
+    if config.plant.is("ignore-twin") {
+        return None;
+    }
+    if conduct.is_quarantined(&config.me) {
+        return Some("this node's key was convicted of saying two different things".into());
+    }
+    let noted = config.noted_epoch;
+    (noted > saved && noted > conduct.floor(&config.me)).then(|| {
+        format!(
+            "this node was in epoch {noted} once, and its data directory says {saved}: the \
+             directory is an older copy"
+        )
+    })
 }
 
 impl Saved {
+    /// Whose word does not count, by what was kept.
+    fn conduct(&self, admission: &Admission) -> Conduct {
+        let (mut conduct, fabric) = (Conduct::default(), admission.fabric());
+        for signed in &self.reinstated {
+            if let Some(lifted) = signed.verify(&fabric).ok().filter(|l| admission.reinstates(l)) {
+                conduct.reinstate(lifted);
+            }
+        }
+        for proof in &self.proofs {
+            if let Ok(conviction) = proof.check(&fabric) {
+                conduct.convict(conviction);
+            }
+        }
+        conduct
+    }
+
     fn sort(saved: impl IntoIterator<Item = Kept>) -> Self {
         let mut sorted = Self::default();
         for kept in saved {
@@ -696,9 +752,10 @@ impl Saved {
                 Kept::Receipt(lease, number, draft) => {
                     sorted.receipts.entry(lease).or_default().push_back((number, draft));
                 }
-                Kept::Equivocation(signed, _) => {
-                    sorted.equivocators.extend(signed.header().map(|header| header.signer));
+                Kept::Equivocation(first, second) => {
+                    sorted.proofs.push(Equivocation { first, second });
                 }
+                Kept::Reinstated(_, signed) => sorted.reinstated.push(signed),
                 Kept::Claimed(lease, claim) => {
                     sorted.claimed.insert(lease, claim);
                 }

@@ -34,6 +34,7 @@ pub mod words {
     pub mod chain;
     pub mod charter;
     pub mod contract;
+    pub mod equivocation;
     pub mod message;
     pub mod object;
     pub mod record;
@@ -48,6 +49,7 @@ pub mod minds {
     pub mod admission;
     pub mod assembly;
     pub mod book;
+    pub mod conduct;
     pub mod holdings;
     pub mod member;
     pub mod pricing;

@@ -34,6 +34,8 @@ pub struct Candidate<'a> {
     pub up: bool,
     /// Whether it refused or failed a moment ago.
     pub avoided: bool,
+    /// Whether it was convicted of saying two different things.
+    pub quarantined: bool,
     /// How many of this node's leases there went wrong, out of how many.
     pub record: (u64, u64),
 }
@@ -122,6 +124,9 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     if full && !possible {
         let host = candidate.host.map(|host| want.shape.shortage(&host.hardware));
         reasons.extend(host.unwrap_or_else(|| vec!["it has nothing free".into()]));
+    }
+    if candidate.quarantined {
+        reasons.push("it was convicted of saying two different things".into());
     }
     if body.classes.is_empty() {
         reasons.push("it sells nothing".into());

@@ -9,6 +9,7 @@ use leasehold_proto::base::money::Amount;
 use leasehold_proto::base::resource::{Rates, Resources};
 use leasehold_proto::base::time::{Boot, Now, Span, Wall};
 use leasehold_proto::minds::admission::{Admission, NotAdmitted, NotEntitled};
+use leasehold_proto::minds::conduct::Conduct;
 use leasehold_proto::minds::holdings::{Held, Holdings, Judged, Placed, Stage};
 use leasehold_proto::minds::pricing::{HONOUR, Policy, Pricing};
 use leasehold_proto::minds::seek::{Next, PATIENCE, Pursuit};
@@ -19,10 +20,11 @@ use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{
     Authority, Class, EndReason, Grant, Mandate, Order, Reason, Termination,
 };
+use leasehold_proto::words::equivocation::{Equivocation, NotEquivocation, Reinstatement};
 use leasehold_proto::words::message::{RecordSaid, verify_record};
-use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::object::{Kind, key_subject};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
-use leasehold_proto::words::sign::{Draft, Hand, Verified};
+use leasehold_proto::words::sign::{Draft, Hand, Signed, Verified};
 use leasehold_proto::words::usage::{ObjectionReason, Receipt, Usage};
 use leasehold_proto::words::want::{Choice, Want};
 use people::{BOOT, People, WALL, body_of, grant_of, now};
@@ -355,6 +357,7 @@ fn hosts_are_ranked_for_reasons_and_the_full_come_last() {
             offer: *offer,
             up: *up,
             avoided: *avoided,
+            quarantined: false,
             record: (0, 0),
         })
         .collect();
@@ -655,4 +658,78 @@ fn an_order_is_no_record() {
     let people = People::new();
     let order = people.order(&people.order_body(1, 1, Span::secs(60), Span::secs(1)));
     assert!(verify_record(order.signed(), &people.fabric).is_err());
+}
+
+// --- conduct ---
+
+/// Two offers that one key signed under one version.
+fn two_offers(people: &People, epoch: u64) -> Equivocation {
+    let signed = |price| match offer(people, epoch, 1, WALL + Span::secs(60), price) {
+        RecordSaid::Offer(offer) => offer.signed().clone(),
+        _ => panic!("an offer"),
+    };
+    Equivocation { first: signed(1), second: signed(2) }
+}
+
+fn reinstated(people: &People, above: u64) -> Verified<Reinstatement> {
+    let body = Reinstatement { organisation: "acme".into(), key: people.lessor.id(), above };
+    let subject = key_subject(&people.lessor.id());
+    let signed = people::sign(people.fabric, &people.root, subject, &body);
+    signed.verify(&people.fabric).expect("it is signed")
+}
+
+#[test]
+fn two_things_under_one_version_prove_it_and_nothing_else_does() {
+    let people = People::new();
+    let good = two_offers(&people, 3);
+    let convicted = good.check(&people.fabric).expect("it proves it");
+    assert_eq!((convicted.signer(), convicted.header().epoch), (people.lessor.id(), 3));
+    let other = two_offers(&people, 4);
+    let tampered = |change: fn(&mut Signed)| {
+        let mut proof = good.clone();
+        change(&mut proof.second);
+        proof.check(&people.fabric)
+    };
+    assert_eq!(
+        Equivocation { first: good.first.clone(), second: good.first.clone() }
+            .check(&people.fabric),
+        Err(NotEquivocation::Same)
+    );
+    assert_eq!(
+        Equivocation { first: good.first.clone(), second: other.second }.check(&people.fabric),
+        Err(NotEquivocation::Differ("their epoch"))
+    );
+    assert!(matches!(tampered(|s| s.signature.0[0] ^= 1), Err(NotEquivocation::Object(_))));
+    assert!(matches!(tampered(|s| s.envelope.truncate(9)), Err(NotEquivocation::Object(_))));
+    let zero = leasehold_proto::base::id::FabricId::default();
+    assert!(matches!(good.check(&zero), Err(NotEquivocation::Object(_))), "of another fabric");
+    // A lessee may word a request anew: both orders are its own affair.
+    let order = |term| {
+        let body = people.order_body(1, 1, Span::secs(term), Span::secs(1));
+        people.order(&body).signed().clone()
+    };
+    let orders = Equivocation { first: order(10), second: order(11) };
+    assert_eq!(orders.check(&people.fabric), Err(NotEquivocation::Kind(Kind::Order)));
+}
+
+#[test]
+fn a_key_is_quarantined_until_it_is_reinstated_above_what_it_did() {
+    let people = People::new();
+    let key = people.lessor.id();
+    let convict = |conduct: &mut Conduct, epoch| {
+        let conviction = two_offers(&people, epoch).check(&people.fabric).expect("a proof");
+        conduct.convict(conviction)
+    };
+    let mut conduct = Conduct::default();
+    assert!(!conduct.is_quarantined(&key) && conduct.floor(&key) == 0);
+    assert!(convict(&mut conduct, 5) && conduct.is_quarantined(&key));
+    assert!(!convict(&mut conduct, 5) && !convict(&mut conduct, 4), "one proof is enough");
+    assert!(conduct.reinstate(reinstated(&people, 4)), "it is news");
+    assert!(conduct.is_quarantined(&key), "but not above what it did");
+    assert!(conduct.reinstate(reinstated(&people, 5)) && !conduct.is_quarantined(&key));
+    assert!(!conduct.reinstate(reinstated(&people, 3)) && conduct.floor(&key) == 5);
+    assert_eq!(conduct.convictions().count(), 0, "what is forgiven is not told any more");
+    assert!(!convict(&mut conduct, 5), "what was forgiven is no news");
+    assert!(convict(&mut conduct, 6) && conduct.is_quarantined(&key), "a new lie is");
+    assert_eq!((conduct.convictions().count(), conduct.reinstatements().count()), (1, 1));
 }

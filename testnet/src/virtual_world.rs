@@ -903,6 +903,7 @@ impl<'a> World<'a> {
             timing: Timing::default(),
             grace: Span::secs(2),
             join,
+            noted_epoch: 0,
             seed,
             plant: self.scenario.plant,
         }

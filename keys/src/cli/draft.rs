@@ -1,11 +1,12 @@
-//! `charter new`, `certificate new`, `mandate new`: drafts, to be signed elsewhere.
+//! `charter new`, `certificate new`, `mandate new`, `reinstatement new`: drafts, to be signed
+//! elsewhere.
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use leasehold_keys::armor::{self, Item};
 use leasehold_keys::exit::Exit;
-use leasehold_keys::issue::{self, NewCertificate, NewCharter, NewMandate};
+use leasehold_keys::issue::{self, NewCertificate, NewCharter, NewMandate, NewReinstatement};
 use leasehold_keys::text;
 use leasehold_proto::words::charter::{Limits, Organisation, Role};
 use leasehold_proto::words::object::{Envelope, Kind};
@@ -34,6 +35,13 @@ pub(super) enum CertificateCommand {
 pub(super) enum MandateCommand {
     /// What a lessee lets a delegate order
     New(MandateNew),
+}
+
+/// Drafts of reinstatements.
+#[derive(Debug, Subcommand)]
+pub(super) enum ReinstatementCommand {
+    /// That a quarantined key of an organisation is believed again
+    New(ReinstatementNew),
 }
 
 /// Where a draft goes.
@@ -139,6 +147,28 @@ pub(super) struct MandateNew {
     out: Out,
 }
 
+/// A reinstatement.
+#[derive(Debug, Args)]
+pub(super) struct ReinstatementNew {
+    /// The signed charter
+    #[arg(long, value_name = "FILE")]
+    charter: PathBuf,
+    /// The organisation that admits the key; its root key signs
+    #[arg(long, value_name = "NAME")]
+    organisation: String,
+    /// The key
+    #[arg(long, value_name = "KEYID")]
+    key: KeyId,
+    /// What it signed in this epoch or before is void: the highest one that anybody has seen of it
+    #[arg(long, value_name = "EPOCH")]
+    above: u64,
+    /// For how long nodes take it, from now on
+    #[arg(long, value_name = "SPAN", default_value = "7d", value_parser = text::span)]
+    valid: Span,
+    #[command(flatten)]
+    out: Out,
+}
+
 #[derive(Debug, thiserror::Error)]
 enum ParseOrganisationError {
     #[error("expected NAME=KEYID")]
@@ -225,6 +255,16 @@ impl CertificateCommand {
         let CertificateNew { organisation, name, key, valid, .. } = args;
         let new = NewCertificate { organisation, name, role, key, valid };
         args.out.put(issue::certificate(&charter, new, now)?)
+    }
+}
+
+impl ReinstatementCommand {
+    pub(super) fn run(self, now: Wall) -> Result<Answer, Failure> {
+        let Self::New(args) = self;
+        let charter = the_signed(&args.charter, Kind::Charter)?;
+        let ReinstatementNew { organisation, key, above, valid, .. } = args;
+        let new = NewReinstatement { organisation, key, above, valid };
+        args.out.put(issue::reinstatement(&charter, new, now)?)
     }
 }
 

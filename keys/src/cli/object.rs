@@ -209,6 +209,10 @@ impl Verify {
                 }
                 (view::verdict(&verdict), json!(verdict))
             }
+            Item::Equivocation(both) => {
+                let convicted = judge::equivocation(both, fabric)?;
+                (view::conviction(&convicted), json!(convicted.header()))
+            }
             Item::Signed(signed) => {
                 let held = judge::object(signed, fabric, charter, now)?;
                 let admitted = match (held.kind, held.admitted) {
@@ -228,6 +232,10 @@ impl Verify {
         value["verified"] = json!(true);
         if let Item::Proof(_) = item {
             value["kind"] = json!("proof");
+        }
+        if let Item::Equivocation(_) = item {
+            value["of"] = value["kind"].take();
+            value["kind"] = json!("equivocation");
         }
         Ok((text, value))
     }

@@ -202,6 +202,10 @@ pub struct NodeInfo {
     pub capacity: Quantity,
     /// What is promised of it.
     pub promised: Quantity,
+    /// What the operator keeps out of new leases.
+    pub withheld: Quantity,
+    /// Whether nothing is granted or renewed, by the operator's will.
+    pub drained: bool,
     /// Orders that wait for an answer.
     pub pursuits: usize,
     /// What was counted.
@@ -946,6 +950,48 @@ impl Reclaimed {
             currency,
         }
     }
+}
+
+/// Keys whose word does not count.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Quarantine {
+    /// Each of them.
+    pub keys: Vec<QuarantineLine>,
+}
+
+/// A key that was convicted of saying two different things.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QuarantineLine {
+    /// The key.
+    pub key: String,
+    /// The name of its node, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// What both objects say they are.
+    pub kind: String,
+    /// In which epoch.
+    pub epoch: u64,
+    /// Under which number.
+    pub number: u64,
+    /// Both objects, as text: `leasehold-keys verify` checks them.
+    pub proof: String,
+}
+
+/// What an organisation says about a quarantined key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReinstateRequest {
+    /// The signed reinstatement, as text.
+    pub reinstatement: String,
+}
+
+/// That a key is believed again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reinstated {
+    /// The key.
+    pub key: String,
+    /// In epochs above this.
+    pub above: u64,
 }
 
 /// That the host sells again.

@@ -97,7 +97,7 @@ pub(super) async fn order(
 }
 
 /// The one signed object in a text.
-fn one_signed(field: &'static str, text: &str) -> Result<Signed, ApiError> {
+pub(super) fn one_signed(field: &'static str, text: &str) -> Result<Signed, ApiError> {
     let items = armor::decode(text.as_bytes()).map_err(|error| ApiError::field(field, error))?;
     match <[Item; 1]>::try_from(items) {
         Ok([Item::Signed(signed)]) => Ok(signed),

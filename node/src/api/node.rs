@@ -85,6 +85,8 @@ pub(super) async fn info(State(app): State<App>) -> Result<Json<NodeInfo>, ApiEr
         records: view.records,
         capacity: (&view.capacity).into(),
         promised: (&view.promised).into(),
+        withheld: (&view.withheld).into(),
+        drained: view.drained,
         pursuits: view.pursuits,
         counters: (&view.counters).into(),
         payloads: Moved {

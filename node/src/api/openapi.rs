@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{lease, node, operator, payload};
+use super::{lease, node, operator, payload, quarantine};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -24,6 +24,7 @@ use super::{lease, node, operator, payload};
         lease::plan, lease::order, lease::request, lease::list, lease::show, lease::claim,
         lease::release, lease::end, lease::output, lease::file, lease::receipts, lease::proof,
         lease::jobs, lease::renew, lease::gang,
+        quarantine::list, quarantine::reinstate,
         operator::reclaim, operator::drain, operator::resume, operator::revoke,
     ),
     security(("token" = [])),

@@ -97,6 +97,12 @@ fn check(
             object["verified"] = true.into();
             Ok((said, object))
         }
+        Item::Equivocation(both) => {
+            let convicted = judge::equivocation(both, fabric)?;
+            let mut object = serde_json::to_value(convicted.header()).unwrap_or_default();
+            object["verified"] = true.into();
+            Ok((view::conviction(&convicted), object))
+        }
         Item::Draft(_) => Err(judge::NotVerified::Unsigned),
     }
 }

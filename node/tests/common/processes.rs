@@ -158,13 +158,22 @@ impl Drop for Starting {
     }
 }
 
-pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    until_within(PATIENCE, what, look)
+}
+
+#[allow(dead_code)] // not every test needs it
+pub(crate) fn until_within<T>(
+    patience: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Option<T>,
+) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "gave up on: {what}");
+        assert!(begun.elapsed() < patience, "gave up on: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

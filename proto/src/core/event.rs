@@ -164,6 +164,8 @@ pub enum Command {
     },
     /// End a drain or reclaim: sell again, and leave what is not ended yet.
     Resume,
+    /// Believe a quarantined key again, as its organisation says.
+    Reinstate(Box<Signed>),
     /// Tell when a held lease has ended.
     AwaitEnd(LeaseId),
     /// Tell who lends a held lease, and where that node serves its data plane.
@@ -207,6 +209,8 @@ pub enum Reply {
     },
     /// Capacity is being taken back, or would be. Where some is short nothing was done.
     Reclaim(ReclaimPlan),
+    /// The key is believed again, in epochs above this.
+    Reinstated(KeyId, u64),
     /// This node sells again.
     Resumed {
         /// How many leases are not taken back after all.

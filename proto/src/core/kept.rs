@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::base::id::{Hash, LeaseId};
+use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::resource::Resources;
 use crate::minds::book::{self, Lent};
 use crate::minds::holdings::Held;
@@ -75,6 +75,8 @@ pub enum Kept {
     Objected(LeaseId, Signed),
     /// Two signed objects that contradict each other.
     Equivocation(Signed, Signed),
+    /// That a key is believed again.
+    Reinstated(KeyId, Signed),
 }
 
 /// What the operator keeps out of new leases.
@@ -145,6 +147,7 @@ impl Kept {
             Self::Acknowledged(lease, n, _) => key(b'a', &[&lease.0.0, &n.to_be_bytes()]),
             Self::Countersigned(lease, n, ..) => key(b'c', &[&lease.0.0, &n.to_be_bytes()]),
             Self::Objected(lease, signed) => key(b'o', &[&lease.0.0, &signed.id().0]),
+            Self::Reinstated(of, _) => key(b'R', &[&of.0]),
             Self::Equivocation(a, b) => key(b'q', &[&a.id().0, &b.id().0]),
         }
     }
@@ -167,7 +170,8 @@ impl Kept {
             Self::Receipt(_, _, draft) => put(draft),
             Self::Acknowledged(_, _, signed)
             | Self::Objected(_, signed)
-            | Self::Claimed(_, signed) => put(signed),
+            | Self::Claimed(_, signed)
+            | Self::Reinstated(_, signed) => put(signed),
             Self::Countersigned(_, _, receipt, ack) => put(&(receipt, ack)),
             Self::Equivocation(a, b) => put(&(a, b)),
         }
@@ -206,6 +210,7 @@ impl Kept {
                 Self::Countersigned(lease()?, number()?, receipt, ack)
             }
             b'o' => Self::Objected(lease()?, get(value)?),
+            b'R' => Self::Reinstated(KeyId(hash().ok_or_else(unknown)?.0), get(value)?),
             b'q' => {
                 let (a, b) = get(value)?;
                 Self::Equivocation(a, b)

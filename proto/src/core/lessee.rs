@@ -12,9 +12,10 @@ use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{
-    Acceptance, Authority, Claim, EndReason, GangOf, JobSpec, Order, Reason, Refusal, Release,
-    Renew, Renewal, Termination,
+    Acceptance, Authority, Claim, EndReason, GangOf, Grant, JobSpec, Order, Reason, Refusal,
+    Release, Renew, Renewal, Termination,
 };
+use crate::words::equivocation::Equivocation;
 use crate::words::message::{GrantPapers, Message, OrderPapers, Utterance, Word};
 use crate::words::object::order_subject;
 use crate::words::sign::{Draft, HeaderOf, Signed, Verified};
@@ -58,6 +59,7 @@ impl Core {
                     offer: offer.map(|(offer, _)| offer),
                     up: self.is_up(&key, offer.map(|(_, heard)| heard), now.boot),
                     avoided: known.avoid_until > now.boot,
+                    quarantined: self.conduct.is_quarantined(&key),
                     record: (known.failed, known.all),
                 }
             })
@@ -315,6 +317,7 @@ impl Core {
         let grant = &papers.grant;
         let lessor = grant.signer();
         let verdict = self.judge_grant(now, order, papers);
+        self.compare_grants(order, grant, out);
         if let Err(why) = verdict {
             self.order_silent(now, order, &why, out);
             return;
@@ -352,6 +355,16 @@ impl Core {
         out.push(Effect::Answer(command, Ok(Reply::Leased(Box::new(leased)))));
     }
 
+    /// Two grants of one order under one version prove that their lessor lies.
+    fn compare_grants(&mut self, order: &Hash, grant: &Verified<Grant>, out: &mut Vec<Effect>) {
+        let known = self.holdings.order(order).and_then(|holding| holding.kept.grant.clone());
+        let Some(first) = known.filter(|known| known.id() != grant.id()) else { return };
+        let proof = Equivocation { first, second: grant.signed().clone() };
+        if let Ok(conviction) = proof.check(&self.hand.fabric) {
+            self.convict(conviction, None, out);
+        }
+    }
+
     fn judge_grant(&self, now: Now, order: &Hash, papers: &GrantPapers) -> Result<(), String> {
         let GrantPapers { grant, certificate } = papers;
         let holding = self.holdings.order(order).ok_or("no such order is out")?;
@@ -360,6 +373,12 @@ impl Core {
             Placed::Elsewhere(signed) => order_in(&signed.envelope),
         };
         let asked = signed.ok_or("the order does not decode")?;
+        if self.conduct.is_quarantined(&grant.signer()) {
+            return Err("its lessor was convicted of saying two different things".into());
+        }
+        if grant.header().epoch <= self.conduct.floor(&grant.signer()) {
+            return Err("it was signed in an epoch that its organisation has declared void".into());
+        }
         if grant.body().order != *order {
             return Err("it answers another order".into());
         }

@@ -78,6 +78,9 @@ impl Core {
         if !self.is_admitted(&body.delegate) {
             return Err(Reason::NotAdmitted);
         }
+        if self.conduct.is_quarantined(&body.delegate) {
+            return Err(Reason::Quarantined);
+        }
         self.admission.entitles(order, mandate.as_ref(), certificate, now.wall).map_err(|why| {
             match why {
                 NotEntitled::Lessee(_) | NotEntitled::Signer => Reason::NotAdmitted,
@@ -86,7 +89,8 @@ impl Core {
         })?;
         // A repeat of what was granted is answered also by a node that grants nothing new.
         let known = self.book.has_request(&body.lessee, &body.request);
-        if !known && (self.halted.is_some() || self.leaving) {
+        let ready = self.halted.is_none() && !self.leaving && self.is_vouched(now.boot);
+        if !known && !ready {
             return Err(Reason::NotReady);
         }
         if !known && self.holdback.drained {

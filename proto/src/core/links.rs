@@ -11,7 +11,10 @@ use crate::minds::spread::{Spread, Taken};
 use crate::minds::{book, holdings};
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::Class;
-use crate::words::message::{MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance};
+use crate::words::equivocation::{Conviction, Equivocation, Reinstatement};
+use crate::words::message::{
+    MAX_CONDUCT, MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance,
+};
 use crate::words::object::{Kind, key_subject};
 use crate::words::sign::{Hand, Verified};
 
@@ -28,6 +31,12 @@ const RETURNS: u32 = 16;
 const LAST_WORD: u64 = u64::MAX;
 /// How often it is sent back to its key: links take the connections of one peer by turns.
 const LAST_WORDS: usize = 4;
+/// How many peers are met before something is granted, where so many are there, and how long a node
+/// waits for them once the first has greeted.
+const VOUCHERS: usize = 3;
+const VOUCHING: Span = Span::secs(3);
+/// The most peers remembered as met.
+const MAX_GREETED: usize = 64;
 /// How many records are pulled by one question: their answer must fit one message.
 const PULL_AT_ONCE: usize = 100;
 /// The most links kept; those beyond were dialled for one order and are closed when idle. Every
@@ -136,6 +145,15 @@ impl Core {
             Said::Gang(gang, claim) => {
                 self.hear_gang(now, &gang, claim.as_ref(), ticket, out);
             }
+            Said::Conduct(convictions, lifted) => {
+                for lifted in lifted {
+                    self.take_reinstatement(lifted, Some(from), out);
+                }
+                for conviction in convictions {
+                    self.convict(conviction, Some(from), out);
+                }
+                out.push(reply(Message::Done));
+            }
             Said::Commits(lease, commits) => {
                 self.hear_commits(now, lease, &commits, ticket, out);
             }
@@ -188,6 +206,10 @@ impl Core {
             self.twin(record.header().epoch, out);
         }
         self.admit(from, certificate);
+        if self.greeted.len() < MAX_GREETED {
+            self.greeted.insert(from);
+        }
+        self.greeted_at.get_or_insert(now.boot);
         let Some(link) = self.links.get_mut(&from) else { return true };
         // A peer that was killed and came back greets over a link that is still up here, since its
         // old connection has not timed out yet. It has forgotten the map: all begins anew.
@@ -200,6 +222,7 @@ impl Core {
             if self.config.me < from || restarted {
                 self.reconcile_with(from, out);
             }
+            self.tell_conduct(from, out);
             for Waiting { token, what } in self.waiting.remove(&from).unwrap_or_default() {
                 out.push(Effect::Ask { to: from, token, what });
             }
@@ -250,17 +273,104 @@ impl Core {
 
     /// Another node has this key, or this directory is an older copy: nothing is granted again.
     fn twin(&mut self, seen: u64, out: &mut Vec<Effect>) {
-        if self.halted.is_none() && !self.config.plant.is("ignore-twin") {
+        // What its organisation has declared void says nothing against this life.
+        let void = seen <= self.conduct.floor(&self.config.me);
+        if self.halted.is_none() && !void && !self.config.plant.is("ignore-twin") {
             let mine = self.hand.epoch;
-            self.halted = Some(format!(
+            out.push(Effect::Notice(Notice::Twin { seen, mine }));
+            self.halt(format!(
                 "a node with this key was seen in epoch {seen}, this one is in epoch {mine}: \
                  either two nodes run with one key, or this data directory is an older copy"
             ));
-            out.push(Effect::Notice(Notice::Twin { seen, mine }));
-            self.pricing.set_policy(crate::minds::pricing::Policy {
-                selling: false,
-                ..self.pricing.policy().clone()
-            });
+        }
+    }
+
+    /// Nothing is granted any more.
+    pub(super) fn halt(&mut self, why: String) {
+        self.halted.get_or_insert(why);
+        self.pricing.set_policy(crate::minds::pricing::Policy {
+            selling: false,
+            ..self.pricing.policy().clone()
+        });
+    }
+
+    /// Whether enough peers were met since the start to know of a later life of this node: each
+    /// that greets shows the latest it has seen. Nobody is waited for who is not there.
+    pub(super) fn is_vouched(&self, now: Boot) -> bool {
+        let me = &self.config.me;
+        let up = self.spread.hosts().map(|host| host.signer());
+        let up = up.filter(|key| key != me && self.is_up(key, None, now)).take(VOUCHERS).count();
+        let need = up.max(usize::from(!self.config.join.is_empty()));
+        let waited = self.greeted_at.is_some_and(|at| at + VOUCHING <= now);
+        waited || self.greeted.len() >= need
+    }
+
+    /// A key said two different things under one version.
+    pub(super) fn convict(
+        &mut self,
+        conviction: Conviction,
+        from: Option<KeyId>,
+        out: &mut Vec<Effect>,
+    ) {
+        let (key, proof) = (conviction.signer(), conviction.proof().clone());
+        if !self.is_admitted(&key) || !self.conduct.convict(conviction) {
+            return;
+        }
+        self.counters.equivocations += 1;
+        let Equivocation { first, second } = proof.clone();
+        out.push(Effect::Keep(Kept::Equivocation(first, second)));
+        out.push(Effect::Notice(Notice::Equivocation(key)));
+        if key == self.config.me && !self.config.plant.is("ignore-twin") {
+            self.halt("this node's key was convicted of saying two different things".into());
+        }
+        self.pass_on(from, &Message::Conduct(vec![proof], Vec::new()), out);
+    }
+
+    /// An organisation lets a key be believed again. False when it is not its own to say, or old.
+    pub(super) fn take_reinstatement(
+        &mut self,
+        lifted: Verified<Reinstatement>,
+        from: Option<KeyId>,
+        out: &mut Vec<Effect>,
+    ) -> bool {
+        let key = lifted.body().key;
+        let theirs = self.spread.certified().find(|(record, _)| record.signer() == key);
+        let of_another = theirs.is_some_and(|(_, certificate)| {
+            certificate.body().organisation != lifted.body().organisation
+        });
+        if of_another || !self.admission.reinstates(&lifted) {
+            return false;
+        }
+        let signed = lifted.signed().clone();
+        if self.conduct.reinstate(lifted) {
+            out.push(Effect::Keep(Kept::Reinstated(key, signed.clone())));
+            self.pass_on(from, &Message::Conduct(Vec::new(), vec![signed]), out);
+        }
+        true
+    }
+
+    /// What is news here is news to all neighbours but the one it came from.
+    fn pass_on(&mut self, from: Option<KeyId>, what: &Message, out: &mut Vec<Effect>) {
+        let links = self.links.iter().filter(|(key, link)| link.admitted && Some(**key) != from);
+        let links: Vec<_> = links.map(|(key, _)| *key).collect();
+        for to in links {
+            self.ask(to, Pending::Conduct, Utterance::Plain(what.clone()), out);
+        }
+    }
+
+    /// A neighbour that was just met learns whose word does not count.
+    fn tell_conduct(&mut self, to: KeyId, out: &mut Vec<Effect>) {
+        let proofs = self.conduct.convictions().map(|known| known.proof().clone());
+        let proofs: Vec<_> = proofs.collect();
+        let lifted: Vec<_> = self.conduct.reinstatements().cloned().collect();
+        let mut messages: Vec<Message> = lifted
+            .chunks(MAX_CONDUCT)
+            .map(|chunk| Message::Conduct(Vec::new(), chunk.to_vec()))
+            .collect();
+        // Two objects of up to 24 KiB each: a few fit one message.
+        messages.extend(proofs.chunks(4).map(|few| Message::Conduct(few.to_vec(), Vec::new())));
+        for what in messages {
+            self.ask(to, Pending::Conduct, Utterance::Plain(what), out);
         }
     }
 
@@ -300,7 +410,7 @@ impl Core {
                 let ahead = self.spread.ahead_of(&buckets, &names);
                 self.send_records(to, &ahead, out);
             }
-            (Pending::Records, Said::Done) => {}
+            (Pending::Records | Pending::Conduct, Said::Done) => {}
             (Pending::Order(order), Said::Granted(papers)) => {
                 self.granted(now, &order, &papers, out);
             }
@@ -374,7 +484,11 @@ impl Core {
                     out.push(Effect::Disconnect(peer, "it did not show its certificate"));
                 }
             }
-            Pending::Announce(_) | Pending::Pull | Pending::Records | Pending::Digest(_) => {
+            Pending::Announce(_)
+            | Pending::Pull
+            | Pending::Records
+            | Pending::Conduct
+            | Pending::Digest(_) => {
                 // What went astray, such as over a connection to a peer that has restarted since,
                 // is made up for soon and not in a minute.
                 self.reconcile_at = self.reconcile_at.min(now.boot + Span::secs(1));
@@ -434,6 +548,10 @@ impl Core {
             _ if !self.is_admitted(&name.key) => return,
             _ => {}
         }
+        // What its organisation has declared void is not shown to anybody any more.
+        if name.epoch <= self.conduct.floor(&name.key) {
+            return;
+        }
         self.saw_life(&said);
         match self.spread.take(now.boot, now.wall, said, from.as_ref()) {
             Taken::New if name.kind == Kind::HostRecord => {
@@ -447,11 +565,11 @@ impl Core {
                     self.send_records(name.key, &[name], out);
                 }
             }
-            // One proof says all; a node that lies a thousand times fills no disk here.
-            Taken::Equivocation(a, b) if self.equivocators.insert(name.key) => {
-                self.counters.equivocations += 1;
-                out.push(Effect::Keep(Kept::Equivocation(a, b)));
-                out.push(Effect::Notice(Notice::Equivocation(name.key)));
+            Taken::Equivocation(first, second) => {
+                let proof = Equivocation { first, second };
+                if let Ok(conviction) = proof.check(&self.hand.fabric) {
+                    self.convict(conviction, None, out);
+                }
             }
             _ => {}
         }
@@ -699,6 +817,7 @@ impl Core {
                     runtimes: body.map(|offer| offer.runtimes.clone()).unwrap_or_default(),
                     isolation: body.map(|offer| offer.isolation.clone()).unwrap_or_default(),
                     labels: host.labels.clone(),
+                    quarantined: self.conduct.is_quarantined(&key),
                     addresses: host.addresses.clone(),
                 }
             })

@@ -14,6 +14,8 @@ use crate::base::resource::Resources;
 use crate::base::time::{Now, Span};
 use crate::minds::book::{ReclaimPlan, Stage};
 use crate::words::contract::{Class, EndReason, Reason};
+use crate::words::equivocation::Reinstatement;
+use crate::words::sign::{Signed, Verified};
 
 impl Core {
     /// Takes back one lease that this node granted: after its notice, whatever its class.
@@ -93,6 +95,29 @@ impl Core {
         let free = self.book.capacity().minus(self.book.promised());
         let plan = ReclaimPlan { leases, free, short: Resources::default(), credit };
         out.push(Effect::Answer(command, Ok(Reply::Reclaim(plan))));
+    }
+
+    /// Takes what an organisation says about a quarantined key.
+    pub(super) fn reinstate(
+        &mut self,
+        now: Now,
+        command: CommandId,
+        signed: &Signed,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        let bad = |why: String| Failure::BadOrder(why);
+        let lifted: Verified<Reinstatement> =
+            signed.verify(&self.hand.fabric).map_err(|why| bad(why.to_string()))?;
+        if lifted.header().not_after < now.wall {
+            return Err(bad("the reinstatement has expired".into()));
+        }
+        let (key, above) = (lifted.body().key, lifted.body().above);
+        if !self.take_reinstatement(lifted, None, out) {
+            let why = "the reinstatement is not signed by the organisation that admits the key";
+            return Err(bad(why.into()));
+        }
+        out.push(Effect::Answer(command, Ok(Reply::Reinstated(key, above))));
+        Ok(())
     }
 
     /// Ends a drain or reclaim.

@@ -8,6 +8,7 @@ use crate::base::resource::{Rates, Resources};
 use crate::base::time::{Boot, Span, Wall};
 use crate::minds::{book, holdings};
 use crate::words::contract::{Class, EarlyEnd, EndReason};
+use crate::words::equivocation::Equivocation;
 use crate::words::record::Addresses;
 use crate::words::usage::{ObjectionReason, Outcome, Usage};
 
@@ -50,6 +51,8 @@ pub struct View {
     pub held: Vec<HeldView>,
     /// Orders that wait for an answer.
     pub pursuits: usize,
+    /// Proofs that keys said two different things, of those that are not reinstated.
+    pub quarantine: Vec<Equivocation>,
     /// Counters since the start.
     pub counters: Counters,
 }
@@ -120,6 +123,8 @@ pub struct NodeView {
     pub labels: Vec<(String, String)>,
     /// Where it is reached.
     pub addresses: Addresses,
+    /// Whether its word does not count: it was convicted of saying two different things.
+    pub quarantined: bool,
 }
 
 /// A lease this node granted.

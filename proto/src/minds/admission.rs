@@ -8,6 +8,7 @@ use crate::base::money::Amount;
 use crate::base::time::{SKEW, Span, Wall};
 use crate::words::charter::{Certificate, Charter, Role};
 use crate::words::contract::{Authority, Grant, Mandate, Order};
+use crate::words::equivocation::Reinstatement;
 use crate::words::sign::{Signed, Verified, VerifyError, is_usable};
 
 /// The fabric this node belongs to.
@@ -188,6 +189,13 @@ impl Admission {
             return Err(NotTimely::Term);
         }
         Ok(())
+    }
+
+    /// Whether the organisation that `reinstatement` names signed it.
+    #[must_use]
+    pub fn reinstates(&self, reinstatement: &Verified<Reinstatement>) -> bool {
+        let issuer = self.charter().organisation_of(&reinstatement.signer());
+        issuer.is_some_and(|issuer| issuer.name == reinstatement.body().organisation)
     }
 
     /// Whether the papers entitle the signer of `order` to place it at `at`.

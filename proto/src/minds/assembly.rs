@@ -58,6 +58,8 @@ pub struct Assembly {
     ranked: VecDeque<Choice>,
     out: Vec<Asked>,
     granted: Vec<Granted>,
+    /// Granted when the members were chosen already.
+    late: Vec<Granted>,
     heard: Vec<Heard>,
     started: Boot,
     tries: u32,
@@ -140,6 +142,7 @@ impl Assembly {
             ranked: VecDeque::new(),
             out: Vec::new(),
             granted: Vec::new(),
+            late: Vec::new(),
             heard: Vec::new(),
             started: now,
             tries: 0,
@@ -191,6 +194,9 @@ impl Assembly {
     }
 
     fn next_of_commit(&mut self, now: Boot, dice: &mut Dice) -> Next {
+        if !self.late.is_empty() {
+            return Next::GiveBack(std::mem::take(&mut self.late));
+        }
         let Phase::Committing(committing) = &mut self.phase else { return Next::Failed };
         if committing.words.len() >= self.granted.len() {
             let words = committing.words.values().cloned().collect();
@@ -236,7 +242,9 @@ impl Assembly {
     /// The host said yes.
     pub fn granted(&mut self, order: Hash, lease: LeaseId, grant: Signed) {
         if let Some(Asked { choice, .. }) = self.take(&order) {
-            self.granted.push(Granted { order, lease, grant, choice });
+            let chosen = matches!(self.phase, Phase::Committing(_));
+            let granted = if chosen { &mut self.late } else { &mut self.granted };
+            granted.push(Granted { order, lease, grant, choice });
         }
     }
 

@@ -238,6 +238,8 @@ pub enum Reason {
     NotCommitted,
     /// The gang is not the one that was ordered, or not made up of its members.
     BadGang,
+    /// Who asks was convicted of saying two different things, and is not believed.
+    Quarantined,
 }
 
 impl Reason {
@@ -265,6 +267,7 @@ impl Reason {
             Self::Term => "the new term is shorter than the old one, or longer than agreed",
             Self::Withdrawn => "its operator is taking the capacity back",
             Self::NotCommitted => "not every member of the gang has committed",
+            Self::Quarantined => "who asks was convicted of saying two different things",
             Self::BadGang => "it is no member of that gang",
         }
     }

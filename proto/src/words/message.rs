@@ -12,6 +12,7 @@ use super::contract::{
     Acceptance, Authority, Claim, Commit, Gang, Grant, MAX_GANG, Mandate, Order, Refusal, Release,
     Renew, Renewal, Termination,
 };
+use super::equivocation::{Conviction, Equivocation, Reinstatement};
 use super::object::Kind;
 use super::record::{HostRecord, Offer};
 use super::sign::{Draft, Papers, Signed, Verified, VerifyError};
@@ -23,6 +24,8 @@ use crate::base::id::{FabricId, Hash, KeyId, LeaseId};
 pub const MAX_NAMES: usize = 2_048;
 /// The most records in one message.
 pub const MAX_RECORDS: usize = 256;
+/// The most proofs of equivocation, or reinstatements, in one message.
+pub const MAX_CONDUCT: usize = 64;
 /// How many buckets the map of records is hashed into for reconciliation.
 pub const BUCKETS: usize = 256;
 
@@ -109,6 +112,8 @@ pub enum Message {
     /// The commits of other members, for this lease of the hearer's. Answered with `Commits`: what
     /// the hearer knows of that gang, or none.
     Commits(LeaseId, Vec<Signed>),
+    /// Whose word does not count, with the proofs, and who was reinstated. Answered with `Done`.
+    Conduct(Vec<Equivocation>, Vec<Signed>),
 }
 
 /// A message as a mind utters it: objects in it are drafts, which the shell signs once they are
@@ -310,6 +315,8 @@ pub enum Said {
     Committed(Verified<Commit>),
     /// See [`Message::Commits`].
     Commits(LeaseId, Vec<Verified<Commit>>),
+    /// See [`Message::Conduct`]; what proves nothing is left out.
+    Conduct(Vec<Conviction>, Vec<Verified<Reinstatement>>),
     /// See [`Message::Receipt`].
     Receipt(Verified<Receipt>),
     /// See [`Message::Acknowledged`].
@@ -352,6 +359,9 @@ pub fn decode(frame: &[u8]) -> Result<Message, DecodeError> {
         }
         Message::Commits(_, commits) if commits.len() > MAX_GANG => {
             Err(DecodeError::Invalid("a message carries at most 64 commits"))
+        }
+        Message::Conduct(proofs, lifted) if proofs.len().max(lifted.len()) > MAX_CONDUCT => {
+            Err(DecodeError::Invalid("a message carries at most 64 proofs and reinstatements"))
         }
         Message::Digest(buckets) if buckets.len() != BUCKETS => {
             Err(DecodeError::Invalid("a digest has 256 buckets"))
@@ -421,6 +431,10 @@ pub fn verify_among(
         Message::Acknowledged(signed) => Said::Acknowledged(signed.verify(fabric)?),
         Message::Objected(signed) => Said::Objected(signed.verify(fabric)?),
         Message::Terminated(signed) => Said::Terminated(signed.verify(fabric)?),
+        Message::Conduct(proofs, lifted) => Said::Conduct(
+            proofs.iter().filter_map(|proof| proof.check(fabric).ok()).collect(),
+            lifted.iter().map(|signed| signed.verify(fabric)).collect::<Result<_, _>>()?,
+        ),
         Message::Inquire(lease) => Said::Inquire(*lease),
         Message::Done => Said::Done,
     })

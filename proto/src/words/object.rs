@@ -18,6 +18,7 @@ use super::contract::{
     Acceptance, Claim, Commit, Gang, Grant, Mandate, Order, Refusal, Release, Renew, Renewal,
     Termination,
 };
+use super::equivocation::Reinstatement;
 use super::record::{HostRecord, Offer};
 use super::sign::{Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
@@ -250,6 +251,8 @@ kinds! {
     18 "gang" 5 KiB Gang
     /// A lessor's word that its lease is a member of a gang. Subject: the lease.
     19 "commit" 1 KiB Commit
+    /// That a quarantined key is believed again. Subject: the key.
+    20 "reinstatement" 1 KiB Reinstatement
 }
 
 impl fmt::Display for Kind {

@@ -15,13 +15,15 @@ use leasehold_proto::words::contract::{
     Grant, Input, JobSpec, Mandate, Member, Order, Reason, Refusal, Release, Renew, Renewal,
     Termination,
 };
+use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{BUCKETS, Message, RecordName};
-use leasehold_proto::words::object::{Body, Kind, key_subject, order_subject};
+use leasehold_proto::words::object::{Body, Envelope, Kind, key_subject, order_subject};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, Signer};
 use leasehold_proto::words::usage::{
     Acknowledgement, Objection, ObjectionReason, Outcome, Receipt, Usage,
 };
+use leasehold_proto::words::wire;
 use leasehold_proto::{
     Amount, FabricId, GIB, GpuRate, Gpus, Hash, LeaseId, Payload, Rates, RequestId, Resources,
     Span, Wall,
@@ -58,6 +60,7 @@ pub(crate) struct Story {
     pub(crate) renewal: Signed,
     pub(crate) gang: Signed,
     pub(crate) commit: Signed,
+    pub(crate) reinstatement: Signed,
     pub(crate) receipts: Vec<Signed>,
     pub(crate) acknowledgements: Vec<Signed>,
     pub(crate) objection: Signed,
@@ -250,6 +253,9 @@ impl Story {
         let gang = Gang { gang: number, lessee: tenant, delegate, members };
         let gang = delegate_pen.sign(order_subject(&tenant, &number), &gang);
         let commit = node_pen.sign(lease.0, &Commit { gang: gang.id(), lease });
+        let organisation = "quay".into();
+        let reinstatement = Reinstatement { organisation, key: node, above: 7 };
+        let reinstatement = root_pen.sign(key_subject(&node), &reinstatement);
         let mut chain = Chain::default();
         let (mut receipts, mut acknowledgements) = (Vec::new(), Vec::new());
         for (seconds, end) in [(10, None), (20, None), (27, Some(EndReason::Released))] {
@@ -302,6 +308,7 @@ impl Story {
             renewal,
             gang,
             commit,
+            reinstatement,
             receipts,
             acknowledgements,
             objection,
@@ -322,6 +329,26 @@ impl Story {
             acknowledgements: self.acknowledgements.clone(),
             termination: Some(self.termination.clone()),
         }
+    }
+
+    /// What the lessor must not sign: another offer under the same version.
+    pub(crate) fn equivocation(&self) -> Equivocation {
+        let envelope = Envelope::decode(&self.offer.envelope).expect("an envelope");
+        let header = envelope.header;
+        let mut body: Offer =
+            wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).expect("an offer");
+        body.max_term = Span::secs(1);
+        let header = HeaderOf {
+            fabric: header.fabric,
+            signer: header.signer,
+            subject: header.subject,
+            epoch: header.epoch,
+            seq: header.seq,
+            not_after: header.not_after,
+        };
+        let draft = Draft::new(header, &body).expect("it fits");
+        let second = Signer::from_seed(&LESSOR).sign(&draft).expect("it is the signer");
+        Equivocation { first: self.offer.clone(), second }
     }
 
     /// One object of every kind, by the kind's name.
@@ -346,6 +373,7 @@ impl Story {
             &self.renewal,
             &self.gang,
             &self.commit,
+            &self.reinstatement,
         ]
         .map(|signed| {
             let kind = signed.header().expect("an envelope").kind;
@@ -395,6 +423,10 @@ impl Story {
             ("gang", Message::Gang(self.gang.clone(), Some(self.claim.clone()))),
             ("committed", Message::Committed(self.commit.clone())),
             ("commits", Message::Commits(lease, vec![self.commit.clone()])),
+            (
+                "conduct",
+                Message::Conduct(vec![self.equivocation()], vec![self.reinstatement.clone()]),
+            ),
         ]
     }
 }
