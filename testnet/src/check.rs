@@ -27,7 +27,7 @@ use leasehold_proto::base::money::HOUR_MS;
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Boot, BootId, Span};
 use leasehold_proto::core::{Kept, LentStage, View};
-use leasehold_proto::minds::book::Lent;
+use leasehold_proto::minds::book::{self, Lent};
 use leasehold_proto::words::contract::{
     Acceptance, Gang, Grant, Member, Order, Renew, Renewal, Termination,
 };
@@ -182,6 +182,8 @@ struct Lease {
     unextended: bool,
     /// The end of its term, in true time.
     term_end_us: u64,
+    /// Until when it may be claimed, in true time.
+    claim_by_us: u64,
     /// The gang that it has committed to, with its members.
     gang: Option<(Hash, Vec<Member>)>,
     stage: LentStage,
@@ -393,6 +395,7 @@ impl Check {
                 unextended: false,
                 gang: None,
                 term_end_us,
+                claim_by_us: claim_by,
                 stage: LentStage::Granted,
                 claimed: false,
                 running: false,
@@ -704,6 +707,12 @@ impl Check {
             let host = lease.host;
             let copied = self.hosts.get(&host).is_some_and(|host| host.copied);
             if lease.stage != LentStage::Granted || copied {
+                continue;
+            }
+            // A member of a gang waits for the words of the others a while longer.
+            let later = lease.claim_by_us + book::GATHER_FOR.as_millis() * 1000 + prompt_us;
+            if lease.gang.is_some() && due < later {
+                self.lapses.insert((later, id));
                 continue;
             }
             let since = self.hosts.get(&host).and_then(|host| host.running_since);

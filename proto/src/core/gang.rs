@@ -160,10 +160,40 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.take_commits(now, lease, commits, out);
-        let known = self.book.get(&lease);
-        let (words, own) = known.map(|known| self.words_of(known)).unwrap_or_default();
+        let Some(known) = self.book.get(&lease) else {
+            self.refuse(now, (lease.0, None), Reason::UnknownLease, Vec::new(), ticket, out);
+            return;
+        };
+        // One that ended before it was used never gave its word, or has taken it back in time.
+        if known.kept.stage >= Stage::Draining && known.kept.claimed.is_none() {
+            self.refuse(now, (lease.0, None), Reason::Ended, Vec::new(), ticket, out);
+            return;
+        }
+        let (words, own) = self.words_of(known);
         let what = Utterance::Commits(lease, words, own);
         out.push(Effect::Reply { ticket, what });
+    }
+
+    /// A member of the gang that `lease` is one of will never give its word: the gang will not be
+    /// whole, and nothing is waited for any more.
+    pub(super) fn commits_refused(
+        &mut self,
+        now: Now,
+        lease: LeaseId,
+        refusal: &Verified<Refusal>,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(known) = self.book.get(&lease) else { return };
+        let over = matches!(refusal.body().reason, Reason::Ended | Reason::UnknownLease);
+        let whole = known.kept.joined.as_ref().is_none_or(|joined| joined.whole);
+        let (by, of) = (refusal.signer(), refusal.body().of);
+        let mut members = known.gang.iter().flat_map(|gang| &gang.members);
+        let theirs = members.any(|member| member.lessor == by && member.lease.0 == of);
+        if over && theirs && !whole && known.kept.stage == Stage::Granted {
+            self.book.drain(now, &lease, EndReason::Lapsed, by);
+            self.counters.lapsed += 1;
+            self.close(now, &lease, out);
+        }
     }
 
     pub(super) fn take_commits(

@@ -444,6 +444,9 @@ impl Core {
             (Pending::Gang(lease), Said::Refused(refusal, _)) => {
                 self.gang_refused(now, &lease, &refusal, out);
             }
+            (Pending::Commits(lease), Said::Refused(refusal, _)) => {
+                self.commits_refused(now, lease, &refusal, out);
+            }
             (Pending::Commits(lease), Said::Commits(_, commits)) => {
                 self.take_commits(now, lease, &commits, out);
             }

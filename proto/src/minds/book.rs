@@ -54,6 +54,8 @@ const AWAIT: Span = Span::secs(15 * 60);
 const MAX_UNANSWERED: usize = 8;
 /// How long a lessee has to countersign before what stands unacknowledged ends its lease.
 const ANSWER: Span = Span::secs(2);
+/// How much longer than it may stay unclaimed a member of a gang waits for the words of the others.
+pub const GATHER_FOR: Span = Span::secs(60);
 /// The most requests remembered beyond their leases.
 const MAX_SPENT: usize = 1_000_000;
 /// How long a request is remembered beyond its lease. The wall clock may be set back, but an order
@@ -654,6 +656,7 @@ impl Book {
         let signed = certificate.signed().clone();
         let whole = gang.members.len() == 1;
         lease.kept.joined = Some(Joined { gang: signed, commit: commit.clone(), whole });
+        self.reschedule(*id);
         Acted::Accepted(commit)
     }
 
@@ -1105,10 +1108,13 @@ impl Lease {
         self.kept.decided + self.kept.term
     }
 
-    /// Until when it may be claimed.
+    /// Until when it may be claimed. One that has committed to a gang may be started by the other
+    /// members at any moment, so it waits for their words longer; that a gang will never be whole
+    /// it learns from them.
     #[must_use]
     pub fn claim_by(&self) -> Boot {
-        self.kept.decided + self.terms.claim_within.min(self.kept.term)
+        let more = if self.kept.joined.is_some() { GATHER_FOR } else { Span::ZERO };
+        self.kept.decided + (self.terms.claim_within + more).min(self.kept.term)
     }
 
     /// When its cap is reached; never while it is frozen.
