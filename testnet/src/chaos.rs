@@ -134,6 +134,8 @@ pub struct Summary {
     pub jobs: usize,
     /// Jobs that were seen at work from outside.
     pub witnessed: usize,
+    /// Jobs that were lost with their node before they were seen at work.
+    pub unbegun: usize,
     /// Starts of nodes.
     pub starts: usize,
     /// Nodes that ended by themselves where their disks were full, and were started again.
@@ -262,7 +264,7 @@ pub fn main(args: &Args) -> ExitCode {
 
 fn say(summary: &Summary) {
     let Summary { seed, nodes, minutes, leases, jobs, witnessed, starts, violations, .. } = summary;
-    let Summary { gangs, partial_gangs, .. } = summary;
+    let Summary { gangs, partial_gangs, unbegun, .. } = summary;
     // What is judged again says nothing of its faults.
     if *minutes > 0.0 {
         let Summary { sigkills, sigstops, partitions, delays, full_disks, clock_jumps, .. } =
@@ -274,7 +276,8 @@ fn say(summary: &Summary) {
     }
     println!(
         "seed {seed}, {nodes} nodes: {leases} leases, {gangs} gangs ({partial_gangs} not whole at \
-         work), {jobs} jobs ({witnessed} seen at work), {starts} starts, {violations} violations"
+         work), {jobs} jobs ({witnessed} seen at work, {unbegun} lost before \
+         they began), {starts} starts, {violations} violations"
     );
 }
 
@@ -896,6 +899,7 @@ impl Summary {
         self.jobs = verdict.jobs;
         (self.gangs, self.partial_gangs) = verdict.gangs;
         self.witnessed = verdict.witnessed;
+        self.unbegun = verdict.unbegun;
         self.starts = verdict.starts;
         self.lines = verdict.lines;
         self.violations = verdict.violations.len();

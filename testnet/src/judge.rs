@@ -116,6 +116,8 @@ pub struct Verdict {
     pub gangs: (usize, usize),
     /// How many of them were seen at work from outside.
     pub witnessed: usize,
+    /// How many were lost with their node before they were seen at work: it died in between.
+    pub unbegun: usize,
     /// How many starts of nodes there were.
     pub starts: usize,
     /// How many lines were read.
@@ -287,6 +289,10 @@ struct Judge<'a> {
     check: Check,
     nodes: Vec<Node>,
     witnessed: BTreeSet<LeaseId>,
+    /// Leases whose jobs ended as lost before anybody saw them at work.
+    unbegun: BTreeSet<LeaseId>,
+    /// Leases whose jobs ended as lost although they had been at work.
+    lost: BTreeSet<LeaseId>,
     verdict: Verdict,
 }
 
@@ -300,6 +306,8 @@ pub fn judge(case: &Case<'_>) -> Result<Verdict, JudgeError> {
         check: Check::with_slack(case.slack),
         nodes: case.histories.iter().map(|_| Node::default()).collect(),
         witnessed: BTreeSet::new(),
+        unbegun: BTreeSet::new(),
+        lost: BTreeSet::new(),
         verdict: Verdict::default(),
     };
     judge.run()?;
@@ -464,9 +472,15 @@ impl Judge<'_> {
                         Some(Ok(Kept::Lent(id, lent))) => {
                             self.check.see(at, Seen::Lent(id, &lent));
                             let adopts = self.case.adopts.is_some_and(|full| !full.contains(&host));
+                            // A host that dies between its word that a job starts and the job's
+                            // first instruction has nothing to adopt: that lease is lost unused.
                             if adopts && lent.outcome == Some(Outcome::Lost) {
-                                let what = format!("the job of {id} was lost, not adopted");
-                                self.check.found("adoption", at, what);
+                                if !self.witnessed.contains(&id) {
+                                    self.unbegun.insert(id);
+                                } else if self.lost.insert(id) {
+                                    let what = format!("the job of {id} was lost, not adopted");
+                                    self.check.found("adoption", at, what);
+                                }
                             }
                         }
                         Some(Err(error)) => {
@@ -540,6 +554,7 @@ impl Judge<'_> {
         self.verdict.leases = self.check.leases();
         self.verdict.gangs = self.check.gangs();
         self.verdict.witnessed = self.witnessed.len();
+        self.verdict.unbegun = self.unbegun.len();
         self.verdict
     }
 }

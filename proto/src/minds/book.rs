@@ -1177,7 +1177,7 @@ impl Lease {
             return false;
         }
         let Some(since) = self.kept.frozen.take() else { return false };
-        self.kept.paused = self.kept.paused + now.since(since);
+        self.kept.paused += now.since(since);
         true
     }
 
