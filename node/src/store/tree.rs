@@ -335,3 +335,33 @@ pub(super) fn set_aside(path: &Path) -> io::Result<PathBuf> {
     remove_if_there(&path.with_extension("opening"))?;
     Ok(target)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_lost_an_entry_without_noticing_is_not_used() {
+        let room = tempfile::tempdir().unwrap();
+        let path = room.path().join("sled");
+        let entry = |key: &str| (key.as_bytes().to_vec(), b"value".to_vec());
+        let entries: Entries = ["a", "b", "c"].map(entry).into();
+        let changes: [fn(&sled::Db); 3] = [
+            |db| drop(db.remove(spelled(b"b")).unwrap()),
+            |db| drop(db.insert(spelled(b"b"), b"valuf").unwrap()),
+            |db| drop(db.remove(META).unwrap()),
+        ];
+        for change in changes {
+            let tree = Tree::create(&path, 3, &entries).unwrap();
+            change(&tree.db);
+            tree.sync().unwrap();
+            drop(tree);
+            let opened = Tree::open(&path).unwrap();
+            let Opened::Broken(why) = opened else { panic!("{opened:?}") };
+            assert_eq!(why, "entries were lost from it");
+            fs::remove_dir_all(&path).unwrap();
+        }
+        drop(Tree::create(&path, 3, &entries).unwrap());
+        assert!(matches!(Tree::open(&path).unwrap(), Opened::Whole(_, found) if found == entries));
+    }
+}

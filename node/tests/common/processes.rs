@@ -102,6 +102,23 @@ impl Fabric {
         join: &[&Node],
         api: SocketAddr,
     ) -> Node {
+        let join = join.iter().map(|node| node.file.link[0]).collect();
+        self.up_at(home, name, cpu, join, api)
+    }
+
+    /// A node that only buys, and joins at these addresses.
+    pub(crate) fn up_knowing(&self, home: &Home, name: &str, join: &[SocketAddr]) -> Node {
+        self.up_at(home, name, "0", join.to_vec(), "127.0.0.1:0".parse().expect("address"))
+    }
+
+    fn up_at(
+        &self,
+        home: &Home,
+        name: &str,
+        cpu: &str,
+        join: Vec<SocketAddr>,
+        api: SocketAddr,
+    ) -> Node {
         let any: SocketAddr = "127.0.0.1:0".parse().expect("address");
         // What a killed node left behind says nothing of the next one.
         let _ = std::fs::remove_file(home.dir().join("node.json"));
@@ -112,7 +129,7 @@ impl Fabric {
         config.offer.credit = "50%".into();
         (config.listen.link, config.listen.probe) = (any, any);
         (config.listen.data, config.listen.api) = (any, api);
-        config.fabric.join = join.iter().map(|node| node.file.link[0]).collect();
+        config.fabric.join = join;
         config.offer.sell = cpu != "0";
         config.offer.cpu = cpu.into();
         config.offer.memory = "512M".into();
