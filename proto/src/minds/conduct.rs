@@ -7,8 +7,8 @@
 //!                                            '--convicted of something later---------'
 //! ```
 //!
-//! One proof per key is enough, the one of its latest epoch; a node that lies a thousand times
-//! fills no disk here.
+//! One proof is enough until it is lifted: a node that lies a thousand times fills no disk here,
+//! and nothing of it is told on.
 
 use std::collections::BTreeMap;
 
@@ -27,15 +27,12 @@ pub struct Conduct {
 }
 
 impl Conduct {
-    /// Takes a proof. True when it is news: the key is quarantined by it, or by a later one than
-    /// before.
+    /// Takes a proof. True when it is news: the key is quarantined by it, and was not before.
     pub fn convict(&mut self, conviction: Conviction) -> bool {
         let (key, epoch) = (conviction.signer(), conviction.header().epoch);
-        let known = self.convicted.get(&key).map(|known| known.header().epoch);
-        let news = epoch > self.floor(&key) || self.reinstated.get(&key).is_none();
-        let later = known.is_none_or(|known| known < epoch);
-        let room = known.is_some() || self.convicted.len() < MAX_KEYS;
-        if !news || !later || !room {
+        let news = epoch > self.floor(&key) || !self.reinstated.contains_key(&key);
+        let room = self.convicted.contains_key(&key) || self.convicted.len() < MAX_KEYS;
+        if !news || !room || self.is_quarantined(&key) {
             return false;
         }
         self.convicted.insert(key, conviction);

@@ -106,10 +106,17 @@ pub struct Reinstatement {
     pub above: u64,
 }
 
+/// The highest epoch above which a key is reinstated: what is left lasts for every later start.
+const MAX_ABOVE: u64 = 1 << 62;
+
 impl Reinstatement {
     pub(super) fn check(&self) -> Result<(), &'static str> {
         if self.organisation.is_empty() || self.organisation.len() > super::charter::MAX_NAME {
             return Err("a reinstatement names an organisation in at most 64 bytes");
+        }
+        // A node goes on above it, by one epoch a start.
+        if self.above > MAX_ABOVE {
+            return Err("a reinstatement is above an epoch of at most 2^62");
         }
         Ok(())
     }
