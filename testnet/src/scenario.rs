@@ -7,9 +7,11 @@ use std::fmt;
 use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::plant::Plant;
 use leasehold_proto::base::time::Span;
+use serde::{Deserialize, Serialize};
 
 /// What happens to a fabric.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Scenario {
     /// From which everything else is derived.
     pub seed: u64,
@@ -20,6 +22,7 @@ pub struct Scenario {
     /// How long there is neither afterwards: by its end all must be well.
     pub quiet: Span,
     /// A planted bug.
+    #[serde(with = "plant_by_name")]
     pub plant: Plant,
     /// How messages travel.
     pub network: Network,
@@ -32,7 +35,8 @@ pub struct Scenario {
 }
 
 /// How messages travel.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Network {
     /// The one-way delay between two hosts, at least and at most, in microseconds.
     pub latency_us: (u64, u64),
@@ -40,6 +44,12 @@ pub struct Network {
     pub jitter_us: u64,
     /// How many packets of a thousand are lost.
     pub loss: u64,
+    /// How many packets of a thousand arrive twice.
+    pub doubled: u64,
+    /// How many packets of a thousand take a detour, so that later ones overtake them.
+    pub strayed: u64,
+    /// How much later those arrive, at most, in microseconds.
+    pub detour_us: u64,
     /// How many orders, claims and releases of a thousand arrive twice.
     pub twice: u64,
     /// Whether every message is encoded into a frame and decoded again.
@@ -47,8 +57,11 @@ pub struct Network {
 }
 
 /// What lessees ask for. Every node has a lessee of its own.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Load {
+    /// The nodes whose lessees ask for nothing.
+    pub idle: Vec<usize>,
     /// The mean time between two orders of one lessee.
     pub every: Span,
     /// The term of a lease, at least and at most.
@@ -66,7 +79,8 @@ pub struct Load {
 }
 
 /// Something that goes wrong, or is put right.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Step {
     /// The node is killed (SIGKILL) and started again in the same boot.
     Crash {
@@ -100,6 +114,27 @@ pub enum Step {
     Cut {
         /// Those on one side.
         island: Vec<usize>,
+        /// For how long.
+        lasts: Span,
+    },
+    /// What some nodes say does not reach the others; what those say does reach them.
+    CutOneWay {
+        /// Those who are not heard.
+        island: Vec<usize>,
+        /// For how long.
+        lasts: Span,
+    },
+    /// Everything to and from a node may be late, each message and packet for itself, so that
+    /// they overtake each other; packets may be lost or arrive twice.
+    Rough {
+        /// Which.
+        node: usize,
+        /// How late at most.
+        late: Span,
+        /// How many packets of a thousand are lost.
+        lost: u64,
+        /// How many of a thousand arrive twice.
+        doubled: u64,
         /// For how long.
         lasts: Span,
     },
@@ -174,11 +209,15 @@ impl Scenario {
             latency_us: (200, between(400, 5_000)),
             jitter_us: between(50, 2_000),
             loss: between(0, 30),
+            doubled: between(0, 30),
+            strayed: between(0, 50),
+            detour_us: between(1_000, 400_000),
             twice: 30,
             frames: between(0, 3) == 0,
         };
         let longest = if large { 60 } else { 30 };
         let load = Load {
+            idle: Vec::new(),
             every: Span::millis(if large { 60_000 } else { between(800, 4_000) }),
             term: (Span::secs(2), Span::secs(longest)),
             claim_within: (Span::secs(1), Span::secs(between(3, 10))),
@@ -207,6 +246,40 @@ impl Scenario {
             _ => false,
         })
     }
+}
+
+/// A planted bug in a file, by its name.
+mod plant_by_name {
+    use leasehold_proto::base::plant::Plant;
+    use serde::{Deserialize, Deserializer, Serialize as _, Serializer};
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+    pub(super) fn serialize<S: Serializer>(plant: &Plant, to: S) -> Result<S::Ok, S::Error> {
+        let name = Plant::ALL.iter().map(|(name, _)| *name).find(|name| plant.is(name));
+        name.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Plant, D::Error> {
+        let name = Option::<String>::deserialize(from)?;
+        name.map_or(Ok(Plant::NONE), |name| {
+            let unknown = || serde::de::Error::custom(format!("no bug '{name}' can be planted"));
+            super::planted(&name).ok_or_else(unknown)
+        })
+    }
+}
+
+/// Plants the bug called `name`; `None` when there is none, or none can be planted.
+#[cfg(feature = "planted")]
+#[must_use]
+pub fn planted(name: &str) -> Option<Plant> {
+    Plant::named(name)
+}
+
+/// Plants the bug called `name`; `None` when there is none, or none can be planted.
+#[cfg(not(feature = "planted"))]
+#[must_use]
+pub fn planted(_: &str) -> Option<Plant> {
+    None
 }
 
 fn faults(dice: &mut Dice, nodes: usize, length: Span) -> Vec<(Span, Step)> {
@@ -252,13 +325,21 @@ fn fault(dice: &mut Dice, nodes: usize, at: Span, last: Span) -> Step {
         }
         25..33 => Step::Reboot { node, down: lasts(2_000, 20_000) },
         33..50 => Step::Pause { node, lasts: lasts(50, 15_000) },
-        50..65 => {
+        50..64 => {
             let lasts = lasts(100, 15_000);
             let island = (0..nodes).filter(|_| dice.chance(1, 3)).collect();
-            Step::Cut { island, lasts }
+            if dice.chance(2, 5) {
+                Step::CutOneWay { island, lasts }
+            } else {
+                Step::Cut { island, lasts }
+            }
         }
-        65..75 => Step::Slow { node, by: lasts(20, 1_500), lasts: lasts(500, 8_000) },
-        75..83 => {
+        64..70 => {
+            let (late, lasts) = (lasts(5, 400), lasts(500, 10_000));
+            Step::Rough { node, late, lost: dice.below(300), doubled: dice.below(300), lasts }
+        }
+        70..76 => Step::Slow { node, by: lasts(20, 1_500), lasts: lasts(500, 8_000) },
+        76..83 => {
             let hour = dice.below(7_200_000);
             let by = i64::try_from(hour).unwrap_or(0) - 3_600_000;
             Step::SetClock { node, by, lasts: Span::millis((500 + dice.below(20_000)).min(left)) }

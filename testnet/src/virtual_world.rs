@@ -43,7 +43,7 @@ pub use fabric::FabricError;
 use fabric::{Fabric, Identity};
 use host::{Clock, Disk, Job, Jobs, Write};
 use load::Purpose;
-use network::{IDLE_US, LinkId, Network};
+use network::{IDLE_US, LinkId, Network, Rough};
 use process::{Back, Carried, Input, Process, Question};
 
 use crate::check::{At, Check, Seen, Settled, Violation};
@@ -290,7 +290,9 @@ impl<'a> World<'a> {
             let start = world.dice.below(500_000);
             world.push(start, What::Start(host));
             let first = 3_000_000 + world.dice.below(2_000_000);
-            world.push(first, What::Load(host));
+            if !scenario.load.idle.contains(&host) {
+                world.push(first, What::Load(host));
+            }
         }
         for (nth, (at, _)) in scenario.steps.iter().enumerate() {
             world.push(at.as_millis() * 1000, What::Fault(nth));
@@ -384,7 +386,7 @@ impl<'a> World<'a> {
             What::Dialled { from, life, to, peer } => self.dialled(from, life, to, peer),
             What::LinkDies(link) => self.link_dies(link),
             What::LinkIdles(link) => {
-                if self.network.is_blocked(&link) {
+                if self.network.is_severed(&link) {
                     self.link_dies(link);
                 }
             }
@@ -786,14 +788,22 @@ impl<'a> World<'a> {
     fn packet(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
         self.counts.packets += 1;
         let Some(to) = self.places.get(&to).copied() else { return };
-        if self.network.blocked(host, to) || self.network.lost(&mut self.dice) {
+        if self.network.blocked(host, to) {
             return;
         }
         let Some(life) = self.life(to) else { return };
-        let at = self.now + self.network.delay(host, to, &mut self.dice);
         let from = self.key(host);
-        let event = Input::Event(Box::new(Event::Packet { from, bytes }));
-        self.push(at, What::Input(to, life, event));
+        let mut arrive = |after: u64, bytes: Vec<u8>| {
+            let event = Input::Event(Box::new(Event::Packet { from, bytes }));
+            self.agenda.plan(self.now + after, What::Input(to, life, event));
+        };
+        let [first, again] = self.network.packet(host, to, &mut self.dice);
+        if let Some(after) = again {
+            arrive(after, bytes.clone());
+        }
+        if let Some(after) = first {
+            arrive(after, bytes);
+        }
     }
 
     fn dial(&mut self, host: usize, peer: Option<KeyId>, addresses: &[SocketAddr]) {
@@ -807,7 +817,7 @@ impl<'a> World<'a> {
             Some(to) if process.dialling.contains(&(to, peer)) => return,
             Some(to) => {
                 process.dialling.push((to, peer));
-                let reached = self.life(to).is_some() && !self.network.blocked(host, to);
+                let reached = self.life(to).is_some() && !self.network.severed(host, to);
                 let there = self.network.delay(host, to, &mut self.dice);
                 // A handshake is three ways; who is not there is waited for.
                 if reached { 3 * there } else { 1_000_000 + self.dice.below(2_000_000) }
@@ -824,7 +834,7 @@ impl<'a> World<'a> {
         if let Some(process) = self.process(from) {
             process.dialling.retain(|(host, whom)| (Some(*host), *whom) != (to, peer));
         }
-        let other = to.filter(|to| !self.network.blocked(from, *to));
+        let other = to.filter(|to| !self.network.severed(from, *to));
         let other = other.filter(|to| peer.is_none_or(|peer| self.key(*to) == peer));
         // Nobody links with who shows the very same key.
         let other = other.filter(|to| self.key(*to) != self.key(from));
@@ -1031,10 +1041,17 @@ impl<'a> World<'a> {
                     self.push(undo(lasts), What::Undo(nth));
                 }
             }
-            Step::Cut { island, lasts } => {
-                for link in self.network.cut(nth, island) {
+            Step::Cut { island, lasts } | Step::CutOneWay { island, lasts } => {
+                let one_way = matches!(step, Step::CutOneWay { .. });
+                for link in self.network.cut(nth, island, one_way) {
                     self.push(self.now + IDLE_US, What::LinkIdles(link));
                 }
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::Rough { node, late, lost, doubled, lasts } => {
+                let late_us = late.as_millis() * 1000;
+                let how = Rough { late_us, lost: *lost, doubled: *doubled };
+                self.network.roughen(nth, *node, how);
                 self.push(undo(lasts), What::Undo(nth));
             }
             Step::Slow { node, by, lasts } => {
@@ -1073,7 +1090,8 @@ impl<'a> World<'a> {
                 self.start(*node);
             }
             Step::Pause { node, .. } => self.resume(*node),
-            Step::Cut { .. } => {
+            Step::Rough { .. } => self.network.smooth(nth),
+            Step::Cut { .. } | Step::CutOneWay { .. } => {
                 for (link, to, what) in self.network.heal(nth) {
                     let (now, dice) = (self.now, &mut self.dice);
                     if let Some((at, what)) = self.network.send(now, link, to, what, dice) {
