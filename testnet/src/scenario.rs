@@ -3,6 +3,7 @@
 //! says everything about a run and running it again says it again.
 
 use std::fmt;
+use std::path::Path;
 
 use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::plant::Plant;
@@ -30,8 +31,19 @@ pub struct Scenario {
     pub sync_us: (u64, u64),
     /// What lessees ask for.
     pub load: Load,
+    /// Who is not honest, and how.
+    pub vices: Vec<(usize, Vice)>,
     /// What goes wrong, in order of time.
     pub steps: Vec<(Span, Step)>,
+}
+
+/// What a node does that no honest one does. It runs the same core as all; its words are changed
+/// on their way out, and signed with its own key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Vice {
+    /// As a lessor it promises twice what it has.
+    Oversells,
 }
 
 /// How messages travel.
@@ -182,6 +194,73 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// The one node that it is about; none for cuts.
+    #[must_use]
+    pub const fn node(&self) -> Option<usize> {
+        match self {
+            Self::Crash { node, .. }
+            | Self::Reboot { node, .. }
+            | Self::Die { node }
+            | Self::Pause { node, .. }
+            | Self::Rough { node, .. }
+            | Self::Slow { node, .. }
+            | Self::SetClock { node, .. }
+            | Self::FillDisk { node, .. }
+            | Self::Replay { node }
+            | Self::Restore { node, .. }
+            | Self::Twin { node } => Some(*node),
+            Self::Cut { .. } | Self::CutOneWay { .. } => None,
+        }
+    }
+}
+
+/// Why a file is not taken as a scenario, or none is written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It cannot be read or written.
+    #[error("{path}: {why}")]
+    File {
+        /// The file.
+        path: String,
+        /// Why.
+        why: std::io::Error,
+    },
+    /// It is no scenario.
+    #[error("{path}: not a scenario: {why}")]
+    Form {
+        /// The file.
+        path: String,
+        /// Why.
+        why: serde_json::Error,
+    },
+    /// What it says cannot be.
+    #[error("{path}: {why}")]
+    Sense {
+        /// The file.
+        path: String,
+        /// Why.
+        why: SenseError,
+    },
+}
+
+/// Why a scenario makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SenseError {
+    /// Too few nodes or too many.
+    #[error("{0} nodes: give 1 to {MAX_NODES}")]
+    Nodes(usize),
+    /// Something is about a node that is not there.
+    #[error("there is no node {0}: they are counted from 0")]
+    NoSuchNode(usize),
+    /// A range ends before it begins.
+    #[error("{0} goes from more to less")]
+    Range(&'static str),
+    /// A length of time that is none.
+    #[error("{0} is longer than nothing and at most a month")]
+    Time(&'static str),
+}
+
 /// The frame in which a scenario is made up.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
@@ -228,6 +307,7 @@ impl Scenario {
         };
         let sync_us = (300, between(800, 3_000));
         let steps = faults(&mut dice, nodes, length);
+        let vices = Vec::new();
         let copies = steps.iter().any(|(_, step)| matches!(step, Step::Twin { .. }));
         // Two holders of one key hear of each other by the comparison that is made every minute.
         // Who hears of a dead node only by its record, after everybody has stopped speaking of it,
@@ -235,7 +315,73 @@ impl Scenario {
         let round = nodes as u64 / 2;
         // A lease may be renewed to three times its term.
         let quiet = Span::secs(3 * longest + round + if copies { 140 } else { 60 });
-        Self { seed, nodes, length, quiet, plant, network, sync_us, load, steps }
+        Self { seed, nodes, length, quiet, plant, network, sync_us, load, vices, steps }
+    }
+
+    /// Reads one from a file, as [`Scenario::write`] writes it.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds no scenario that can be run.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let shown = || path.display().to_string();
+        let text = std::fs::read_to_string(path);
+        let text = text.map_err(|why| FileError::File { path: shown(), why })?;
+        let scenario: Self =
+            serde_json::from_str(&text).map_err(|why| FileError::Form { path: shown(), why })?;
+        scenario.check().map_err(|why| FileError::Sense { path: shown(), why })?;
+        Ok(scenario)
+    }
+
+    /// Writes it to a file, from which it can be run again.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), FileError> {
+        let shown = || path.display().to_string();
+        let text = serde_json::to_string_pretty(self);
+        let text = text.map_err(|why| FileError::Form { path: shown(), why })?;
+        std::fs::write(path, text + "\n").map_err(|why| FileError::File { path: shown(), why })
+    }
+
+    /// Whether it can be run: what comes from a file may say anything.
+    ///
+    /// # Errors
+    /// What makes no sense.
+    pub fn check(&self) -> Result<(), SenseError> {
+        if self.nodes == 0 || self.nodes > MAX_NODES {
+            return Err(SenseError::Nodes(self.nodes));
+        }
+        let steps = self.steps.iter().flat_map(|(_, step)| match step {
+            Step::Cut { island, .. } | Step::CutOneWay { island, .. } => island.clone(),
+            step => step.node().into_iter().collect(),
+        });
+        let vices = self.vices.iter().map(|(node, _)| *node);
+        let mut named = steps.chain(vices).chain(self.load.idle.iter().copied());
+        if let Some(node) = named.find(|node| *node >= self.nodes) {
+            return Err(SenseError::NoSuchNode(node));
+        }
+        let (load, network) = (&self.load, &self.network);
+        let ranges = [
+            ("network.latency_us", network.latency_us),
+            ("sync_us", self.sync_us),
+            ("load.term", (load.term.0.as_millis(), load.term.1.as_millis())),
+            (
+                "load.claim_within",
+                (load.claim_within.0.as_millis(), load.claim_within.1.as_millis()),
+            ),
+        ];
+        if let Some((what, _)) = ranges.into_iter().find(|(_, (low, high))| low > high) {
+            return Err(SenseError::Range(what));
+        }
+        let month = Span::secs(31 * 24 * 3600);
+        let times = [
+            ("length", self.length),
+            ("quiet", self.quiet),
+            ("load.every", load.every),
+            ("load.term", load.term.0),
+        ];
+        let mut wrong = times.into_iter().filter(|(_, span)| *span == Span::ZERO || *span > month);
+        wrong.next().map_or(Ok(()), |(what, _)| Err(SenseError::Time(what)))
     }
 
     /// Whether all signatures of this node may be contradicted by an older or second copy of it.
@@ -352,10 +498,13 @@ fn fault(dice: &mut Dice, nodes: usize, at: Span, last: Span) -> Step {
 impl fmt::Display for Scenario {
     /// Everything about the run, a line each.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, nodes, length, quiet, network, sync_us, load, steps, .. } = self;
+        let Self { seed, nodes, length, quiet, network, sync_us, load, vices, steps, .. } = self;
         writeln!(f, "seed {seed}: {nodes} nodes, {length} of load and faults, then {quiet} quiet")?;
         writeln!(f, "  {network:?}")?;
         writeln!(f, "  {load:?}, sync {sync_us:?} us")?;
+        for (node, vice) in vices {
+            writeln!(f, "  node {node} is not honest: {vice:?}")?;
+        }
         steps.iter().try_for_each(|(at, step)| writeln!(f, "  at {at}: {step:?}"))
     }
 }

@@ -204,6 +204,8 @@ struct Host {
     process: Option<Process>,
     hardware: Resources,
     policy: Policy,
+    /// What its lessee does is thrown with dice of its own: the same whatever happens elsewhere.
+    lessee: Dice,
     /// The probes of this host go to and come from here.
     addresses: Addresses,
 }
@@ -254,6 +256,7 @@ impl<'a> World<'a> {
             process: None,
             hardware: load::hardware(&mut dice),
             policy: load::policy(&mut dice),
+            lessee: Dice::new(dice.number()),
             addresses: Addresses {
                 link: vec![address(nth, 7000)],
                 probe: vec![address(nth, 7001)],
@@ -574,9 +577,9 @@ impl<'a> World<'a> {
                     let what = format!("command {} is replied to twice", command.0);
                     return self.found(host, "liveness", what);
                 };
-                let who = &self.identities[self.hosts[host].identity];
-                let load = &self.scenario.load;
-                let dice = &mut self.dice;
+                let known = &mut self.hosts[host];
+                let who = &self.identities[known.identity];
+                let (load, dice) = (&self.scenario.load, &mut known.lessee);
                 for later in load::go_on(load, &self.fabric, who, &purpose, &reply, dice) {
                     let at = self.now + later.after_us;
                     let command = Box::new(later.command);
@@ -1264,12 +1267,13 @@ impl<'a> World<'a> {
     fn load(&mut self, host: usize) {
         let load = &self.scenario.load;
         let every = load.every.as_millis() * 1000;
-        let next = self.now + every / 2 + self.dice.below(every);
+        let known = &mut self.hosts[host];
+        let next = self.now + every / 2 + known.lessee.below(every);
         if self.now >= self.scenario.length.as_millis() * 1000 {
             return;
         }
-        let who = &self.identities[self.hosts[host].identity];
-        let (purpose, command) = load::begin(load, who, &mut self.dice);
+        let who = &self.identities[known.identity];
+        let (purpose, command) = load::begin(load, who, &mut known.lessee);
         self.give(host, purpose, command);
         self.push(next, What::Load(host));
     }
