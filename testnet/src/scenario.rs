@@ -44,6 +44,35 @@ pub struct Scenario {
 pub enum Vice {
     /// As a lessor it promises twice what it has.
     Oversells,
+    /// It tells some peers one thing and others another, under one version.
+    Equivocates,
+    /// As a lessor it bills more time than has passed, or more money than that costs.
+    Inflates,
+    /// As a lessor it grants for less than was ordered, or as of an earlier time.
+    Backdates,
+    /// As a lessor it never tells that a lease has ended.
+    NeverTells,
+    /// It sends again what it and others sent.
+    Replays,
+    /// As a lessee it claims and renews what it may not: after the end, of an older version, for
+    /// longer or shorter, under leases of others.
+    Exceeds,
+    /// As a lessee it never countersigns a receipt.
+    NeverAcknowledges,
+}
+
+impl Vice {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Oversells,
+        Self::Equivocates,
+        Self::Inflates,
+        Self::Backdates,
+        Self::NeverTells,
+        Self::Replays,
+        Self::Exceeds,
+        Self::NeverAcknowledges,
+    ];
 }
 
 /// How messages travel.
@@ -307,7 +336,7 @@ impl Scenario {
         };
         let sync_us = (300, between(800, 3_000));
         let steps = faults(&mut dice, nodes, length);
-        let vices = Vec::new();
+        let vices = vices(seed, nodes, &steps);
         let copies = steps.iter().any(|(_, step)| matches!(step, Step::Twin { .. }));
         // Two holders of one key hear of each other by the comparison that is made every minute.
         // Who hears of a dead node only by its record, after everybody has stopped speaking of it,
@@ -455,6 +484,42 @@ fn faults(dice: &mut Dice, nodes: usize, length: Span) -> Vec<(Span, Step)> {
     }
     steps.sort_by_key(|(at, _)| *at);
     steps
+}
+
+/// Who is not honest: nobody in half of the runs, else one or two, and never more than a third.
+fn vices(seed: u64, nodes: usize, steps: &[(Span, Step)]) -> Vec<(usize, Vice)> {
+    // Dice of their own: the rest of a scenario is the same with and without.
+    let mut dice = Dice::new(seed ^ 0x00de_ce17);
+    let mut vices = Vec::new();
+    if nodes < 3 || !dice.chance(1, 2) {
+        return vices;
+    }
+    let most = (nodes / 3).min(if nodes > 20 { nodes / 10 } else { 2 });
+    for _ in 0..=dice.below(most as u64) {
+        let node = pick(&mut dice, nodes);
+        let copied = |(_, step): &(Span, Step)| match step {
+            Step::Twin { node: copied } | Step::Restore { node: copied, .. } => *copied == node,
+            _ => false,
+        };
+        let known = vices.iter().any(|(known, _)| *known == node);
+        let liars: std::collections::BTreeSet<_> = vices.iter().map(|(node, _)| *node).collect();
+        if steps.iter().any(copied) || (!known && liars.len() >= most) {
+            continue;
+        }
+        // One as a lessor, one as a lessee; those who exceed are worth most.
+        let lessor = Vice::ALL[usize::try_from(dice.below(5)).unwrap_or(0)];
+        let lessee = [Vice::Replays, Vice::Exceeds, Vice::Exceeds, Vice::NeverAcknowledges];
+        let lessee = lessee[usize::try_from(dice.below(4)).unwrap_or(0)];
+        let both = match dice.below(3) {
+            0 => vec![lessor],
+            1 => vec![lessee],
+            _ => vec![lessor, lessee],
+        };
+        vices.extend(both.into_iter().map(|vice| (node, vice)));
+    }
+    vices.sort();
+    vices.dedup();
+    vices
 }
 
 fn pick(dice: &mut Dice, nodes: usize) -> usize {

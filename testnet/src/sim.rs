@@ -471,3 +471,46 @@ impl Summary {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &str) -> Args {
+        use clap::Parser as _;
+        Line::parse_from(["sim"].into_iter().chain(line.split_whitespace())).args
+    }
+
+    #[test]
+    fn shards_are_all_of_the_seeds_each_once() {
+        let shard =
+            |nth: u64| seeds(&args(&format!("--seed 5 --seeds 11 --shards 3 --shard {nth}")));
+        let mut all: Vec<_> = (0..3).flat_map(shard).collect();
+        assert!((0..3).all(|nth| shard(nth).count() >= 3));
+        all.sort_unstable();
+        assert_eq!(all, (5..16).collect::<Vec<_>>());
+        let refused = run(&args("--shards 3 --shard 3"));
+        assert!(matches!(refused, Err(SimError::Shard(3, 2))));
+    }
+
+    #[test]
+    fn results_come_in_the_order_of_seeds() {
+        let slow = |n: u64| {
+            std::thread::sleep(Duration::from_millis(20 - n));
+            n
+        };
+        let mut seen = Vec::new();
+        let took = in_order(4, 0..20, slow, |n| {
+            seen.push(n);
+            Ok(())
+        });
+        assert!(took.is_ok());
+        assert_eq!(seen, (0..20).collect::<Vec<_>>());
+    }
+}
