@@ -5,6 +5,9 @@
 //! that stopped and what they read back) and it says what must not be. Nothing in here asks a
 //! node's minds what they think of it: sums, deadlines and chains are computed anew.
 //!
+//! Some nodes may be known to be dishonest ([`Seen::Dishonest`]): nothing is asked of what those
+//! sign, and everything still of what the others make of it.
+//!
 //! | invariant | what it is checked by |
 //! |---|---|
 //! | 1 capacity | the sum over leases not ended, at every change and against every view |
@@ -16,10 +19,12 @@
 //! | 7 reap before reuse | no lease is over while its job is there |
 //! | 8 epochs | one body per (signer, kind, subject, epoch, seq); every start in a higher epoch |
 //! | 9 receipts | numbers, hashes and charges computed anew; every proof verifies |
+//! | 9 receipts, among the dishonest | nobody honest countersigns more than was used or agreed, or is owed more than the exposure |
 //! | 10 gangs | no job of a gang starts before every member of it has committed |
+//! | 11 others' leases | what a lessor accepts is its lessee's |
 //! | liveness | [`Check::settled`]: what must be so once all is quiet |
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 
 use leasehold_proto::base::id::{Hash, KeyId, LeaseId, RequestId};
@@ -29,15 +34,18 @@ use leasehold_proto::base::time::{Boot, BootId, Span};
 use leasehold_proto::core::{Kept, LentStage, View};
 use leasehold_proto::minds::book::{self, Lent};
 use leasehold_proto::words::contract::{
-    Acceptance, Gang, Grant, Member, Order, Renew, Renewal, Termination,
+    Acceptance, Gang, Grant, Member, Order, Refusal, Renew, Renewal, Termination,
 };
 use leasehold_proto::words::object::{Body, Envelope, Kind};
 use leasehold_proto::words::sign::Signed;
-use leasehold_proto::words::usage::{Objection, Receipt};
+use leasehold_proto::words::usage::{Acknowledgement, Objection, Receipt};
 use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 /// How late a node may act on a deadline: a second, as people would say "at once".
 const PROMPT_US: u64 = 1_000_000;
+/// How long a lessee is given to countersign, in milliseconds, after a receipt that may wait for
+/// its interval first.
+const ANSWER_MS: u64 = 4_000;
 /// The most violations that are collected.
 const MAX_VIOLATIONS: usize = 20;
 
@@ -76,6 +84,10 @@ pub enum Seen<'a> {
     Resumed,
     /// It runs, or will, beside or after a copy of itself: what it signs may be contradicted.
     Copied,
+    /// This key's holder is not honest: what it signs is not judged, what others do with it is.
+    Dishonest(KeyId),
+    /// It is about to claim a lease that it holds.
+    Claiming(LeaseId),
     /// It says that it grants nothing any more.
     Halted,
     /// Its book says this of a lease.
@@ -188,6 +200,7 @@ struct Lease {
     gang: Option<(Hash, Vec<Member>)>,
     stage: LentStage,
     claimed: bool,
+    claimed_us: Option<u64>,
     running: bool,
     chain: Chain,
 }
@@ -227,6 +240,22 @@ pub struct Check {
     /// When a lease that is not claimed must have lapsed.
     lapses: BTreeSet<(u64, LeaseId)>,
     copied: BTreeSet<KeyId>,
+    /// Who is known to be dishonest.
+    liars: BTreeSet<KeyId>,
+    /// The receipts that those have signed.
+    dubious: HashMap<Hash, Receipt>,
+    /// When and in which boot somebody first claimed a lease.
+    claims: HashMap<LeaseId, (u64, BootId)>,
+    /// The longest term that a lessee asked a lease to be renewed to.
+    asked_terms: HashMap<LeaseId, Span>,
+    /// What was agreed to be owed, by lease.
+    agreed: HashMap<LeaseId, u64>,
+    /// What was refused.
+    refused: HashSet<Hash>,
+    /// Who signed an act.
+    actors: HashMap<Hash, KeyId>,
+    /// How often a dishonest lessor promised more than it has.
+    oversold: usize,
     /// How much later than promptly a node and its wardens may act on a deadline, where the
     /// machine is slow and its processes wait for each other.
     slack_us: u64,
@@ -237,6 +266,14 @@ pub struct Check {
     /// The members whose jobs were started, by gang.
     started: BTreeMap<Hash, (usize, BTreeSet<LeaseId>)>,
     violations: Vec<Violation>,
+}
+
+/// Whether `owed` is more than the lessor may be left with: the limit, and what runs up while the
+/// lessee is given time to answer.
+fn exposed(grant: &Grant, owed: u64, slack_us: u64) -> bool {
+    let answer_ms = u128::from(ANSWER_MS + slack_us / 1000);
+    let meanwhile = u128::from(grant.rate.0) * answer_ms / u128::from(HOUR_MS) + 1;
+    u128::from(owed) > u128::from(grant.exposure.0) + meanwhile
 }
 
 fn body_of<T: Body>(envelope: &[u8]) -> Option<(Envelope, T)> {
@@ -269,6 +306,17 @@ impl Check {
         self.leases.len()
     }
 
+    /// How often a dishonest lessor promised more than it has.
+    #[must_use]
+    pub const fn oversold(&self) -> usize {
+        self.oversold
+    }
+
+    /// Whether what this key signs is not judged.
+    fn is_spared(&self, key: &KeyId) -> bool {
+        self.copied.contains(key) || self.liars.contains(key)
+    }
+
     /// Notes what somebody else found.
     pub fn found(&mut self, invariant: &'static str, at: At, what: String) {
         if self.violations.len() < MAX_VIOLATIONS {
@@ -293,6 +341,13 @@ impl Check {
                 let host = self.hosts.entry(at.host).or_default();
                 host.copied = true;
                 self.copied.insert(host.key);
+            }
+            Seen::Dishonest(key) => {
+                self.liars.insert(key);
+            }
+            Seen::Claiming(lease) => {
+                let boot = self.hosts.get(&at.host).map(|host| host.boot).unwrap_or_default();
+                self.claims.entry(lease).or_insert((at.us, boot));
             }
             Seen::Halted => self.hosts.entry(at.host).or_default().halted = true,
             Seen::Lent(id, lent) => self.lent(at, id, lent),
@@ -319,14 +374,19 @@ impl Check {
     ) {
         let host = self.hosts.entry(at.host).or_default();
         let mut host = std::mem::take(host);
-        let spared = host.copied || self.copied.contains(&key);
+        let spared = host.copied || self.is_spared(&key);
         if epoch <= host.lived_epoch.max(host.signed_epoch) && !spared {
             let was = host.lived_epoch.max(host.signed_epoch);
             self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
         }
         let (found, leases) = recovered(kept);
         if !spared {
-            for (what, id) in host.left.difference(&found) {
+            // A claim that was refused may have given way to another one.
+            let gone = |(what, id): &&(Evidence, Hash)| {
+                *what != Evidence::Claim || !self.refused.contains(id)
+            };
+            let forgotten: Vec<_> = host.left.difference(&found).filter(gone).copied().collect();
+            for (what, id) in forgotten {
                 let what = format!("a {what:?} ({}) left and is forgotten", id.short());
                 self.found("2 (durability)", at, what);
             }
@@ -361,7 +421,8 @@ impl Check {
     fn lent(&mut self, at: At, id: LeaseId, lent: &Lent) {
         let prompt_us = self.prompt_us();
         let Some(host) = self.hosts.get_mut(&at.host) else { return };
-        let spared = host.copied || self.copied.contains(&host.key);
+        let copied = host.copied || self.copied.contains(&host.key);
+        let spared = copied || self.liars.contains(&host.key);
         if !self.leases.contains_key(&id) {
             let grant = body_of::<Grant>(&lent.grant.envelope);
             let order = body_of::<Order>(&lent.order.envelope);
@@ -398,6 +459,7 @@ impl Check {
                 claim_by_us: claim_by,
                 stage: LentStage::Granted,
                 claimed: false,
+                claimed_us: None,
                 running: false,
                 chain: Chain::default(),
             };
@@ -433,6 +495,9 @@ impl Check {
         }
         lease.stage = lent.stage;
         lease.claimed |= lent.claimed.is_some();
+        if lent.claimed.is_some() {
+            lease.claimed_us.get_or_insert(at.us);
+        }
         if lease.boot != lent.boot {
             // After a reboot its deadlines were set anew.
             (lease.boot, lease.decided) = (lent.boot, lent.decided);
@@ -449,7 +514,10 @@ impl Check {
             }
             _ => {}
         }
-        if !host.promised.fits(&host.capacity) {
+        let oversold = !host.promised.fits(&host.capacity);
+        if oversold && self.liars.contains(&host.key) {
+            self.oversold += 1;
+        } else if oversold {
             let what = format!("promised {} of {}", host.promised, host.capacity);
             wrong = Some(("1 (capacity)", what));
         }
@@ -462,7 +530,8 @@ impl Check {
         let Ok(header) = signed.header() else { return };
         let id = signed.id();
         let host = self.hosts.entry(at.host).or_default();
-        let spared = host.copied || self.copied.contains(&header.signer);
+        let copied = self.copied.contains(&header.signer);
+        let spared = host.copied || copied || self.liars.contains(&header.signer);
         host.lived_epoch = host.lived_epoch.max(host.epoch);
         if header.signer == host.key {
             host.signed_epoch = host.signed_epoch.max(header.epoch);
@@ -474,8 +543,20 @@ impl Check {
             let what = format!("two bodies of a {kind} in epoch {epoch} with number {seq}");
             self.found("8 (epochs)", at, what);
         }
+        if matches!(header.kind, Kind::Claim | Kind::Renew | Kind::Release) {
+            self.actors.insert(id, header.signer);
+        }
+        if header.kind == Kind::Refusal
+            && let Some((_, refusal)) = body_of::<Refusal>(&signed.envelope)
+        {
+            self.refused.insert(refusal.of);
+        }
         if header.kind == Kind::Renew {
             return self.asked_to_renew(signed);
+        }
+        if header.kind == Kind::Receipt && self.liars.contains(&header.signer) {
+            let receipt = body_of::<Receipt>(&signed.envelope);
+            self.dubious.extend(receipt.map(|(_, receipt)| (id, receipt)));
         }
         let Some(evidence) = Evidence::of(header.kind) else {
             if header.kind == Kind::Objection && !spared {
@@ -486,6 +567,12 @@ impl Check {
         if let Some(host) = self.hosts.get_mut(&at.host) {
             host.left.insert((evidence, id));
         }
+        if evidence == Evidence::Acknowledgement
+            && let Some((_, ack)) = body_of::<Acknowledgement>(&signed.envelope)
+        {
+            let agreed = self.agreed.entry(ack.lease).or_default();
+            *agreed = ack.charge.0.max(*agreed);
+        }
         if spared {
             return;
         }
@@ -495,6 +582,7 @@ impl Check {
             Evidence::Acceptance => self.accepted(at, signed, answers),
             Evidence::Receipt => self.receipt(at, signed),
             Evidence::Termination => self.terminated(at, signed),
+            Evidence::Acknowledgement => self.acknowledged(at, signed),
             _ => {}
         }
     }
@@ -522,11 +610,55 @@ impl Check {
             let what = "an act is answered with the acceptance of another one".to_string();
             self.found("3 (idempotence)", at, what);
         }
+        self.by_its_lessee(at, acceptance.lease, &acceptance.of);
+    }
+
+    /// What was accepted under a lease must have been asked by who acts for its lessee.
+    fn by_its_lessee(&mut self, at: At, lease: LeaseId, act: &Hash) {
+        let known = self.leases.get(&lease).map(|lease| &lease.grant);
+        let (Some(grant), Some(actor)) = (known, self.actors.get(act)) else { return };
+        if *actor != grant.delegate && *actor != grant.lessee {
+            let what = format!("an act of {actor} is accepted under {lease}, which is another's");
+            self.found("11 (others' leases)", at, what);
+        }
     }
 
     fn asked_to_renew(&mut self, signed: &Signed) {
         if let Some((_, renew)) = body_of::<Renew>(&signed.envelope) {
             self.renews.insert(signed.id(), renew.version);
+            let longest = self.asked_terms.entry(renew.lease).or_default();
+            *longest = renew.term.max(*longest);
+        }
+    }
+
+    /// An honest lessee countersigns: what its lessor wrote, honest or not, must be what was used
+    /// at most, and what that costs.
+    fn acknowledged(&mut self, at: At, signed: &Signed) {
+        let Some((_, ack)) = body_of::<Acknowledgement>(&signed.envelope) else { return };
+        let Some(receipt) = self.dubious.get(&ack.receipt) else { return };
+        let Some(lease) = self.leases.get(&ack.lease) else { return };
+        let (grant, billed) = (&lease.grant, receipt.usage.billed);
+        let exact = u128::from(grant.rate.0) * u128::from(billed.as_millis());
+        let due = (exact / u128::from(HOUR_MS)).min(u128::from(grant.cap.0));
+        let asked = self.asked_terms.get(&ack.lease).copied().unwrap_or_default();
+        let term = grant.term.max(asked).max(lease.term);
+        let boot = self.hosts.get(&at.host).map(|host| host.boot);
+        // After a reboot the lessee has but its wall clock, which may be wrong.
+        let claimed = self.claims.get(&ack.lease).filter(|(_, of)| Some(*of) == boot);
+        let wrong = if u128::from(receipt.charge.0) != due || ack.charge != receipt.charge {
+            Some("costs something else than what it bills")
+        } else if billed > term {
+            Some("bills more than the term")
+        } else if claimed.is_some_and(|(us, _)| us + billed.as_millis() * 1000 > at.us + PROMPT_US)
+        {
+            Some("bills more than has passed since its claim")
+        } else {
+            None
+        };
+        if let Some(wrong) = wrong {
+            let what =
+                format!("receipt {} of {} {wrong}: it is countersigned", ack.number, ack.lease);
+            self.found("9 (receipts)", at, what);
         }
     }
 
@@ -543,13 +675,14 @@ impl Check {
             let what = format!("{lease} was renewed to {} by {asked:?}", renewal.version);
             self.found("6 (ended is final)", at, what);
         }
+        self.by_its_lessee(at, renewal.lease, &renewal.of);
     }
 
-    /// All lessors here are honest unless copied: nobody has a reason to object.
+    /// Nobody has a reason to object to what an honest lessor wrote, unless it was copied.
     fn objected(&mut self, at: At, signed: &Signed) {
         let Some((_, objection)) = body_of::<Objection>(&signed.envelope) else { return };
         let lessor = self.leases.get(&objection.lease).and_then(|l| self.hosts.get(&l.host));
-        if lessor.is_some_and(|lessor| !lessor.copied && !self.copied.contains(&lessor.key)) {
+        if lessor.is_some_and(|lessor| !lessor.copied && !self.is_spared(&lessor.key)) {
             let what =
                 format!("a receipt of {} is objected: {:?}", objection.lease, objection.reason);
             self.found("9 (receipts)", at, what);
@@ -558,7 +691,12 @@ impl Check {
 
     fn receipt(&mut self, at: At, signed: &Signed) {
         let Some((_, receipt)) = body_of::<Receipt>(&signed.envelope) else { return };
+        let agreed = self.agreed.get(&receipt.lease).copied().unwrap_or(0);
+        let since = self.hosts.get(&at.host).and_then(|host| host.running_since);
+        let slack_us = self.prompt_us();
         let Some(lease) = self.leases.get_mut(&receipt.lease) else { return };
+        // A lessor that stood still could not freeze what nobody pays for.
+        let watched = lease.claimed_us.zip(since).is_some_and(|(claimed, since)| since <= claimed);
         let (chain, grant) = (&mut lease.chain, &lease.grant);
         let id = signed.id();
         let index = usize::try_from(receipt.number).unwrap_or(usize::MAX).saturating_sub(1);
@@ -582,6 +720,10 @@ impl Check {
                     Some("its charge is not the rate over the billed time")
                 } else if u128::from(receipt.charge.0) > whole / u128::from(HOUR_MS) {
                     Some("its charge exceeds term x rate")
+                } else if watched
+                    && exposed(grant, receipt.charge.0.saturating_sub(agreed), slack_us)
+                {
+                    Some("more is owed and not agreed to than the lease allows")
                 } else {
                     None
                 };
@@ -615,7 +757,7 @@ impl Check {
         let late = Span::millis(self.prompt_us() / 1000);
         let Some(host) = self.hosts.get(&at.host) else { return };
         // An older copy of a directory may know an earlier term than the job's warden.
-        let (boot, spared) = (Some(host.boot), host.copied || self.copied.contains(&host.key));
+        let (boot, spared) = (Some(host.boot), host.copied || self.is_spared(&host.key));
         let Some(lease) = self.leases.get_mut(&id) else {
             if started && !spared {
                 self.found("7 (reap before reuse)", at, format!("a job runs under no lease: {id}"));
@@ -737,6 +879,9 @@ impl Check {
         for node in nodes {
             let Some(view) = &node.view else { continue };
             let at = At { us, host: node.host, boot: Boot(0) };
+            if self.liars.contains(&node.key) {
+                continue;
+            }
             if let Some(host) = self.hosts.get(&node.host).filter(|host| host.copied) {
                 let newer = self.epochs.get(&host.key).copied().unwrap_or(0) > host.epoch;
                 let same = |other: &&Settled| other.key == node.key && other.view.is_some();
@@ -765,7 +910,7 @@ impl Check {
     /// Who is up and what they have free, as `view` shows it and as it is.
     fn members(&self, view: &View, nodes: &[Settled]) -> Vec<String> {
         let mut wrong = Vec::new();
-        for other in nodes.iter().filter(|other| !self.copied.contains(&other.key)) {
+        for other in nodes.iter().filter(|other| !self.is_spared(&other.key)) {
             let shown = view.nodes.iter().find(|shown| shown.id == other.key);
             let up = shown.is_some_and(|shown| shown.up);
             if up != other.view.is_some() {
@@ -787,7 +932,7 @@ impl Check {
     /// Receipts not agreed and ends not heard.
     fn leases_of(&self, view: &View, nodes: &[Settled]) -> Vec<String> {
         let view_of = |key: &KeyId| {
-            let honest = nodes.iter().filter(|node| !self.copied.contains(&node.key));
+            let honest = nodes.iter().filter(|node| !self.is_spared(&node.key));
             let node = honest.into_iter().find(|node| node.key == *key);
             node.and_then(|node| node.view.as_ref())
         };

@@ -14,7 +14,7 @@
 //! their signatures are the edge's business and would cost more than all the rest together.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use leasehold_proto::base::dice::Dice;
@@ -29,25 +29,29 @@ use leasehold_proto::minds::member::Timing;
 use leasehold_proto::minds::pricing::Policy;
 use leasehold_proto::proof::{self, Proof};
 use leasehold_proto::words::charter::Certificate;
-use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance};
+use leasehold_proto::words::contract::Termination;
+use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance, Word};
+use leasehold_proto::words::object::{Envelope, Kind};
 use leasehold_proto::words::record::Addresses;
-use leasehold_proto::words::sign::{Draft, Signed, Verified, VerifyError};
+use leasehold_proto::words::sign::{Draft, Papers, Signature, Signed, Verified, VerifyError};
+use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 mod fabric;
 mod host;
 mod load;
 mod network;
 mod process;
+mod vice;
 
 pub use fabric::FabricError;
 use fabric::{Fabric, Identity};
 use host::{Clock, Disk, Job, Jobs, Write};
 use load::Purpose;
-use network::{IDLE_US, LinkId, Network};
+use network::{IDLE_US, LinkId, Network, Rough};
 use process::{Back, Carried, Input, Process, Question};
 
 use crate::check::{At, Check, Seen, Settled, Violation};
-use crate::scenario::{Scenario, Step};
+use crate::scenario::{Scenario, Step, Vice};
 
 /// How long a question waits for its answer, in microseconds.
 const ANSWER_US: u64 = 10_000_000;
@@ -98,6 +102,12 @@ pub struct Counts {
     pub gangs: u64,
     /// Gangs of which not every member's job was started.
     pub partial_gangs: u64,
+    /// How often a dishonest lessor promised more than it has.
+    pub oversold: u64,
+    /// Words of dishonest nodes that were changed, kept back or made up.
+    pub lies: u64,
+    /// How often somebody honest kept a proof that a dishonest node said two things at once.
+    pub equivocations: u64,
 }
 
 /// Why a run could not even begin, or go on.
@@ -141,6 +151,8 @@ enum What {
     Undo(usize),
     Load(usize),
     Give(usize, Purpose, Box<Command>),
+    /// A host says something over a link that its core knows nothing of.
+    Says(usize, LinkId, Box<Question>),
     Look,
 }
 
@@ -204,6 +216,8 @@ struct Host {
     process: Option<Process>,
     hardware: Resources,
     policy: Policy,
+    /// What its lessee does is thrown with dice of its own: the same whatever happens elsewhere.
+    lessee: Dice,
     /// The probes of this host go to and come from here.
     addresses: Addresses,
 }
@@ -222,7 +236,19 @@ struct World<'a> {
     lives: u64,
     records: HashMap<Hash, RecordSaid>,
     certificates: HashMap<Hash, Verified<Certificate>>,
+    /// Papers that come with every order and grant: their signatures are checked once.
+    papers: Papers,
+    /// What was signed, by its identity, which names its signer.
+    signatures: HashMap<Hash, Signature>,
     recorded: VecDeque<(KeyId, Message)>,
+    /// What is dishonest about each host.
+    vices: Vec<Vec<Vice>>,
+    /// The newest version of each record that each process was told.
+    met: HashMap<(usize, u64, KeyId, Kind), (u64, u64, Hash)>,
+    /// Who was told two bodies under one version, and by whose key.
+    contradicted: BTreeSet<(usize, KeyId)>,
+    /// Who said that it noticed.
+    noticed: BTreeSet<(usize, KeyId)>,
     looked: usize,
     check: Check,
     counts: Counts,
@@ -254,6 +280,7 @@ impl<'a> World<'a> {
             process: None,
             hardware: load::hardware(&mut dice),
             policy: load::policy(&mut dice),
+            lessee: Dice::new(dice.number()),
             addresses: Addresses {
                 link: vec![address(nth, 7000)],
                 probe: vec![address(nth, 7001)],
@@ -279,7 +306,13 @@ impl<'a> World<'a> {
             lives: 0,
             records: HashMap::new(),
             certificates: HashMap::new(),
+            papers: Papers::default(),
+            signatures: HashMap::new(),
             recorded: VecDeque::new(),
+            vices: vec![Vec::new(); count],
+            met: HashMap::new(),
+            contradicted: BTreeSet::new(),
+            noticed: BTreeSet::new(),
             looked: 0,
             check: Check::default(),
             counts: Counts::default(),
@@ -290,7 +323,14 @@ impl<'a> World<'a> {
             let start = world.dice.below(500_000);
             world.push(start, What::Start(host));
             let first = 3_000_000 + world.dice.below(2_000_000);
-            world.push(first, What::Load(host));
+            if !scenario.load.idle.contains(&host) {
+                world.push(first, What::Load(host));
+            }
+        }
+        for (node, vice) in &scenario.vices {
+            world.vices[*node].push(*vice);
+            let key = world.key(*node);
+            world.see(*node, Seen::Dishonest(key));
         }
         for (nth, (at, _)) in scenario.steps.iter().enumerate() {
             world.push(at.as_millis() * 1000, What::Fault(nth));
@@ -322,6 +362,7 @@ impl<'a> World<'a> {
         self.counts.leases = self.check.leases() as u64;
         let (gangs, partial) = self.check.gangs();
         (self.counts.gangs, self.counts.partial_gangs) = (gangs as u64, partial as u64);
+        self.counts.oversold = self.check.oversold() as u64;
         Report {
             violations: self.check.violations().to_vec(),
             trace: Hash(*self.trace.finalize().as_bytes()),
@@ -347,6 +388,10 @@ impl<'a> World<'a> {
 
     fn process(&mut self, host: usize) -> Option<&mut Process> {
         self.hosts.get_mut(host)?.process.as_mut()
+    }
+
+    fn has(&self, host: usize, vice: Vice) -> bool {
+        self.vices.get(host).is_some_and(|vices| vices.contains(&vice))
     }
 
     fn life(&self, host: usize) -> Option<u64> {
@@ -384,7 +429,7 @@ impl<'a> World<'a> {
             What::Dialled { from, life, to, peer } => self.dialled(from, life, to, peer),
             What::LinkDies(link) => self.link_dies(link),
             What::LinkIdles(link) => {
-                if self.network.is_blocked(&link) {
+                if self.network.is_severed(&link) {
                     self.link_dies(link);
                 }
             }
@@ -394,6 +439,7 @@ impl<'a> World<'a> {
             What::Undo(nth) => self.undo(nth),
             What::Load(host) => self.load(host),
             What::Give(host, purpose, command) => self.give(host, purpose, *command),
+            What::Says(host, link, question) => self.send(host, link, Input::Question(question)),
             What::Look => self.look(),
         }
     }
@@ -502,6 +548,12 @@ impl<'a> World<'a> {
         if let Kept::Lent(id, lent) = kept {
             self.see(host, Seen::Lent(*id, lent));
         }
+        if let Kept::Held(_, held) = kept
+            && held.claim.is_some()
+            && let Some(grant) = &held.grant
+        {
+            self.see(host, Seen::Claiming(LeaseId(grant.id())));
+        }
         let write: Write = match kept.value() {
             Ok(value) => (kept.key(), value),
             Err(error) => return self.found(host, "2 (durability)", error.to_string()),
@@ -572,9 +624,9 @@ impl<'a> World<'a> {
                     let what = format!("command {} is replied to twice", command.0);
                     return self.found(host, "liveness", what);
                 };
-                let who = &self.identities[self.hosts[host].identity];
-                let load = &self.scenario.load;
-                let dice = &mut self.dice;
+                let known = &mut self.hosts[host];
+                let who = &self.identities[known.identity];
+                let (load, dice) = (&self.scenario.load, &mut known.lessee);
                 for later in load::go_on(load, &self.fabric, who, &purpose, &reply, dice) {
                     let at = self.now + later.after_us;
                     let command = Box::new(later.command);
@@ -582,14 +634,24 @@ impl<'a> World<'a> {
                 }
             }
             Effect::Notice(Notice::Twin { .. }) => self.see(host, Seen::Halted),
+            Effect::Notice(Notice::Equivocation(key)) => {
+                self.counts.equivocations += 1;
+                self.noticed.insert((host, key));
+            }
             Effect::Notice(_) => {}
         }
     }
 
     fn sign(&mut self, host: usize, draft: &Draft, answers: Option<Hash>) -> Option<Signed> {
-        match self.identity(host).node.sign(draft) {
+        let twisted = vice::twisted(&self.vices[host], draft, &mut self.hosts[host].lessee);
+        self.counts.lies += u64::from(twisted.is_some());
+        let draft = twisted.as_ref().unwrap_or(draft);
+        let id = draft.id();
+        let known = self.signatures.get(&id).map(|signature| known(draft, *signature));
+        match known.map_or_else(|| self.identity(host).node.sign(draft), Ok) {
             Ok(signed) => {
-                self.trace.update(&signed.id().0);
+                self.signatures.insert(id, signed.signature);
+                self.trace.update(&id.0);
                 self.see(host, Seen::Signed(&signed, answers));
                 Some(signed)
             }
@@ -643,8 +705,15 @@ impl<'a> World<'a> {
 
     fn ask(&mut self, host: usize, to: KeyId, token: Token, what: Utterance) {
         let Some(message) = self.utter(host, what, None) else { return };
+        let message = self.contradict(host, &to, message);
         let (me, life) = (self.key(host), self.life(host).unwrap_or(0));
         let about = object_of(&message);
+        let kept_back =
+            matches!(message, Message::Terminated(_)) && self.has(host, Vice::NeverTells);
+        self.counts.lies += u64::from(kept_back);
+        if about.is_some() && self.has(host, Vice::Exceeds) {
+            self.exceed(host, to, &message);
+        }
         let twice = about.is_some() && self.dice.chance(self.scenario.network.twice, 1000);
         if about.is_some() {
             self.recorded.push_back((to, message.clone()));
@@ -664,6 +733,9 @@ impl<'a> World<'a> {
             process.asked.insert(token, link);
         }
         self.agenda.plan_timeout(self.now + ANSWER_US, host, life, token);
+        if kept_back {
+            return;
+        }
         let back = Back { host, life, link, token: Some(token), about };
         let again = twice.then(|| what.clone());
         for what in [Some(what), again].into_iter().flatten() {
@@ -687,13 +759,89 @@ impl<'a> World<'a> {
     fn reply(&mut self, host: usize, ticket: Ticket, what: Utterance) {
         let back = self.process(host).and_then(|process| process.tickets.remove(&ticket.0));
         let Some(back) = back else { return };
+        let kept_back = match &what {
+            Utterance::Signs(Word::Acknowledged, _) => self.has(host, Vice::NeverAcknowledges),
+            Utterance::Signs(Word::Terminated, _) => self.has(host, Vice::NeverTells),
+            _ => false,
+        };
+        if kept_back {
+            self.counts.lies += 1;
+            return;
+        }
         let Some(message) = self.utter(host, what, back.about) else { return };
+        let peer = self.key(back.host);
+        let message = self.contradict(host, &peer, message);
         let Some(token) = back.token else { return };
         let Some(what) = self.carry(host, message) else { return };
         let answer = Input::Answer(self.key(host), token, Box::new(what));
         match back.link {
             None => self.push(self.now + 20, What::Input(back.host, back.life, answer)),
             Some(link) => self.send(host, link, answer),
+        }
+    }
+
+    /// What an equivocator says to `to` in place of `message`: half of its peers are told other
+    /// records.
+    fn contradict(&mut self, host: usize, to: &KeyId, message: Message) -> Message {
+        let Message::Records(records) = message else { return message };
+        let me = self.key(host);
+        if to.0[0] % 2 == 0 || !self.has(host, Vice::Equivocates) {
+            return Message::Records(records);
+        }
+        let mut told = Vec::new();
+        for record in records {
+            let mine = record.header().is_ok_and(|header| header.signer == me);
+            let other = Some(&record).filter(|_| mine).and_then(vice::contradicted);
+            self.counts.lies += u64::from(other.is_some());
+            told.push(other.and_then(|draft| self.sign(host, &draft, None)).unwrap_or(record));
+        }
+        Message::Records(told)
+    }
+
+    /// Sends acts to `to` that nobody is entitled to, made of one that is.
+    fn exceed(&mut self, host: usize, to: KeyId, of: &Message) {
+        let wall = self.hosts[host].clock.now(self.now).wall;
+        let me = self.key(host);
+        let (Some(life), Some(link)) = (self.life(host), self.link_to(host, &to)) else { return };
+        for (word, draft) in vice::forged(of, me, wall, &mut self.hosts[host].lessee) {
+            let Some(signed) = self.sign(host, &draft, None) else { return };
+            self.counts.lies += 1;
+            let about = Some(signed.id());
+            let Some(what) = self.carry(host, word.carry(signed)) else { return };
+            let back = Back { host, life, link: Some(link), token: None, about };
+            let question = Box::new(Question { from: me, back, what });
+            if word == Word::Claim {
+                // A claim of a gang's member goes before the certificate that it is made of.
+                self.send(host, link, Input::Question(question));
+            } else {
+                self.push(self.now + 20_000, What::Says(host, link, question));
+            }
+        }
+    }
+
+    /// Notes which records an honest node was told: whoever was told two under one version must
+    /// notice.
+    fn meet(&mut self, host: usize, said: &Said) {
+        let Said::Records(records) = said else { return };
+        let steady = !self.hosts[host].clock.is_wrong();
+        let life = self.life(host).unwrap_or(0);
+        for record in records {
+            let name = record.name();
+            let Some(known) = self.identities.iter().position(|who| who.key == name.key) else {
+                continue;
+            };
+            if !steady || self.vices[known].is_empty() {
+                continue;
+            }
+            let version = (name.epoch, name.seq, record.signed().id());
+            let newest = self.met.entry((host, life, name.key, name.kind)).or_insert(version);
+            match (version.0, version.1).cmp(&(newest.0, newest.1)) {
+                std::cmp::Ordering::Greater => *newest = version,
+                std::cmp::Ordering::Equal if newest.2 != version.2 => {
+                    self.contradicted.insert((host, name.key));
+                }
+                _ => {}
+            }
         }
     }
 
@@ -705,7 +853,12 @@ impl<'a> World<'a> {
         };
         let said = message.and_then(|message| self.verify(&message));
         match said {
-            Ok(said) => Some(said),
+            Ok(said) => {
+                if !self.scenario.vices.is_empty() {
+                    self.meet(host, &said);
+                }
+                Some(said)
+            }
             Err(error) => {
                 self.found(host, "words", format!("what it was told does not verify: {error}"));
                 None
@@ -739,7 +892,7 @@ impl<'a> World<'a> {
                 let records = records.iter().map(|signed| self.verify_record(signed));
                 Ok(Said::Records(records.collect::<Result<_, _>>()?))
             }
-            other => message::verify(other, &self.fabric.id),
+            other => message::verify_among(other, &self.fabric.id, &mut self.papers),
         }
     }
 
@@ -786,14 +939,22 @@ impl<'a> World<'a> {
     fn packet(&mut self, host: usize, to: SocketAddr, bytes: Vec<u8>) {
         self.counts.packets += 1;
         let Some(to) = self.places.get(&to).copied() else { return };
-        if self.network.blocked(host, to) || self.network.lost(&mut self.dice) {
+        if self.network.blocked(host, to) {
             return;
         }
         let Some(life) = self.life(to) else { return };
-        let at = self.now + self.network.delay(host, to, &mut self.dice);
         let from = self.key(host);
-        let event = Input::Event(Box::new(Event::Packet { from, bytes }));
-        self.push(at, What::Input(to, life, event));
+        let mut arrive = |after: u64, bytes: Vec<u8>| {
+            let event = Input::Event(Box::new(Event::Packet { from, bytes }));
+            self.agenda.plan(self.now + after, What::Input(to, life, event));
+        };
+        let [first, again] = self.network.packet(host, to, &mut self.dice);
+        if let Some(after) = again {
+            arrive(after, bytes.clone());
+        }
+        if let Some(after) = first {
+            arrive(after, bytes);
+        }
     }
 
     fn dial(&mut self, host: usize, peer: Option<KeyId>, addresses: &[SocketAddr]) {
@@ -807,7 +968,7 @@ impl<'a> World<'a> {
             Some(to) if process.dialling.contains(&(to, peer)) => return,
             Some(to) => {
                 process.dialling.push((to, peer));
-                let reached = self.life(to).is_some() && !self.network.blocked(host, to);
+                let reached = self.life(to).is_some() && !self.network.severed(host, to);
                 let there = self.network.delay(host, to, &mut self.dice);
                 // A handshake is three ways; who is not there is waited for.
                 if reached { 3 * there } else { 1_000_000 + self.dice.below(2_000_000) }
@@ -824,7 +985,7 @@ impl<'a> World<'a> {
         if let Some(process) = self.process(from) {
             process.dialling.retain(|(host, whom)| (Some(*host), *whom) != (to, peer));
         }
-        let other = to.filter(|to| !self.network.blocked(from, *to));
+        let other = to.filter(|to| !self.network.severed(from, *to));
         let other = other.filter(|to| peer.is_none_or(|peer| self.key(*to) == peer));
         // Nobody links with who shows the very same key.
         let other = other.filter(|to| self.key(*to) != self.key(from));
@@ -918,7 +1079,12 @@ impl<'a> World<'a> {
         for link in links {
             self.link_dies(link);
         }
-        let config = self.config(host);
+        let mut config = self.config(host);
+        let capacity = config.capacity.clone();
+        if self.has(host, Vice::Oversells) {
+            config.capacity = capacity.plus(&capacity);
+            config.hardware = config.capacity.clone();
+        }
         let us = self.now;
         let known = &mut self.hosts[host];
         let (now, kept) = (known.clock.now(us), known.disk.read());
@@ -928,7 +1094,7 @@ impl<'a> World<'a> {
         };
         let orphans = self.take_up(host, &kept);
         let mut out = Vec::new();
-        let (boot, capacity) = (config.boot, config.capacity.clone());
+        let boot = config.boot;
         let core: Result<Core, StartError> =
             Core::new(config, kept.iter().cloned(), &orphans, now, &mut out);
         let core = match core {
@@ -986,6 +1152,7 @@ impl<'a> World<'a> {
             self.hosts[host].disk.write(write);
         }
         self.see(host, Seen::Stopped);
+        self.contradicted.retain(|(told, _)| *told != host);
         let links: Vec<_> = self.network.of(host).map(|(link, _)| link).collect();
         for link in links {
             let notices = self.now + self.dice.below(IDLE_US);
@@ -1031,10 +1198,17 @@ impl<'a> World<'a> {
                     self.push(undo(lasts), What::Undo(nth));
                 }
             }
-            Step::Cut { island, lasts } => {
-                for link in self.network.cut(nth, island) {
+            Step::Cut { island, lasts } | Step::CutOneWay { island, lasts } => {
+                let one_way = matches!(step, Step::CutOneWay { .. });
+                for link in self.network.cut(nth, island, one_way) {
                     self.push(self.now + IDLE_US, What::LinkIdles(link));
                 }
+                self.push(undo(lasts), What::Undo(nth));
+            }
+            Step::Rough { node, late, lost, doubled, lasts } => {
+                let late_us = late.as_millis() * 1000;
+                let how = Rough { late_us, lost: *lost, doubled: *doubled };
+                self.network.roughen(nth, *node, how);
                 self.push(undo(lasts), What::Undo(nth));
             }
             Step::Slow { node, by, lasts } => {
@@ -1073,7 +1247,8 @@ impl<'a> World<'a> {
                 self.start(*node);
             }
             Step::Pause { node, .. } => self.resume(*node),
-            Step::Cut { .. } => {
+            Step::Rough { .. } => self.network.smooth(nth),
+            Step::Cut { .. } | Step::CutOneWay { .. } => {
                 for (link, to, what) in self.network.heal(nth) {
                     let (now, dice) = (self.now, &mut self.dice);
                     if let Some((at, what)) = self.network.send(now, link, to, what, dice) {
@@ -1246,12 +1421,13 @@ impl<'a> World<'a> {
     fn load(&mut self, host: usize) {
         let load = &self.scenario.load;
         let every = load.every.as_millis() * 1000;
-        let next = self.now + every / 2 + self.dice.below(every);
+        let known = &mut self.hosts[host];
+        let next = self.now + every / 2 + known.lessee.below(every);
         if self.now >= self.scenario.length.as_millis() * 1000 {
             return;
         }
-        let who = &self.identities[self.hosts[host].identity];
-        let (purpose, command) = load::begin(load, who, &mut self.dice);
+        let who = &self.identities[known.identity];
+        let (purpose, command) = load::begin(load, who, &mut known.lessee);
         self.give(host, purpose, command);
         self.push(next, What::Load(host));
     }
@@ -1283,6 +1459,18 @@ impl<'a> World<'a> {
                 self.hosts[host].backup = Some(disk);
             }
         }
+        for host in 0..self.vices.len() {
+            if self.has(host, Vice::Replays) && self.dice.chance(1, 8) {
+                self.replay(host);
+            }
+            if self.has(host, Vice::Exceeds) && self.dice.chance(1, 4) {
+                let nth = usize::try_from(self.dice.below(self.recorded.len() as u64));
+                let heard = self.recorded.get(nth.unwrap_or(0)).cloned();
+                if let Some((to, message)) = heard {
+                    self.exceed(host, to, &message);
+                }
+            }
+        }
         self.push(self.now + LOOK_US, What::Look);
     }
 
@@ -1298,6 +1486,15 @@ impl<'a> World<'a> {
         let nodes: Vec<_> =
             nodes.filter(|node| node.host < self.scenario.nodes || node.view.is_some()).collect();
         self.check.settled(us, &nodes);
+        let blind = self.contradicted.difference(&self.noticed).copied().collect::<Vec<_>>();
+        for (host, key) in blind {
+            // A copy may have a proof from before it was one.
+            let copied = self.is_copied(&self.key(host));
+            if self.vices[host].is_empty() && !copied {
+                let what = format!("{} told it two things under one version", key.short());
+                self.found(host, "8 (equivocation)", what);
+            }
+        }
         self.prove();
     }
 
@@ -1309,7 +1506,7 @@ impl<'a> World<'a> {
     fn prove(&mut self) {
         let mut left = MAX_PROOFS;
         for host in 0..self.scenario.nodes {
-            if self.scenario.copied(host) {
+            if self.scenario.copied(host) || !self.vices[host].is_empty() {
                 continue;
             }
             let Ok(kept) = self.hosts[host].disk.read() else { continue };
@@ -1326,7 +1523,10 @@ impl<'a> World<'a> {
     /// What a lessor and a lessee would export, each from what it kept.
     fn proofs(&self, host: usize, kept: &[Kept], left: &mut usize) -> Vec<Proof> {
         let me = &self.identity(host).node;
-        let sign = |draft: &Draft| me.sign(draft).ok();
+        let sign = |draft: &Draft| match self.signatures.get(&draft.id()) {
+            Some(signature) => Some(known(draft, *signature)),
+            None => me.sign(draft).ok(),
+        };
         let charter = self.fabric.charter.clone();
         let mut proofs = BTreeMap::new();
         for kept in kept {
@@ -1348,7 +1548,15 @@ impl<'a> World<'a> {
                         }
                     };
                     let id = LeaseId(grant.id());
-                    let end = held.termination.clone().filter(|_| held.chain.closed());
+                    // One that contradicts what was countersigned proves nothing but a lie.
+                    let closes = |signed: &Signed| {
+                        let envelope = Envelope::decode(&signed.envelope).ok();
+                        let end = envelope.and_then(|envelope| {
+                            wire::decode::<MAX_OBJECT, Termination>(&envelope.body).ok()
+                        });
+                        held.chain.closed() && end.is_some_and(|end| end.receipt == held.chain.last)
+                    };
+                    let end = held.termination.clone().filter(closes);
                     let renew = held.renew.as_ref().and_then(|(renew, _)| sign(renew));
                     let renewals = renew.into_iter().chain(held.renewal.clone()).collect();
                     ((1, id), held.offer.clone(), order, Some(grant.clone()), renewals, end)
@@ -1398,6 +1606,11 @@ impl<'a> World<'a> {
         }
         proofs.into_values().collect()
     }
+}
+
+/// A draft that was signed before: the same draft has the same signature.
+fn known(draft: &Draft, signature: Signature) -> Signed {
+    Signed { envelope: draft.envelope.clone(), signature }
 }
 
 /// The signed object that an answer to `message` must be about.

@@ -17,7 +17,7 @@ use crate::words::contract::{
 };
 use crate::words::equivocation::Equivocation;
 use crate::words::message::{GrantPapers, Message, OrderPapers, Utterance, Word};
-use crate::words::object::order_subject;
+use crate::words::object::{Envelope, order_subject};
 use crate::words::sign::{Draft, HeaderOf, Signed, Verified};
 use crate::words::usage::Receipt;
 use crate::words::want::{Choice, Want};
@@ -368,11 +368,12 @@ impl Core {
     fn judge_grant(&self, now: Now, order: &Hash, papers: &GrantPapers) -> Result<(), String> {
         let GrantPapers { grant, certificate } = papers;
         let holding = self.holdings.order(order).ok_or("no such order is out")?;
-        let signed = match &holding.kept.order {
-            Placed::Here(draft) => order_in(&draft.envelope),
-            Placed::Elsewhere(signed) => order_in(&signed.envelope),
+        let envelope = match &holding.kept.order {
+            Placed::Here(draft) => &draft.envelope,
+            Placed::Elsewhere(signed) => &signed.envelope,
         };
-        let asked = signed.ok_or("the order does not decode")?;
+        let asked = order_in(envelope).ok_or("the order does not decode")?;
+        let until = Envelope::decode(envelope).map(|envelope| envelope.header.not_after);
         if self.conduct.is_quarantined(&grant.signer()) {
             return Err("its lessor was convicted of saying two different things".into());
         }
@@ -384,6 +385,11 @@ impl Core {
         }
         if let Some(how) = departure((*order, &asked), grant) {
             return Err(format!("its grant does not keep to the order: {how}"));
+        }
+        // Whoever checks the proof of this lease later judges the order as of that day.
+        let decided = grant.body().decided;
+        if asked.placed > decided + SKEW || until.is_ok_and(|until| until + SKEW < decided) {
+            return Err("its grant is dated to when the order did not hold".into());
         }
         self.admission
             .admits(certificate, &grant.signer(), Role::Node, now.wall)
@@ -1069,7 +1075,7 @@ fn ended_of(holding: &Holding) -> Option<Ended> {
 }
 
 fn order_in(envelope: &[u8]) -> Option<Order> {
-    let envelope = crate::words::object::Envelope::decode(envelope).ok()?;
+    let envelope = Envelope::decode(envelope).ok()?;
     wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).ok()
 }
 

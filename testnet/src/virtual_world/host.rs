@@ -49,6 +49,10 @@ impl Clock {
         self.step = by;
     }
 
+    pub(super) const fn is_wrong(&self) -> bool {
+        self.step != 0
+    }
+
     /// Both clocks at true time `us`.
     pub(super) fn now(&self, us: u64) -> Now {
         let wall = START.0.saturating_add(us / 1000);

@@ -122,7 +122,7 @@ pub(super) fn begin(load: &Load, me: &Identity, dice: &mut Dice) -> (Purpose, Co
             let lessee = me.tenant.id();
             (Purpose::Draft, Command::DraftOrder { want, lessee, certificate })
         }
-        n if (900..930).contains(&n) => {
+        n if (880..930).contains(&n) => {
             let size = u16::try_from(1 + dice.below(5)).unwrap_or(1);
             let claim_within = want.claim_within.max(Span::secs(3)).min(want.term);
             let want = Want { claim_within, ..want };
