@@ -68,6 +68,7 @@ pub(super) enum Carried {
 
 /// A step in the order of effects.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly every item is an effect")]
 enum Item {
     Keep,
     Out(Effect),
