@@ -392,6 +392,9 @@ fn a_member_starts_nothing_before_it_holds_every_word() {
     assert!(matches!(book.claim(now(5), &claim(&people, lease), true), Acted::Accepted(_)));
 }
 
+/// A way to spoil a gang's certificate: what it is, how, and what is said to it.
+type Spoiled = (&'static str, fn(&mut Gang), Reason);
+
 #[test]
 fn a_gang_is_joined_in_time_as_ordered_and_once() {
     let people = People::new();
@@ -399,7 +402,7 @@ fn a_gang_is_joined_in_time_as_ordered_and_once() {
         let lease = granted(&people, book, 0, &in_gang(&people, 2));
         (lease, gang_of(&people, lease, 2).0)
     };
-    let table: [(&str, fn(&mut Gang), Reason); 5] = [
+    let table: [Spoiled; 5] = [
         ("another gang", |gang| gang.gang = RequestId([1; 16]), Reason::BadGang),
         ("of another size", |gang| gang.members.truncate(1), Reason::BadGang),
         ("without this lease", |gang| gang.members[0].lease = LeaseId::default(), Reason::BadGang),
