@@ -182,7 +182,7 @@ fn a_charter_says_whether_the_signer_counts() {
         let run = desk.run(&format!("verify x --charter charter --json {now}"));
         let json = run.json();
         assert_eq!((run.code, &json["verified"]), (0, &true.into()), "{name}: {run:?}");
-        let says = ["charter", "certificate", "host", "mandate", "order", "grant"];
+        let says = ["charter", "certificate", "host", "mandate", "order", "grant", "reinstatement"];
         assert_eq!(json["admitted"] == true, says.contains(&name.as_str()), "{name}");
         let run = desk.run("verify x");
         assert!(run.err.contains("for you to compare"), "{run:?}");
@@ -277,7 +277,7 @@ fn armour_reads_what_it_wrote_and_survives_damage() {
 }
 
 #[test]
-fn only_four_kinds_are_signed() {
+fn only_what_people_say_is_signed() {
     let desk = Desk::new();
     let story = Story::new();
     for (name, seed) in
@@ -294,7 +294,8 @@ fn only_four_kinds_are_signed() {
             .find(|key| desk.run(&format!("show {key}")).ok().contains(&signer.to_string()))
             .expect("one of the four");
         let run = desk.run(&format!("sign x --key {key} --yes {now}"));
-        if ["charter", "certificate", "mandate", "order"].contains(&name.as_str()) {
+        let of_people = ["charter", "certificate", "mandate", "order", "reinstatement"];
+        if of_people.contains(&name.as_str()) {
             let items = armor::decode(run.ok().as_bytes()).expect("armour");
             assert_eq!(items, [item(&signed)], "the same bytes as in the story");
             let other = if key == "org" { "node" } else { "org" };
