@@ -313,6 +313,8 @@ pub struct Core {
     /// shown a later life of this node's.
     greeted: BTreeSet<KeyId>,
     greeted_at: Option<Boot>,
+    /// Enough of them have: from then on this node sells.
+    vouched: bool,
     /// The highest epoch in which the last word about this key was said.
     last_word: u64,
     disk_full: bool,
@@ -405,6 +407,7 @@ impl Core {
             conduct,
             greeted: BTreeSet::new(),
             greeted_at: None,
+            vouched: false,
             last_word: 0,
             disk_full: false,
             leaving: false,

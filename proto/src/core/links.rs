@@ -302,7 +302,7 @@ impl Core {
         let up = up.filter(|key| key != me && self.is_up(key, None, now)).take(VOUCHERS).count();
         let need = up.max(usize::from(!self.config.join.is_empty()));
         let waited = self.greeted_at.is_some_and(|at| at + VOUCHING <= now);
-        waited || self.greeted.len() >= need
+        self.vouched || waited || self.greeted.len() >= need
     }
 
     /// A key said two different things under one version.
@@ -673,8 +673,13 @@ impl Core {
             self.host_record_at = now.boot + HOST_REFRESH;
             self.publish_host(now, out);
         }
-        let drained = self.holdback.drained;
-        let free = if drained { Resources::default() } else { self.book.free() };
+        if !self.vouched && self.is_vouched(now.boot) {
+            self.vouched = true;
+            self.pricing.changed();
+        }
+        // What would be refused is not offered.
+        let sells = self.vouched && !self.holdback.drained;
+        let free = if sells { self.book.free() } else { Resources::default() };
         if let Ok(Some(draft)) = self.pricing.publish(now, &free, &self.hand) {
             self.counters.offers += 1;
             out.push(Effect::Record(draft));
