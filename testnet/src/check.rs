@@ -374,7 +374,8 @@ impl Check {
     ) {
         let host = self.hosts.entry(at.host).or_default();
         let mut host = std::mem::take(host);
-        let spared = host.copied || self.is_spared(&key);
+        let copied = host.copied || self.copied.contains(&key);
+        let spared = copied || self.liars.contains(&key);
         if epoch <= host.lived_epoch.max(host.signed_epoch) && !spared {
             let was = host.lived_epoch.max(host.signed_epoch);
             self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
@@ -393,7 +394,7 @@ impl Check {
         }
         for id in std::mem::take(&mut host.leases) {
             // What was decided but neither kept nor sent never was.
-            if !leases.contains_key(&id) && !spared {
+            if !leases.contains_key(&id) && !copied {
                 self.leases.remove(&id);
             }
         }

@@ -222,6 +222,9 @@ struct Host {
     addresses: Addresses,
 }
 
+/// Which process was told which record of whom: host, life, key, kind.
+type Told = (usize, u64, KeyId, Kind);
+
 struct World<'a> {
     scenario: &'a Scenario,
     now: u64,
@@ -244,7 +247,7 @@ struct World<'a> {
     /// What is dishonest about each host.
     vices: Vec<Vec<Vice>>,
     /// The newest version of each record that each process was told.
-    met: HashMap<(usize, u64, KeyId, Kind), (u64, u64, Hash)>,
+    met: HashMap<Told, (u64, u64, Hash)>,
     /// Who was told two bodies under one version, and by whose key.
     contradicted: BTreeSet<(usize, KeyId)>,
     /// Who said that it noticed.
@@ -785,7 +788,7 @@ impl<'a> World<'a> {
     fn contradict(&mut self, host: usize, to: &KeyId, message: Message) -> Message {
         let Message::Records(records) = message else { return message };
         let me = self.key(host);
-        if to.0[0] % 2 == 0 || !self.has(host, Vice::Equivocates) {
+        if to.0[0].is_multiple_of(2) || !self.has(host, Vice::Equivocates) {
             return Message::Records(records);
         }
         let mut told = Vec::new();

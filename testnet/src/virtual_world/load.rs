@@ -230,7 +230,7 @@ fn use_lease(load: &Load, lease: LeaseId, grant: &Grant, dice: &mut Dice) -> Vec
             if dice.chance(1, 5) {
                 later(after + Span::millis(dice.below(300)), Command::Renew { lease, term });
             }
-            after = after + Span::millis(dice.below(term.as_millis().min(60_000)));
+            after += Span::millis(dice.below(term.as_millis().min(60_000)));
         }
     }
     if dice.chance(load.released, 1000) {
