@@ -38,7 +38,7 @@ use leasehold_proto::words::contract::{
 };
 use leasehold_proto::words::object::{Body, Envelope, Kind};
 use leasehold_proto::words::sign::Signed;
-use leasehold_proto::words::usage::{Acknowledgement, Objection, Receipt};
+use leasehold_proto::words::usage::{Acknowledgement, Objection, ObjectionReason, Receipt};
 use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 /// How late a node may act on a deadline: a second, as people would say "at once".
@@ -374,7 +374,8 @@ impl Check {
     ) {
         let host = self.hosts.entry(at.host).or_default();
         let mut host = std::mem::take(host);
-        let spared = host.copied || self.is_spared(&key);
+        let copied = host.copied || self.copied.contains(&key);
+        let spared = copied || self.liars.contains(&key);
         if epoch <= host.lived_epoch.max(host.signed_epoch) && !spared {
             let was = host.lived_epoch.max(host.signed_epoch);
             self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
@@ -393,7 +394,7 @@ impl Check {
         }
         for id in std::mem::take(&mut host.leases) {
             // What was decided but neither kept nor sent never was.
-            if !leases.contains_key(&id) && !spared {
+            if !leases.contains_key(&id) && !copied {
                 self.leases.remove(&id);
             }
         }
@@ -681,6 +682,12 @@ impl Check {
     /// Nobody has a reason to object to what an honest lessor wrote, unless it was copied.
     fn objected(&mut self, at: At, signed: &Signed) {
         let Some((_, objection)) = body_of::<Objection>(&signed.envelope) else { return };
+        // After a reboot a lessee has but its wall clock to judge time by, which may be wrong.
+        let boot = self.hosts.get(&at.host).map(|host| host.boot);
+        let rebooted = self.claims.get(&objection.lease).is_some_and(|(_, of)| Some(*of) != boot);
+        if rebooted && objection.reason == ObjectionReason::Time {
+            return;
+        }
         let lessor = self.leases.get(&objection.lease).and_then(|l| self.hosts.get(&l.host));
         if lessor.is_some_and(|lessor| !lessor.copied && !self.is_spared(&lessor.key)) {
             let what =
@@ -899,7 +906,13 @@ impl Check {
                 wrong.push(format!("never answered: {}", node.unanswered.join(", ")));
             }
             if !view.promised.is_nothing() {
-                wrong.push(format!("{} is promised still", view.promised));
+                let open = view.lent.iter().filter(|lent| lent.stage != LentStage::Ended);
+                let open: Vec<_> = open
+                    .map(|lent| {
+                        format!("{} ({:?}, until {})", lent.id, lent.stage, lent.term_end.0)
+                    })
+                    .collect();
+                wrong.push(format!("{} is promised still: {}", view.promised, open.join(", ")));
             }
             for what in wrong {
                 self.found("liveness", at, what);
