@@ -19,7 +19,7 @@ use leasehold_proto::words::object::{
     Body, Envelope, Header, Kind, draft_json, key_subject, order_subject,
 };
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, VerifyError, is_usable};
-use leasehold_proto::words::wire::{self, DecodeError, EncodeError, MAX_OBJECT};
+use leasehold_proto::words::wire::{DecodeError, EncodeError};
 use leasehold_proto::{Amount, FabricId, Hash, KeyId, Span, Wall};
 
 use crate::exit::Exit;
@@ -321,11 +321,11 @@ pub fn signable(draft: &Draft, key: &KeyId, now: Wall) -> Result<Header, NotSign
     // The body decodes and keeps the rules of its kind.
     draft_json(&draft.envelope)?;
     match header.kind {
-        Kind::Charter => founding(&header, &body(&envelope)?)?,
-        Kind::Certificate => admitting(&header, &body(&envelope)?)?,
-        Kind::Mandate => mandating(&header, &body(&envelope)?)?,
-        Kind::Order => ordering(&header, &body(&envelope)?)?,
-        Kind::Reinstatement => reinstating(&header, &body(&envelope)?)?,
+        Kind::Charter => founding(&header, &envelope.read()?)?,
+        Kind::Certificate => admitting(&header, &envelope.read()?)?,
+        Kind::Mandate => mandating(&header, &envelope.read()?)?,
+        Kind::Order => ordering(&header, &envelope.read()?)?,
+        Kind::Reinstatement => reinstating(&header, &envelope.read()?)?,
         other => return Err(NotSignable::Kind(other)),
     }
     if header.not_after < now {
@@ -335,10 +335,6 @@ pub fn signable(draft: &Draft, key: &KeyId, now: Wall) -> Result<Header, NotSign
         return Err(NotSignable::Signer { signer: header.signer, key: *key });
     }
     Ok(header)
-}
-
-fn body<T: Body>(envelope: &Envelope) -> Result<T, DecodeError> {
-    wire::decode::<MAX_OBJECT, _>(&envelope.body)
 }
 
 fn rule(holds: bool, broken: &'static str) -> Result<(), NotSignable> {

@@ -67,15 +67,23 @@ fn config() -> Config {
 fn numbered(number: u64) -> Vec<Write> {
     let mut dice = Dice(number);
     let mut batch = vec![Write::put("number", number.to_le_bytes())];
-    for _ in 0..dice.below(4) {
-        let key = format!("key-{}", dice.below(40));
-        let length = dice.below(3_000) as usize;
-        batch.push(match dice.below(4) {
-            0 => Write::remove(key),
-            _ => Write::put(key, vec![number as u8; length]),
-        });
-    }
+    batch.extend(changes(&mut dice, ("key-", 40), 3_000, number as u8));
     batch
+}
+
+/// Up to three removals and puts of values shorter than `longest`, all of this byte, among so many
+/// keys.
+fn changes(dice: &mut Dice, (prefix, keys): (&str, u64), longest: u64, byte: u8) -> Vec<Write> {
+    let count = dice.below(4);
+    let change = |_| {
+        let key = format!("{prefix}{}", dice.below(keys));
+        let length = dice.below(longest) as usize;
+        match dice.below(4) {
+            0 => Write::remove(key),
+            _ => Write::put(key, vec![byte; length]),
+        }
+    };
+    (0..count).map(change).collect()
 }
 
 /// The states after 0, 1, 2, … numbered batches.
@@ -181,14 +189,7 @@ fn of_writer(writer: u64, number: u64) -> Vec<Write> {
         Write::put(format!("count-{writer}"), number.to_le_bytes()),
         Write::put("newest", format!("{writer}/{number}")),
     ];
-    for _ in 0..dice.below(4) {
-        let key = format!("of-{writer}-{}", dice.below(20));
-        let length = dice.below(2_000) as usize;
-        batch.push(match dice.below(4) {
-            0 => Write::remove(key),
-            _ => Write::put(key, vec![number as u8; length]),
-        });
-    }
+    batch.extend(changes(&mut dice, (&format!("of-{writer}-"), 20), 2_000, number as u8));
     batch
 }
 

@@ -49,7 +49,7 @@ use crate::minds::pricing::{Policy, Pricing};
 use crate::minds::seek::Pursuit;
 use crate::minds::spread::Spread;
 use crate::words::charter::{Certificate, Role};
-use crate::words::contract::{Claim, Mandate};
+use crate::words::contract::Mandate;
 use crate::words::equivocation::Equivocation;
 use crate::words::message::{Utterance, verify_grant};
 use crate::words::record::{Addresses, HostRecord};
@@ -776,13 +776,6 @@ impl Saved {
         }
         sorted
     }
-}
-
-/// The claim in a draft, decoded.
-fn claim_in(draft: &Draft) -> Option<Claim> {
-    use crate::words::{object::Envelope, wire};
-    let envelope = Envelope::decode(&draft.envelope).ok()?;
-    wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).ok()
 }
 
 const _: fn() = || {

@@ -18,8 +18,7 @@ use leasehold_proto::words::contract::{
 };
 use leasehold_proto::words::sign::{Signer, Verified};
 use leasehold_proto::words::usage::{Acknowledgement, Outcome, Receipt};
-use leasehold_proto::words::want::{Choice, Want};
-use people::{People, body_of, job, now};
+use people::{People, body_of, choice, job, now, want};
 
 const SECOND: Span = Span::secs(1);
 
@@ -478,36 +477,6 @@ fn release_and_lapse_are_as_for_any_lease() {
 }
 
 // --- bringing a gang together ---
-
-fn choice(n: u8) -> Choice {
-    Choice {
-        lessor: KeyId([n; 32]),
-        name: format!("host-{n}"),
-        offer: Hash([n; 32]),
-        rate: Amount(1),
-        worst_case: Amount(1),
-        score: n.into(),
-        why: String::new(),
-    }
-}
-
-fn want() -> Want {
-    Want {
-        shape: Resources::new(1000, 1 << 30, 0),
-        class: Class::Firm,
-        term: Span::secs(60),
-        longest: Span::secs(60),
-        claim_within: Span::secs(10),
-        max_hourly: Amount::MAX,
-        budget: Amount::MAX,
-        exposure: Amount::MAX,
-        receipt_every: Span::secs(1),
-        runtime: "wasm".into(),
-        lessors: Vec::new(),
-        labels: Vec::new(),
-        isolation: Vec::new(),
-    }
-}
 
 struct Bench {
     assembly: Assembly,

@@ -26,8 +26,8 @@ use leasehold_proto::words::object::{Kind, key_subject};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
 use leasehold_proto::words::sign::{Draft, Hand, Signed, Verified};
 use leasehold_proto::words::usage::{ObjectionReason, Receipt, Usage};
-use leasehold_proto::words::want::{Choice, Want};
-use people::{BOOT, People, WALL, body_of, grant_of, now};
+use leasehold_proto::words::want::Want;
+use people::{BOOT, People, WALL, body_of, choice, grant_of, now, want};
 
 // --- holdings ---
 
@@ -224,36 +224,6 @@ fn only_the_lessor_ends_a_held_lease_and_only_once() {
 }
 
 // --- seek ---
-
-fn choice(n: u8) -> Choice {
-    Choice {
-        lessor: KeyId([n; 32]),
-        name: format!("host-{n}"),
-        offer: Hash([n; 32]),
-        rate: Amount(1),
-        worst_case: Amount(1),
-        score: n.into(),
-        why: String::new(),
-    }
-}
-
-fn want() -> Want {
-    Want {
-        shape: Resources::new(1000, 1 << 30, 0),
-        class: Class::Firm,
-        term: Span::secs(60),
-        longest: Span::secs(60),
-        claim_within: Span::secs(10),
-        max_hourly: Amount::MAX,
-        budget: Amount::MAX,
-        exposure: Amount::MAX,
-        receipt_every: Span::secs(1),
-        runtime: "wasm".into(),
-        lessors: Vec::new(),
-        labels: Vec::new(),
-        isolation: Vec::new(),
-    }
-}
 
 #[test]
 fn the_best_is_asked_then_hedged_then_given_up() {

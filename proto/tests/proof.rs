@@ -22,14 +22,7 @@ fn forge<T: Body>(
     let header = Envelope::decode(&signed.envelope).expect("decodes").header;
     let mut not_after = header.not_after;
     change(body, &mut not_after);
-    let header = HeaderOf {
-        fabric: header.fabric,
-        signer: header.signer,
-        subject: header.subject,
-        epoch: header.epoch,
-        seq: header.seq,
-        not_after,
-    };
+    let header = HeaderOf { not_after, ..HeaderOf::from(&header) };
     let draft = Draft::new(header, body).expect("fits");
     Signer::from_seed(seed).sign(&draft).expect("signs")
 }

@@ -36,10 +36,9 @@ use leasehold_proto::minds::book::{self, Lent};
 use leasehold_proto::words::contract::{
     Acceptance, Gang, Grant, Member, Order, Refusal, Renew, Renewal, Termination,
 };
-use leasehold_proto::words::object::{Body, Envelope, Kind};
+use leasehold_proto::words::object::{Body, Envelope, Kind, body_in};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::usage::{Acknowledgement, Objection, ObjectionReason, Receipt};
-use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 /// How late a node may act on a deadline: a second, as people would say "at once".
 const PROMPT_US: u64 = 1_000_000;
@@ -278,7 +277,7 @@ fn exposed(grant: &Grant, owed: u64, slack_us: u64) -> bool {
 
 fn body_of<T: Body>(envelope: &[u8]) -> Option<(Envelope, T)> {
     let envelope = Envelope::decode(envelope).ok()?;
-    let body = wire::decode::<MAX_OBJECT, T>(&envelope.body).ok()?;
+    let body = envelope.read().ok()?;
     Some((envelope, body))
 }
 
@@ -490,7 +489,7 @@ impl Check {
         lease.version = lent.version;
         if lease.gang.is_none()
             && let Some(joined) = &lent.joined
-            && let Some((_, gang)) = body_of::<Gang>(&joined.gang.envelope)
+            && let Some(gang) = body_in::<Gang>(&joined.gang.envelope)
         {
             lease.gang = Some((joined.gang.id(), gang.members));
         }
@@ -548,7 +547,7 @@ impl Check {
             self.actors.insert(id, header.signer);
         }
         if header.kind == Kind::Refusal
-            && let Some((_, refusal)) = body_of::<Refusal>(&signed.envelope)
+            && let Some(refusal) = body_in::<Refusal>(&signed.envelope)
         {
             self.refused.insert(refusal.of);
         }
@@ -569,7 +568,7 @@ impl Check {
             host.left.insert((evidence, id));
         }
         if evidence == Evidence::Acknowledgement
-            && let Some((_, ack)) = body_of::<Acknowledgement>(&signed.envelope)
+            && let Some(ack) = body_in::<Acknowledgement>(&signed.envelope)
         {
             let agreed = self.agreed.entry(ack.lease).or_default();
             *agreed = ack.charge.0.max(*agreed);
@@ -606,7 +605,7 @@ impl Check {
     }
 
     fn accepted(&mut self, at: At, signed: &Signed, answers: Option<Hash>) {
-        let Some((_, acceptance)) = body_of::<Acceptance>(&signed.envelope) else { return };
+        let Some(acceptance) = body_in::<Acceptance>(&signed.envelope) else { return };
         if answers.is_some_and(|act| act != acceptance.of) {
             let what = "an act is answered with the acceptance of another one".to_string();
             self.found("3 (idempotence)", at, what);
@@ -625,7 +624,7 @@ impl Check {
     }
 
     fn asked_to_renew(&mut self, signed: &Signed) {
-        if let Some((_, renew)) = body_of::<Renew>(&signed.envelope) {
+        if let Some(renew) = body_in::<Renew>(&signed.envelope) {
             self.renews.insert(signed.id(), renew.version);
             let longest = self.asked_terms.entry(renew.lease).or_default();
             *longest = renew.term.max(*longest);
@@ -635,7 +634,7 @@ impl Check {
     /// An honest lessee countersigns: what its lessor wrote, honest or not, must be what was used
     /// at most, and what that costs.
     fn acknowledged(&mut self, at: At, signed: &Signed) {
-        let Some((_, ack)) = body_of::<Acknowledgement>(&signed.envelope) else { return };
+        let Some(ack) = body_in::<Acknowledgement>(&signed.envelope) else { return };
         let Some(receipt) = self.dubious.get(&ack.receipt) else { return };
         let Some(lease) = self.leases.get(&ack.lease) else { return };
         let (grant, billed) = (&lease.grant, receipt.usage.billed);
@@ -664,7 +663,7 @@ impl Check {
     }
 
     fn renewed(&mut self, at: At, signed: &Signed) {
-        let Some((_, renewal)) = body_of::<Renewal>(&signed.envelope) else { return };
+        let Some(renewal) = body_in::<Renewal>(&signed.envelope) else { return };
         let lease = self.leases.get(&renewal.lease);
         if lease.is_some_and(|lease| lease.unextended && lease.running) {
             let what = format!("{} was renewed before its warden knew", renewal.lease);
@@ -681,7 +680,7 @@ impl Check {
 
     /// Nobody has a reason to object to what an honest lessor wrote, unless it was copied.
     fn objected(&mut self, at: At, signed: &Signed) {
-        let Some((_, objection)) = body_of::<Objection>(&signed.envelope) else { return };
+        let Some(objection) = body_in::<Objection>(&signed.envelope) else { return };
         // After a reboot a lessee has but its wall clock to judge time by, which may be wrong.
         let boot = self.hosts.get(&at.host).map(|host| host.boot);
         let rebooted = self.claims.get(&objection.lease).is_some_and(|(_, of)| Some(*of) != boot);
@@ -697,7 +696,7 @@ impl Check {
     }
 
     fn receipt(&mut self, at: At, signed: &Signed) {
-        let Some((_, receipt)) = body_of::<Receipt>(&signed.envelope) else { return };
+        let Some(receipt) = body_in::<Receipt>(&signed.envelope) else { return };
         let agreed = self.agreed.get(&receipt.lease).copied().unwrap_or(0);
         let since = self.hosts.get(&at.host).and_then(|host| host.running_since);
         let slack_us = self.prompt_us();
@@ -747,7 +746,7 @@ impl Check {
     }
 
     fn terminated(&mut self, at: At, signed: &Signed) {
-        let Some((_, end)) = body_of::<Termination>(&signed.envelope) else { return };
+        let Some(end) = body_in::<Termination>(&signed.envelope) else { return };
         let Some(lease) = self.leases.get_mut(&end.lease) else { return };
         let known = *lease.chain.termination.get_or_insert(signed.id());
         let stage = lease.stage;

@@ -31,10 +31,9 @@ use leasehold_proto::proof::{self, Proof};
 use leasehold_proto::words::charter::Certificate;
 use leasehold_proto::words::contract::Termination;
 use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance, Word};
-use leasehold_proto::words::object::{Envelope, Kind};
+use leasehold_proto::words::object::{Kind, body_in};
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::words::sign::{Draft, Papers, Signature, Signed, Verified, VerifyError};
-use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 mod fabric;
 mod host;
@@ -1556,10 +1555,7 @@ impl<'a> World<'a> {
                     let id = LeaseId(grant.id());
                     // One that contradicts what was countersigned proves nothing but a lie.
                     let closes = |signed: &Signed| {
-                        let envelope = Envelope::decode(&signed.envelope).ok();
-                        let end = envelope.and_then(|envelope| {
-                            wire::decode::<MAX_OBJECT, Termination>(&envelope.body).ok()
-                        });
+                        let end = body_in::<Termination>(&signed.envelope);
                         held.chain.closed() && end.is_some_and(|end| end.receipt == held.chain.last)
                     };
                     let end = held.termination.clone().filter(closes);

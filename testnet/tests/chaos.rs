@@ -129,14 +129,7 @@ fn second_grant(kept: &Kept, after: &Line) -> [Line; 2] {
     let Kept::Lent(_, lent) = kept else { panic!("a lease") };
     let Envelope { header, body, .. } = Envelope::decode(&lent.grant.envelope).expect("decodes");
     let grant = wire::decode::<MAX_OBJECT, Grant>(&body).expect("decodes");
-    let header = HeaderOf {
-        fabric: header.fabric,
-        signer: header.signer,
-        subject: header.subject,
-        epoch: header.epoch,
-        seq: header.seq + 1_000_000,
-        not_after: header.not_after,
-    };
+    let header = HeaderOf { seq: header.seq + 1_000_000, ..HeaderOf::from(&header) };
     let draft = Draft::new(header, &grant).expect("encodes");
     let object = Signed { envelope: draft.envelope.clone(), signature: Signature([0; 64]) };
     let object = Octets(wire::encode::<MAX_SIGNED>(&object).expect("encodes"));

@@ -12,23 +12,22 @@
 //! claim lapses, unbilled. Once every member has committed no further word of the delegate is
 //! needed, so its death between two of them leaves no half of a gang running.
 
-use super::lessor::reply;
+use super::lessee::draft_claim;
+use super::lessor::{misfit, reply};
 use super::{CommandId, Core, Effect, Failure, Kept, Leased, Pending, Reply, Ticket};
 use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::time::{Boot, Now, Span};
 use crate::minds::admission::exceeded;
 use crate::minds::assembly::{Assembly, Granted, Next, Whole};
 use crate::minds::book::{Acted, Lease, Stage};
-use crate::minds::holdings::act_id;
 use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::contract::{
     Claim, Commit, EndReason, Gang, GangOf, JobSpec, MAX_GANG, Member, Reason, Refusal,
 };
 use crate::words::message::{Utterance, Word};
-use crate::words::object::{Envelope, order_subject};
+use crate::words::object::{body_in, order_subject};
 use crate::words::sign::{Draft, Signed, Verified};
 use crate::words::want::Want;
-use crate::words::wire;
 
 /// The most gangs that are brought together here at once.
 const MAX_ASSEMBLIES: usize = 256;
@@ -93,8 +92,7 @@ impl Core {
             if body.lease != lease || !theirs {
                 return Err(Reason::BadGang);
             }
-            let fits = body.job.payload_bytes() <= terms.payload_room();
-            if !fits || wire::encode::<{ super::lessor::MAX_JOB }>(&body.job).is_err() {
+            if misfit(&body.job, Some(known)).is_some() {
                 return Err(Reason::BadJob);
             }
             if !self.pricing.runs(&body.job.runtime) {
@@ -397,25 +395,14 @@ impl Core {
         out.push(Effect::Keep(Kept::Gang(id, certificate.clone(), together)));
         self.certificates.insert(id, certificate);
         for member in &members {
-            if let Some(job) = &job {
-                self.draft_claim(now, &member.lease, job);
+            if let Some((job, holding)) = job.as_ref().zip(self.holdings.get_mut(&member.lease)) {
+                // One that cannot be drafted is found missing by its lessor.
+                let _ = draft_claim(&self.hand, holding, now, (member.lease, job), EVIDENCE_LIFE);
             }
             self.keep_held_lease(&member.lease, out);
         }
         self.send_gang(command, &members, out);
         true
-    }
-
-    fn draft_claim(&mut self, now: Now, lease: &LeaseId, job: &JobSpec) {
-        let hand = self.hand.clone();
-        let Some(holding) = self.holdings.get_mut(lease) else { return };
-        let body = Claim { lease: *lease, act: act_id(lease, "claim"), job: job.clone() };
-        let not_after = now.wall + EVIDENCE_LIFE;
-        if let Ok(draft) = hand.draft(lease.0, holding.acts, not_after, &body) {
-            holding.acts += 1;
-            holding.kept.claim = Some(draft);
-            holding.kept.claim_sent = Some((now.boot, now.wall));
-        }
     }
 
     fn send_gang(&mut self, command: CommandId, members: &[Member], out: &mut Vec<Effect>) {
@@ -584,9 +571,7 @@ impl Core {
 
     /// Takes up a gang after a restart of its delegate.
     pub(super) fn restore_gang(&mut self, certificate: Hash, draft: &Draft, together: bool) {
-        let envelope = Envelope::decode(&draft.envelope).ok();
-        let gang = envelope.and_then(|e| wire::decode::<{ wire::MAX_OBJECT }, Gang>(&e.body).ok());
-        let Some(gang) = gang else { return };
+        let Some(gang) = body_in::<Gang>(&draft.envelope) else { return };
         let open = |member: &Member| {
             self.holdings.get(&member.lease).is_some_and(|held| held.ended.is_none())
         };

@@ -1,13 +1,15 @@
 //! The lessee's part: seeking a lease, claiming it, countersigning what it costs.
 
+use std::collections::BTreeMap;
+
 use super::event::{Ended, Failure, Leased, Reply};
 use super::lessor::MAX_JOB;
-use super::{Acting, CommandId, Core, Effect, Kept, Notice, Pending, Record, Ticket, claim_in};
+use super::{Acting, CommandId, Core, Effect, Kept, Notice, Pending, Record, Ticket};
 use crate::base::dice::Dice;
 use crate::base::id::{Hash, KeyId, LeaseId};
-use crate::base::time::{Boot, Now, SKEW, Span};
+use crate::base::time::{Boot, BootId, Now, SKEW, Span};
 use crate::minds::admission::{departure, exceeded};
-use crate::minds::holdings::{Held, Holding, Judged, Over, Placed, Stage, act_id};
+use crate::minds::holdings::{Held, Holding, Holdings, Judged, Over, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
 use crate::words::charter::{Certificate, Role};
@@ -17,11 +19,11 @@ use crate::words::contract::{
 };
 use crate::words::equivocation::Equivocation;
 use crate::words::message::{GrantPapers, Message, OrderPapers, Utterance, Word};
-use crate::words::object::{Envelope, order_subject};
-use crate::words::sign::{Draft, HeaderOf, Signed, Verified};
+use crate::words::object::{Envelope, body_in, order_subject};
+use crate::words::sign::{Draft, Hand, HeaderOf, Signed, Verified};
 use crate::words::usage::Receipt;
 use crate::words::want::{Choice, Want};
-use crate::words::wire;
+use crate::words::wire::{self, EncodeError};
 
 use super::view::HeldView;
 
@@ -41,6 +43,40 @@ const FORGET: Span = Span::secs(10 * 60);
 const MAX_INQUIRIES: u32 = 5;
 /// The most ended leases kept in memory.
 const MAX_ENDED: usize = 1_000;
+
+/// What is done with a held lease, each in a map of its own while it waits for its answer.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Verb {
+    Claim,
+    Renew,
+    Release,
+}
+
+impl Verb {
+    const fn word(self) -> Word {
+        match self {
+            Self::Claim => Word::Claim,
+            Self::Renew => Word::Renew,
+            Self::Release => Word::Release,
+        }
+    }
+
+    const fn about(self, lease: LeaseId) -> Pending {
+        match self {
+            Self::Claim => Pending::Claim(lease),
+            Self::Renew => Pending::Renew(lease),
+            Self::Release => Pending::Release(lease),
+        }
+    }
+
+    fn draft(self, kept: &Held) -> Option<&Draft> {
+        match self {
+            Self::Claim => kept.claim.as_ref(),
+            Self::Renew => kept.renew.as_ref().map(|(draft, _)| draft),
+            Self::Release => kept.release.as_ref(),
+        }
+    }
+}
 
 impl Core {
     /// Ranks the hosts on the map for `want`.
@@ -372,7 +408,7 @@ impl Core {
             Placed::Here(draft) => &draft.envelope,
             Placed::Elsewhere(signed) => &signed.envelope,
         };
-        let asked = order_in(envelope).ok_or("the order does not decode")?;
+        let asked = body_in::<Order>(envelope).ok_or("the order does not decode")?;
         let until = Envelope::decode(envelope).map(|envelope| envelope.header.not_after);
         if self.conduct.is_quarantined(&grant.signer()) {
             return Err("its lessor was convicted of saying two different things".into());
@@ -510,13 +546,7 @@ impl Core {
     ) -> Result<(), Failure> {
         job.check().map_err(|why| Failure::BadJob(why.into()))?;
         small_enough(job)?;
-        let hand = self.hand.clone();
-        let boot = self.config.boot;
-        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
-        let relied = holding.relied_until().filter(|_| holding.kept.boot == boot);
-        if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
-            return Err(Failure::Over);
-        }
+        let holding = relied_on(&mut self.holdings, &lease, self.config.boot, now)?;
         let room = holding.terms.as_ref().map_or(0, |(_, terms)| terms.payload_room());
         let need = job.payload_bytes();
         if need > room {
@@ -525,36 +555,73 @@ impl Core {
                  for more disk"
             )));
         }
-        let lessor = holding.kept.lessor;
         let standing = holding.kept.claim.as_ref().filter(|_| !holding.kept.claim_refused);
         let draft = match standing {
             Some(draft) => {
-                let same = claim_in(draft).is_some_and(|known| known.job == *job);
+                let same = body_in::<Claim>(&draft.envelope).is_some_and(|known| known.job == *job);
                 if !same {
                     return Err(Failure::InUse);
                 }
                 draft.clone()
             }
             None => {
-                let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
-                let draft = hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
-                let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
-                holding.acts += 1;
-                holding.kept.claim = Some(draft.clone());
-                holding.kept.claim_refused = false;
-                holding.kept.claim_sent = Some((now.boot, now.wall));
-                draft
+                let draft = draft_claim(&self.hand, holding, now, (lease, job), ORDER_LIFE);
+                draft.map_err(|error| Failure::BadJob(error.to_string()))?
             }
         };
-        if let Some(acting) = self.claims.get_mut(&lease) {
-            acting.commands.push(command);
-            return Ok(());
-        }
-        self.keep_held_lease(&lease, out);
-        self.claims.insert(lease, Acting { commands: vec![command], tries: 1 });
-        let what = Utterance::Signs(Word::Claim, draft);
-        self.ask(lessor, Pending::Claim(lease), what, out);
+        self.act(Verb::Claim, lease, draft, vec![command], out);
         Ok(())
+    }
+
+    const fn acting(&mut self, verb: Verb) -> &mut BTreeMap<LeaseId, Acting> {
+        match verb {
+            Verb::Claim => &mut self.claims,
+            Verb::Renew => &mut self.renewals,
+            Verb::Release => &mut self.releases,
+        }
+    }
+
+    /// Keeps an act and sends it to the lease's lessor, or waits for the answer with those who
+    /// asked for it before.
+    fn act(
+        &mut self,
+        verb: Verb,
+        lease: LeaseId,
+        draft: Draft,
+        commands: Vec<CommandId>,
+        out: &mut Vec<Effect>,
+    ) {
+        if let Some(acting) = self.acting(verb).get_mut(&lease) {
+            acting.commands.extend(commands);
+            return;
+        }
+        let Some(lessor) = self.holdings.get(&lease).map(|holding| holding.kept.lessor) else {
+            return;
+        };
+        self.keep_held_lease(&lease, out);
+        self.acting(verb).insert(lease, Acting { commands, tries: 1 });
+        self.ask(lessor, verb.about(lease), Utterance::Signs(verb.word(), draft), out);
+    }
+
+    /// An act was not answered as it should be: it is sent again, the same bytes, until it was
+    /// tried often enough.
+    pub(super) fn act_silent(
+        &mut self,
+        verb: Verb,
+        lease: &LeaseId,
+        why: &str,
+        out: &mut Vec<Effect>,
+    ) {
+        let kept = self.holdings.get(lease).map(|holding| &holding.kept);
+        let again = kept.and_then(|kept| Some((kept.lessor, verb.draft(kept)?.clone())));
+        let acting = self.acting(verb).get_mut(lease).filter(|acting| acting.tries < MAX_TRIES);
+        if let (Some(acting), Some((lessor, draft))) = (acting, again) {
+            acting.tries += 1;
+            self.ask(lessor, verb.about(*lease), Utterance::Signs(verb.word(), draft), out);
+            return;
+        }
+        let given_up = self.acting(verb).remove(lease);
+        answer(given_up, &Err(Failure::Unreachable(why.into())), out);
     }
 
     pub(super) fn claim_accepted(
@@ -567,7 +634,7 @@ impl Core {
         let lessor = holding.kept.lessor;
         let of = holding.kept.claim.as_ref().map(Draft::id);
         if acceptance.signer() != lessor || Some(acceptance.body().of) != of {
-            self.claim_silent(lease, "it accepted something else", out);
+            self.act_silent(Verb::Claim, lease, "it accepted something else", out);
             return;
         }
         if holding.kept.stage == Stage::Granted {
@@ -587,7 +654,7 @@ impl Core {
         let kept = &mut holding.kept;
         let of = kept.claim.as_ref().map(Draft::id);
         if refusal.signer() != kept.lessor || Some(refusal.body().of) != of {
-            self.claim_silent(lease, "it refused something else", out);
+            self.act_silent(Verb::Claim, lease, "it refused something else", out);
             return;
         }
         if kept.stage == Stage::Granted {
@@ -597,36 +664,6 @@ impl Core {
         }
         let failure = Failure::Act(refusal.body().reason);
         answer(self.claims.remove(lease), &Err(failure), out);
-    }
-
-    pub(super) fn claim_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
-        let draft = self.holdings.get(lease).and_then(|holding| holding.kept.claim.clone());
-        let repeat = draft.map(|draft| (Word::Claim, draft, Pending::Claim(*lease)));
-        if !self.repeat_act(lease, repeat, out) {
-            answer(self.claims.remove(lease), &Err(Failure::Unreachable(why.into())), out);
-        }
-    }
-
-    /// Sends an act again, the same bytes. False when it was tried often enough.
-    fn repeat_act(
-        &mut self,
-        lease: &LeaseId,
-        act: Option<(Word, Draft, Pending)>,
-        out: &mut Vec<Effect>,
-    ) -> bool {
-        let acting = match act {
-            Some((Word::Claim, ..)) => &mut self.claims,
-            Some((Word::Renew, ..)) => &mut self.renewals,
-            _ => &mut self.releases,
-        };
-        let Some(acting) = acting.get_mut(lease).filter(|acting| acting.tries < MAX_TRIES) else {
-            return false;
-        };
-        acting.tries += 1;
-        let lessor = self.holdings.get(lease).map(|holding| holding.kept.lessor);
-        let (Some(lessor), Some((word, draft, about))) = (lessor, act) else { return false };
-        self.ask(lessor, about, Utterance::Signs(word, draft), out);
-        true
     }
 
     /// Gives a lease back for which nobody waits. What cannot be given back ends by its term, or
@@ -657,27 +694,18 @@ impl Core {
         lease: LeaseId,
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
-        let hand = self.hand.clone();
         let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
-        let lessor = holding.kept.lessor;
         let draft = match &holding.kept.release {
             Some(draft) => draft.clone(),
             None => {
                 let body = Release { lease, act: act_id(&lease, "release") };
-                let draft = hand.draft(lease.0, 0, now.wall + ORDER_LIFE, &body);
+                let draft = self.hand.draft(lease.0, 0, now.wall + ORDER_LIFE, &body);
                 let draft = draft.map_err(|error| Failure::BadJob(error.to_string()))?;
                 holding.kept.release = Some(draft.clone());
                 draft
             }
         };
-        if let Some(acting) = self.releases.get_mut(&lease) {
-            acting.commands.extend(commands);
-            return Ok(());
-        }
-        self.keep_held_lease(&lease, out);
-        self.releases.insert(lease, Acting { commands, tries: 1 });
-        let what = Utterance::Signs(Word::Release, draft);
-        self.ask(lessor, Pending::Release(lease), what, out);
+        self.act(Verb::Release, lease, draft, commands, out);
         Ok(())
     }
 
@@ -689,7 +717,7 @@ impl Core {
     ) {
         let lessor = self.holdings.get(lease).map(|holding| holding.kept.lessor);
         if Some(acceptance.signer()) != lessor {
-            self.release_silent(lease, "somebody else answered", out);
+            self.act_silent(Verb::Release, lease, "somebody else answered", out);
             return;
         }
         answer(self.releases.remove(lease), &Ok(Reply::Released), out);
@@ -705,21 +733,13 @@ impl Core {
         let of = kept.and_then(|kept| kept.release.as_ref()).map(Draft::id);
         let lessor = kept.map(|kept| kept.lessor);
         if Some(refusal.signer()) != lessor || Some(refusal.body().of) != of {
-            self.release_silent(lease, "it refused something else", out);
+            self.act_silent(Verb::Release, lease, "it refused something else", out);
             return;
         }
         let reason = refusal.body().reason;
         let over = matches!(reason, Reason::Ended);
         let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
         answer(self.releases.remove(lease), &reply, out);
-    }
-
-    pub(super) fn release_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
-        let draft = self.holdings.get(lease).and_then(|holding| holding.kept.release.clone());
-        let repeat = draft.map(|draft| (Word::Release, draft, Pending::Release(*lease)));
-        if !self.repeat_act(lease, repeat, out) {
-            answer(self.releases.remove(lease), &Err(Failure::Unreachable(why.into())), out);
-        }
     }
 
     /// Asks the lessor to make a lease longer.
@@ -731,13 +751,7 @@ impl Core {
         term: Span,
         out: &mut Vec<Effect>,
     ) -> Result<(), Failure> {
-        let hand = self.hand.clone();
-        let boot = self.config.boot;
-        let holding = self.holdings.get_mut(&lease).ok_or(Failure::UnknownLease)?;
-        let relied = holding.relied_until().filter(|_| holding.kept.boot == boot);
-        if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
-            return Err(Failure::Over);
-        }
+        let holding = relied_on(&mut self.holdings, &lease, self.config.boot, now)?;
         let longest = holding.terms.as_ref().map_or(Span::ZERO, |(_, terms)| terms.longest);
         if term < holding.kept.term || term > longest {
             return Err(Failure::Term { least: holding.kept.term, most: longest, asked: term });
@@ -745,7 +759,6 @@ impl Core {
         if self.renewals.contains_key(&lease) {
             return Err(Failure::Busy);
         }
-        let lessor = holding.kept.lessor;
         let kept = &mut holding.kept;
         // One that was asked before without an answer is asked again with the same bytes.
         let asked = kept.renew.as_ref().filter(|(_, asked)| *asked > kept.term);
@@ -756,17 +769,14 @@ impl Core {
                 let version = kept.version;
                 let verb = format!("renew {version} {}", term.as_millis());
                 let body = Renew { lease, act: act_id(&lease, &verb), version, term };
-                let draft = hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
+                let draft = self.hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
                 let draft = draft.map_err(|error| Failure::BadOrder(error.to_string()))?;
                 holding.acts += 1;
                 kept.renew = Some((draft.clone(), term));
                 draft
             }
         };
-        self.keep_held_lease(&lease, out);
-        self.renewals.insert(lease, Acting { commands: vec![command], tries: 1 });
-        let what = Utterance::Signs(Word::Renew, draft);
-        self.ask(lessor, Pending::Renew(lease), what, out);
+        self.act(Verb::Renew, lease, draft, vec![command], out);
         Ok(())
     }
 
@@ -778,7 +788,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         if renewal.body().lease != *lease || !self.holdings.renewed(renewal) {
-            self.renew_silent(lease, "it renewed something else", out);
+            self.act_silent(Verb::Renew, lease, "it renewed something else", out);
             return;
         }
         self.keep_held_lease(lease, out);
@@ -799,7 +809,7 @@ impl Core {
         let kept = &mut holding.kept;
         let of = kept.renew.as_ref().map(|(draft, _)| draft.id());
         if refusal.signer() != kept.lessor || Some(refusal.body().of) != of {
-            self.renew_silent(lease, "it refused something else", out);
+            self.act_silent(Verb::Renew, lease, "it refused something else", out);
             return;
         }
         // Nothing was agreed: nothing may be billed beyond the term as it is.
@@ -807,14 +817,6 @@ impl Core {
         self.keep_held_lease(lease, out);
         let failure = Failure::Act(refusal.body().reason);
         answer(self.renewals.remove(lease), &Err(failure), out);
-    }
-
-    pub(super) fn renew_silent(&mut self, lease: &LeaseId, why: &str, out: &mut Vec<Effect>) {
-        let renew = self.holdings.get(lease).and_then(|holding| holding.kept.renew.clone());
-        let repeat = renew.map(|(draft, _)| (Word::Renew, draft, Pending::Renew(*lease)));
-        if repeat.is_none() || !self.repeat_act(lease, repeat, out) {
-            answer(self.renewals.remove(lease), &Err(Failure::Unreachable(why.into())), out);
-        }
     }
 
     pub(super) fn hear_receipt(
@@ -1068,15 +1070,42 @@ fn answer(acting: Option<Acting>, reply: &Result<Reply, Failure>, out: &mut Vec<
     }
 }
 
+/// A lease that can still be relied on here.
+fn relied_on<'a>(
+    holdings: &'a mut Holdings,
+    lease: &LeaseId,
+    boot: BootId,
+    now: Now,
+) -> Result<&'a mut Holding, Failure> {
+    let holding = holdings.get_mut(lease).ok_or(Failure::UnknownLease)?;
+    let relied = holding.relied_until().filter(|_| holding.kept.boot == boot);
+    if holding.kept.stage == Stage::Ended || relied.is_none_or(|until| until <= now.boot) {
+        return Err(Failure::Over);
+    }
+    Ok(holding)
+}
+
+/// Drafts the claim of a lease for a job: from now on it is this one.
+pub(super) fn draft_claim(
+    hand: &Hand,
+    holding: &mut Holding,
+    now: Now,
+    (lease, job): (LeaseId, &JobSpec),
+    life: Span,
+) -> Result<Draft, EncodeError> {
+    let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
+    let draft = hand.draft(lease.0, holding.acts, now.wall + life, &body)?;
+    holding.acts += 1;
+    holding.kept.claim = Some(draft.clone());
+    holding.kept.claim_refused = false;
+    holding.kept.claim_sent = Some((now.boot, now.wall));
+    Ok(draft)
+}
+
 /// How a held lease ended, by its termination.
 fn ended_of(holding: &Holding) -> Option<Ended> {
     let Over { reason, outcome, charge, credit } = holding.ended.clone()?;
     Some(Ended { reason, outcome, charge, credit, receipts: holding.kept.chain.number })
-}
-
-fn order_in(envelope: &[u8]) -> Option<Order> {
-    let envelope = Envelope::decode(envelope).ok()?;
-    wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).ok()
 }
 
 fn want_of(order: &Order) -> Want {

@@ -8,7 +8,7 @@ use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::admission::{NotEntitled, NotTimely};
 use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
 use crate::words::contract::{
-    Claim, EndReason, Figure, MAX_REFERRALS, Order, Reason, Refusal, Release, Renew,
+    Claim, EndReason, Figure, JobSpec, MAX_REFERRALS, Order, Reason, Refusal, Release, Renew,
 };
 use crate::words::message::{Message, OrderPapers, Utterance, Word};
 use crate::words::sign::{Draft, Verified};
@@ -89,20 +89,29 @@ impl Core {
         })?;
         // A repeat of what was granted is answered also by a node that grants nothing new.
         let known = self.book.has_request(&body.lessee, &body.request);
-        let ready = self.halted.is_none() && !self.leaving && self.is_vouched(now.boot);
-        if !known && !ready {
+        if !known && !self.is_vouched(now.boot) {
             return Err(Reason::NotReady);
         }
-        if !known && self.holdback.drained {
-            return Err(Reason::Withdrawn);
-        }
-        if !known && self.disk_full {
-            return Err(Reason::DiskFull);
+        if let Some(reason) = self.unwilling().filter(|_| !known) {
+            return Err(reason);
         }
         let honoured = self.pricing.quote(now.boot, &body.offer, &body.shape, body.class);
         let offer = honoured.map(|honoured| (honoured.offer, honoured.rate, honoured.early));
         let quote = Quote { offer, sold: self.pricing.sells(body) };
         Ok(self.book.place(now, order, &quote))
+    }
+
+    /// Why nothing new is granted or renewed here, whatever it is.
+    const fn unwilling(&self) -> Option<Reason> {
+        if self.halted.is_some() || self.leaving {
+            Some(Reason::NotReady)
+        } else if self.holdback.drained {
+            Some(Reason::Withdrawn)
+        } else if self.disk_full {
+            Some(Reason::DiskFull)
+        } else {
+            None
+        }
     }
 
     pub(super) fn refuse(
@@ -166,17 +175,9 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let (lease, job) = (claim.body().lease, &claim.body().job);
-        if wire::encode::<MAX_JOB>(job).is_err() {
-            self.refuse(now, (claim.id(), None), Reason::BadJob, Vec::new(), ticket, out);
+        if let Some(figures) = misfit(job, self.book.get(&lease)) {
+            self.refuse(now, (claim.id(), None), Reason::BadJob, figures, ticket, out);
             return;
-        }
-        if let Some(known) = self.book.get(&lease) {
-            let (have, need) = (known.terms.payload_room(), job.payload_bytes());
-            if need > have {
-                let figures = vec![Figure { of: "disk".into(), have, need }];
-                self.refuse(now, (claim.id(), None), Reason::BadJob, figures, ticket, out);
-                return;
-            }
         }
         let runs = self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
@@ -229,21 +230,10 @@ impl Core {
     ) {
         let (lease, act) = (renew.body().lease, renew.body().act);
         let known = self.book.get(&lease).is_some_and(|l| l.kept.acts.iter().any(|a| a.id == act));
-        let unwilling = if known {
-            None
-        } else if self.halted.is_some() || self.leaving {
-            Some(Reason::NotReady)
-        } else if self.holdback.drained {
-            Some(Reason::Withdrawn)
-        } else if self.disk_full {
-            Some(Reason::DiskFull)
-        } else if renew.header().not_after + SKEW < now.wall {
-            // One that was refused once must not come true long after.
-            Some(Reason::Expired)
-        } else {
-            None
-        };
-        if let Some(reason) = unwilling {
+        // One that was refused once must not come true long after.
+        let expired = renew.header().not_after + SKEW < now.wall;
+        let unwilling = self.unwilling().or(expired.then_some(Reason::Expired));
+        if let Some(reason) = unwilling.filter(|_| !known) {
             self.refuse(now, (renew.id(), None), reason, Vec::new(), ticket, out);
             return;
         }
@@ -678,6 +668,15 @@ impl Core {
         let current = self.book.leases().map(|(id, lease)| view_of(id, lease));
         self.history.iter().map(|past| past.view.clone()).chain(current).collect()
     }
+}
+
+/// What keeps a job from being carried out under a lease, in figures where it is its size.
+pub(super) fn misfit(job: &JobSpec, under: Option<&Lease>) -> Option<Vec<Figure>> {
+    if wire::encode::<MAX_JOB>(job).is_err() {
+        return Some(Vec::new());
+    }
+    let (have, need) = (under?.terms.payload_room(), job.payload_bytes());
+    (need > have).then(|| vec![Figure { of: "disk".into(), have, need }])
 }
 
 pub(super) fn reply(word: Word, draft: Draft, ticket: Ticket, out: &mut Vec<Effect>) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::lessee::Verb;
 use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
 use crate::base::id::KeyId;
 use crate::base::resource::Resources;
@@ -297,12 +298,15 @@ impl Core {
     /// Whether enough peers were met since the start to know of a later life of this node: each
     /// that greets shows the latest it has seen. Nobody is waited for who is not there.
     pub(super) fn is_vouched(&self, now: Boot) -> bool {
+        if self.vouched {
+            return true;
+        }
         let me = &self.config.me;
         let up = self.spread.hosts().map(|host| host.signer());
         let up = up.filter(|key| key != me && self.is_up(key, None, now)).take(VOUCHERS).count();
         let need = up.max(usize::from(!self.config.join.is_empty()));
         let waited = self.greeted_at.is_some_and(|at| at + VOUCHING <= now);
-        self.vouched || waited || self.greeted.len() >= need
+        waited || self.greeted.len() >= need
     }
 
     /// A key said two different things under one version.
@@ -497,9 +501,9 @@ impl Core {
                 self.reconcile_at = self.reconcile_at.min(now.boot + Span::secs(1));
             }
             Pending::Order(order) => self.order_silent(now, &order, why, out),
-            Pending::Claim(lease) => self.claim_silent(&lease, why, out),
-            Pending::Release(lease) => self.release_silent(&lease, why, out),
-            Pending::Renew(lease) => self.renew_silent(&lease, why, out),
+            Pending::Claim(lease) => self.act_silent(Verb::Claim, &lease, why, out),
+            Pending::Release(lease) => self.act_silent(Verb::Release, &lease, why, out),
+            Pending::Renew(lease) => self.act_silent(Verb::Renew, &lease, why, out),
             Pending::Gang(lease) => self.gang_silent(now, &lease, out),
             Pending::Commits(_) => {}
             Pending::Inquire(lease) => self.inquiry_silent(&lease, why, out),

@@ -33,10 +33,10 @@ use crate::words::contract::{
     Acceptance, Claim, Class, Commit, EarlyEnd, EndReason, Fence, Figure, Gang, Grant,
     MIN_RECEIPT_EVERY, Order, Reason, Release, Renew, Renewal, Termination,
 };
-use crate::words::object::{Envelope, Kind};
+use crate::words::object::{Envelope, Kind, body_in};
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Outcome, Receipt, Usage};
-use crate::words::wire::{self, MAX_OBJECT};
+use crate::words::wire;
 
 /// The most acts remembered per lease: of many renewals the oldest are forgotten, a repeat of those
 /// is refused for its version.
@@ -333,9 +333,8 @@ impl Book {
     ) -> Option<LeaseId> {
         let id = LeaseId(kept.grant.id());
         let order_envelope = Envelope::decode(&kept.order.envelope).ok()?;
-        let order: Order = wire::decode::<MAX_OBJECT, _>(&order_envelope.body).ok()?;
-        let envelope = Envelope::decode(&kept.grant.envelope).ok()?;
-        let terms: Grant = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
+        let order: Order = order_envelope.read().ok()?;
+        let terms: Grant = body_in(&kept.grant.envelope)?;
         let request = (order.lessee, order.request);
         // A receipt beyond the kept chain was cut off from it by a crash: it never left.
         let number = kept.chain.number;
@@ -345,7 +344,7 @@ impl Book {
             self.promised = self.promised.plus(&terms.shape);
             self.open += 1;
         }
-        let gang = kept.joined.as_ref().and_then(|joined| gang_in(&joined.gang));
+        let gang = kept.joined.as_ref().and_then(|joined| body_in(&joined.gang.envelope));
         let lease = Lease {
             terms,
             request,
@@ -855,8 +854,8 @@ impl Book {
             return None;
         }
         let until = lease.kept.stopped.or(lease.kept.frozen).unwrap_or(now.boot);
-        let billed = until.since(claimed).saturating_sub(lease.kept.paused);
-        let billed = billed.min(chain::billable(&lease.terms, lease.kept.term));
+        let billed =
+            lease.billed(claimed, until).min(chain::billable(&lease.terms, lease.kept.term));
         let usage = Usage { billed, ..lease.reported };
         let end = (lease.kept.stage == Stage::Draining)
             .then_some(lease.kept.end.map(|(reason, _)| reason))
@@ -1074,8 +1073,7 @@ pub fn is_past(kept: &Lent, now: Wall) -> bool {
     let agreed = kept.stage == Stage::Ended && kept.acknowledged.0 == kept.chain.number;
     let Some(end) = kept.termination.as_ref().filter(|_| agreed) else { return false };
     let order = Envelope::decode(&kept.order.envelope).ok();
-    let end = Envelope::decode(&end.envelope).ok();
-    let end = end.and_then(|e| wire::decode::<MAX_OBJECT, Termination>(&e.body).ok());
+    let end = body_in::<Termination>(&end.envelope);
     order.is_some_and(|order| order.header.not_after + SKEW < now)
         && end.is_some_and(|end| end.at + AWAIT < now)
 }
@@ -1094,11 +1092,6 @@ enum Next {
 
 const fn no(reason: Reason) -> Acted {
     Acted::Refused(reason, Vec::new())
-}
-
-fn gang_in(signed: &Signed) -> Option<Gang> {
-    let envelope = Envelope::decode(&signed.envelope).ok()?;
-    wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()
 }
 
 impl Lease {
@@ -1120,10 +1113,20 @@ impl Lease {
     /// When its cap is reached; never while it is frozen.
     #[must_use]
     pub fn spent(&self) -> Boot {
-        let (Some(claimed), None) = (self.kept.claimed, self.kept.frozen) else {
-            return Boot(u64::MAX);
-        };
+        match (self.kept.claimed, self.kept.frozen) {
+            (Some(claimed), None) => self.capped(claimed),
+            _ => Boot(u64::MAX),
+        }
+    }
+
+    /// When its cap is reached if it is never frozen again.
+    fn capped(&self, claimed: Boot) -> Boot {
         claimed + self.kept.paused + chain::billable(&self.terms, self.kept.term)
+    }
+
+    /// For how long it is billed if it runs until then, by its clock alone.
+    fn billed(&self, claimed: Boot, until: Boot) -> Span {
+        until.since(claimed).saturating_sub(self.kept.paused)
     }
 
     /// When its job must be over, without its grace, as things stand. While it is frozen its cap
@@ -1131,12 +1134,11 @@ impl Lease {
     #[must_use]
     pub fn deadline(&self) -> Boot {
         let Some(claimed) = self.kept.claimed else { return self.term_end() };
-        let spent = claimed + self.kept.paused + chain::billable(&self.terms, self.kept.term);
         let still = self.kept.frozen.map_or(Span::ZERO, |since| {
             let end = self.kept.holds.iter().map(|hold| hold.end).max();
             end.map_or(Span::ZERO, |end| end.since(since))
         });
-        self.term_end().min(spent + still)
+        self.term_end().min(self.capped(claimed) + still)
     }
 
     /// Whether it is no member of a gang, or every member of its gang has committed.
@@ -1225,8 +1227,7 @@ impl Lease {
         };
         let credit = self.kept.claimed.filter(|_| theirs).map_or(Amount::ZERO, |claimed| {
             let stops = self.kept.frozen.unwrap_or(stops);
-            let billed = stops.since(claimed).saturating_sub(self.kept.paused);
-            let charge = chain::charge(&self.terms, billed);
+            let charge = chain::charge(&self.terms, self.billed(claimed, stops));
             chain::credit(&self.terms, charge, self.term_end().since(stops), why)
         });
         let within = ends.since(now) + self.terms.grace;
@@ -1250,8 +1251,7 @@ impl Lease {
     fn owes_less_than(&self, amount: Amount) -> bool {
         let Some(claimed) = self.kept.claimed else { return true };
         let until = self.kept.frozen.unwrap_or(claimed);
-        let billed = until.since(claimed).saturating_sub(self.kept.paused);
-        let charge = chain::charge(&self.terms, billed);
+        let charge = chain::charge(&self.terms, self.billed(claimed, until));
         charge.minus(self.kept.acknowledged.1) < amount || charge == self.kept.acknowledged.1
     }
 
@@ -1310,8 +1310,7 @@ impl Lease {
 }
 
 fn charge_of(receipt: &Draft) -> Amount {
-    let body = Envelope::decode(&receipt.envelope).ok();
-    let receipt = body.and_then(|e| wire::decode::<MAX_OBJECT, Receipt>(&e.body).ok());
+    let receipt = body_in::<Receipt>(&receipt.envelope);
     receipt.map_or(Amount::ZERO, |receipt| receipt.charge)
 }
 

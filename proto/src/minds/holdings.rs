@@ -20,10 +20,9 @@ use crate::base::money::Amount;
 use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
 use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
 use crate::words::contract::{EndReason, GangOf, Grant, Renewal, Termination};
-use crate::words::object::Envelope;
+use crate::words::object::body_in;
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Objection, ObjectionReason, Outcome, Receipt};
-use crate::words::wire::{self, MAX_OBJECT};
 
 /// How far the clocks of two hosts may drift apart in a term: 200 ppm, and a fixed margin.
 const DRIFT_PPM: u64 = 200;
@@ -167,8 +166,7 @@ impl Holdings {
             self.leases.insert(*lease, order);
         }
         let ended = kept.termination.as_ref().and_then(|signed| {
-            let envelope = Envelope::decode(&signed.envelope).ok()?;
-            let end: Termination = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
+            let end: Termination = body_in(&signed.envelope)?;
             Some(over(&kept, terms.as_ref().map(|(_, terms)| terms), &end))
         });
         let lost = (kept.stage == Stage::Ended).then(|| unheard(&kept));

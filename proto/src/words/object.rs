@@ -92,6 +92,20 @@ impl Envelope {
         }
         Ok(envelope)
     }
+
+    /// Decodes the body as a `T`, whatever the header says that it is.
+    ///
+    /// # Errors
+    /// When it is no `T`.
+    pub fn read<T: Body>(&self) -> Result<T, DecodeError> {
+        wire::decode::<MAX_OBJECT, _>(&self.body)
+    }
+}
+
+/// The body in an encoded envelope of one's own making, or verified before it was kept.
+#[must_use]
+pub fn body_in<T: Body>(envelope: &[u8]) -> Option<T> {
+    Envelope::decode(envelope).ok()?.read().ok()
 }
 
 /// A type that can stand in an envelope.
@@ -201,7 +215,7 @@ macro_rules! kinds {
             let envelope = Envelope::decode(envelope)?;
             let body = match envelope.header.kind {
                 $( Kind::$variant => {
-                    let body: $variant = wire::decode::<MAX_OBJECT, _>(&envelope.body)?;
+                    let body: $variant = envelope.read()?;
                     body.validate().map_err(DecodeError::Invalid)?;
                     serde_json::to_value(body)
                 } )*

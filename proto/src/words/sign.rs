@@ -268,6 +268,13 @@ pub struct HeaderOf {
     pub not_after: Wall,
 }
 
+impl From<&Header> for HeaderOf {
+    fn from(of: &Header) -> Self {
+        let Header { fabric, signer, subject, epoch, seq, not_after, .. } = *of;
+        Self { fabric, signer, subject, epoch, seq, not_after }
+    }
+}
+
 impl HeaderOf {
     const fn of_kind(self, kind: Kind) -> Header {
         let Self { fabric, signer, subject, epoch, seq, not_after } = self;

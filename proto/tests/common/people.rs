@@ -12,9 +12,9 @@ use leasehold_proto::words::charter::{Certificate, Charter, Limits, Organisation
 use leasehold_proto::words::contract::{
     Authority, Class, EarlyEnd, Grant, JobSpec, Mandate, Order,
 };
-use leasehold_proto::words::object::{Body, key_subject, order_subject};
+use leasehold_proto::words::object::{Body, body_in, key_subject, order_subject};
 use leasehold_proto::words::sign::{Draft, Hand, HeaderOf, Signed, Signer, Verified};
-use leasehold_proto::words::{wire, wire::MAX_OBJECT};
+use leasehold_proto::words::want::{Choice, Want};
 
 /// What the wall clock reads when the boot clock reads zero.
 pub const WALL: Wall = Wall(1_790_000_000_000);
@@ -215,10 +215,41 @@ pub fn job() -> JobSpec {
 }
 
 pub fn body_of<T: Body>(draft: &Draft) -> T {
-    let envelope = leasehold_proto::words::object::Envelope::decode(&draft.envelope);
-    wire::decode::<MAX_OBJECT, _>(&envelope.expect("an envelope").body).expect("its body")
+    body_in(&draft.envelope).expect("its body")
 }
 
 pub fn grant_of(draft: &Draft) -> Grant {
     body_of(draft)
+}
+
+/// The host with this number, as it was ranked.
+pub fn choice(n: u8) -> Choice {
+    Choice {
+        lessor: KeyId([n; 32]),
+        name: format!("host-{n}"),
+        offer: Hash([n; 32]),
+        rate: Amount(1),
+        worst_case: Amount(1),
+        score: n.into(),
+        why: String::new(),
+    }
+}
+
+/// What a lessee wants of any of them.
+pub fn want() -> Want {
+    Want {
+        shape: Resources::new(1000, 1 << 30, 0),
+        class: Class::Firm,
+        term: Span::secs(60),
+        longest: Span::secs(60),
+        claim_within: Span::secs(10),
+        max_hourly: Amount::MAX,
+        budget: Amount::MAX,
+        exposure: Amount::MAX,
+        receipt_every: Span::secs(1),
+        runtime: "wasm".into(),
+        lessors: Vec::new(),
+        labels: Vec::new(),
+        isolation: Vec::new(),
+    }
 }

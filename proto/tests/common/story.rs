@@ -23,7 +23,6 @@ use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, Signer};
 use leasehold_proto::words::usage::{
     Acknowledgement, Objection, ObjectionReason, Outcome, Receipt, Usage,
 };
-use leasehold_proto::words::wire;
 use leasehold_proto::{
     Amount, FabricId, GIB, GpuRate, Gpus, Hash, LeaseId, Payload, Rates, RequestId, Resources,
     Span, Wall,
@@ -334,19 +333,9 @@ impl Story {
     /// What the lessor must not sign: another offer under the same version.
     pub(crate) fn equivocation(&self) -> Equivocation {
         let envelope = Envelope::decode(&self.offer.envelope).expect("an envelope");
-        let header = envelope.header;
-        let mut body: Offer =
-            wire::decode::<{ wire::MAX_OBJECT }, _>(&envelope.body).expect("an offer");
+        let mut body: Offer = envelope.read().expect("an offer");
         body.max_term = Span::secs(1);
-        let header = HeaderOf {
-            fabric: header.fabric,
-            signer: header.signer,
-            subject: header.subject,
-            epoch: header.epoch,
-            seq: header.seq,
-            not_after: header.not_after,
-        };
-        let draft = Draft::new(header, &body).expect("it fits");
+        let draft = Draft::new((&envelope.header).into(), &body).expect("it fits");
         let second = Signer::from_seed(&LESSOR).sign(&draft).expect("it is the signer");
         Equivocation { first: self.offer.clone(), second }
     }

@@ -6,14 +6,13 @@ use leasehold_proto::base::id::{Hash, LeaseId, Payload};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::{GIB, Rates, Resources};
 use leasehold_proto::base::time::Span;
-use leasehold_proto::core::{Command, Failure, Leased, Reply};
+use leasehold_proto::core::{Command, Failure, Reply};
 use leasehold_proto::minds::pricing::Policy;
 use leasehold_proto::words::contract::{Class, EarlyEnd, Grant, JobSpec, Order};
 use leasehold_proto::words::message::verify_order;
-use leasehold_proto::words::object::Envelope;
-use leasehold_proto::words::sign::{Draft, HeaderOf};
+use leasehold_proto::words::object::{Envelope, body_in};
+use leasehold_proto::words::sign::Draft;
 use leasehold_proto::words::want::Want;
-use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 use super::fabric::{Fabric, Identity};
 use crate::scenario::Load;
@@ -161,11 +160,13 @@ pub(super) fn go_on(
 ) -> Vec<Later> {
     match reply {
         Ok(Reply::Leased(leased)) => {
-            let Some(grant) = grant_in(leased) else { return Vec::new() };
+            let Some(grant) = body_in::<Grant>(&leased.grant.envelope) else { return Vec::new() };
             use_lease(load, leased.lease, &grant, dice)
         }
         Ok(Reply::Ganged { leases, .. }) => {
-            let uses = leases.iter().filter_map(|leased| Some((leased.lease, grant_in(leased)?)));
+            let uses = leases.iter().filter_map(|leased| {
+                Some((leased.lease, body_in::<Grant>(&leased.grant.envelope)?))
+            });
             let uses: Vec<_> = uses.collect();
             uses.iter().flat_map(|(id, grant)| use_lease(load, *id, grant, dice)).collect()
         }
@@ -181,11 +182,6 @@ pub(super) fn go_on(
         }
         _ => Vec::new(),
     }
-}
-
-fn grant_in(leased: &Leased) -> Option<Grant> {
-    let envelope = Envelope::decode(&leased.grant.envelope).ok()?;
-    wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()
 }
 
 fn use_lease(load: &Load, lease: LeaseId, grant: &Grant, dice: &mut Dice) -> Vec<Later> {
@@ -268,17 +264,8 @@ fn sign_elsewhere(fabric: &Fabric, me: &Identity, draft: &Draft, dice: &mut Dice
 
 fn with_other_term(draft: &Draft) -> Option<Draft> {
     let envelope = Envelope::decode(&draft.envelope).ok()?;
-    let order: Order = wire::decode::<MAX_OBJECT, _>(&envelope.body).ok()?;
+    let order: Order = envelope.read().ok()?;
     let (term, longest) = (order.term + Span::secs(1), order.longest + Span::secs(1));
     let order = Order { term, longest, ..order };
-    let header = envelope.header;
-    let header = HeaderOf {
-        fabric: header.fabric,
-        signer: header.signer,
-        subject: header.subject,
-        epoch: header.epoch,
-        seq: header.seq,
-        not_after: header.not_after,
-    };
-    Draft::new(header, &order).ok()
+    Draft::new((&envelope.header).into(), &order).ok()
 }

@@ -14,7 +14,6 @@ use leasehold_proto::words::object::{Body, Envelope, Header, Kind};
 use leasehold_proto::words::record::{HostRecord, Offer};
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed};
 use leasehold_proto::words::usage::Receipt;
-use leasehold_proto::words::wire::{self, MAX_OBJECT};
 
 use crate::scenario::Vice;
 
@@ -26,19 +25,8 @@ fn opened<T: Body>(envelope: &[u8]) -> Option<(Header, T)> {
     if envelope.header.kind != T::KIND {
         return None;
     }
-    let body = wire::decode::<MAX_OBJECT, T>(&envelope.body).ok()?;
+    let body = envelope.read().ok()?;
     Some((envelope.header, body))
-}
-
-const fn same(header: &Header) -> HeaderOf {
-    HeaderOf {
-        fabric: header.fabric,
-        signer: header.signer,
-        subject: header.subject,
-        epoch: header.epoch,
-        seq: header.seq,
-        not_after: header.not_after,
-    }
 }
 
 /// What a node with these vices signs in place of `draft`; none where it signs that.
@@ -46,7 +34,7 @@ pub(super) fn twisted(vices: &[Vice], draft: &Draft, dice: &mut Dice) -> Option<
     if vices.contains(&Vice::Inflates)
         && let Some((header, receipt)) = opened::<Receipt>(&draft.envelope)
     {
-        return Draft::new(same(&header), &inflated(receipt, dice)).ok();
+        return Draft::new(HeaderOf::from(&header), &inflated(receipt, dice)).ok();
     }
     if vices.contains(&Vice::Backdates)
         && let Some((header, grant)) = opened::<Grant>(&draft.envelope)
@@ -59,7 +47,7 @@ pub(super) fn twisted(vices: &[Vice], draft: &Draft, dice: &mut Dice) -> Option<
         } else {
             Grant { term: grant.term.scale(1, 2), ..grant }
         };
-        return Draft::new(same(&header), &grant).ok();
+        return Draft::new(HeaderOf::from(&header), &grant).ok();
     }
     None
 }
@@ -87,12 +75,12 @@ pub(super) fn contradicted(signed: &Signed) -> Option<Draft> {
             let (header, offer) = opened::<Offer>(&signed.envelope)?;
             let mut rates = offer.rates.clone();
             rates.cpu_hour = Amount(rates.cpu_hour.0 / 2);
-            Draft::new(same(&header), &Offer { rates, ..offer }).ok()
+            Draft::new(HeaderOf::from(&header), &Offer { rates, ..offer }).ok()
         }
         Kind::HostRecord => {
             let (header, host) = opened::<HostRecord>(&signed.envelope)?;
             let processor = "another".into();
-            Draft::new(same(&header), &HostRecord { processor, ..host }).ok()
+            Draft::new(HeaderOf::from(&header), &HostRecord { processor, ..host }).ok()
         }
         _ => None,
     }
@@ -105,7 +93,7 @@ pub(super) fn forged(of: &Message, me: KeyId, wall: Wall, dice: &mut Dice) -> Ve
         signer: me,
         not_after: wall + ACT_LIFE,
         seq: header.seq + 1_000 + dice.below(1_000_000),
-        ..same(header)
+        ..HeaderOf::from(header)
     };
     let act = dice.request();
     match of {
