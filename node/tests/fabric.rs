@@ -20,7 +20,7 @@ use leasehold_node::config::Config;
 use leasehold_node::data::LinkError;
 use leasehold_node::data::frame::Refusal as Turned;
 use leasehold_node::home::{Allowance, Home, mandate};
-use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetEvent};
+use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetError, NetEvent};
 use leasehold_node::node::StartError;
 use leasehold_node::payload::Declared;
 use leasehold_node::work::{Exec, hidden};
@@ -104,6 +104,20 @@ fn config(name: &str, cpu: &str, price: &str, join: &[&Node]) -> Config {
 
 async fn start(home: &Home, config: &Config) -> Node {
     Node::start(home, config, Exec::default()).await.expect("starts")
+}
+
+/// Starts a node on ports that it had before. Until it is there, one of them may be where somebody
+/// calls from, such as a peer that tries to reach it.
+async fn start_where_it_was(home: &Home, config: &Config) -> Node {
+    let begun = Instant::now();
+    loop {
+        match Node::start(home, config, Exec::default()).await {
+            Err(StartError::Net(NetError::PortInUse { .. })) if begun.elapsed() < PATIENCE => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            started => return started.expect("starts"),
+        }
+    }
 }
 
 /// Waits until `holds` of the node's view.
@@ -302,7 +316,7 @@ async fn restart() {
     seller.shutdown().await;
     let mut same = selling.clone();
     same.listen.link = at;
-    let seller = start(&home, &same).await;
+    let seller = start_where_it_was(&home, &same).await;
     let after = seller.handle().view().await.expect("view");
     assert!(after.epoch > before.epoch);
     assert_eq!(after.promised, before.promised);
