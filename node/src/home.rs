@@ -117,6 +117,10 @@ impl HomeError {
     }
 }
 
+/// The highest epoch that is believed of a note: half of all there are, so that every later start
+/// has one.
+const MAX_EPOCH: u64 = u64::MAX / 2;
+
 /// What stands in the note beside a node's directory.
 #[derive(Debug, Serialize, Deserialize)]
 struct EpochNote {
@@ -275,6 +279,9 @@ impl Home {
             Err(source) => return Err(HomeError::Io { path, source }),
         };
         match serde_json::from_slice::<EpochNote>(&text) {
+            Ok(note) if note.epoch > MAX_EPOCH => {
+                Err(HomeError::Content { path, expected: "note of an epoch that a node can reach" })
+            }
             Ok(note) if note.node == node => Ok(note.epoch),
             // Another node's, which lived here before.
             Ok(_) => Ok(0),
@@ -418,5 +425,29 @@ pub fn read_one(path: &Path, expected: &'static str) -> Result<Signed, HomeError
             if kind.name() == expected { Ok(signed) } else { Err(wrong()) }
         }
         _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_says_an_epoch_of_this_node_or_keeps_it_from_starting() {
+        let room = tempfile::tempdir().expect("a directory");
+        let home = Home::at(room.path().join("node"));
+        let (me, other) = (KeyId([1; 32]), KeyId([2; 32]));
+        assert_eq!(home.noted_epoch(me).expect("no note"), 0);
+        home.note_epoch(me, 7).expect("it is written");
+        assert_eq!(home.noted_epoch(me).expect("it reads"), 7);
+        assert_eq!(home.noted_epoch(other).expect("it reads"), 0, "it is of another node");
+        home.note_epoch(me, MAX_EPOCH).expect("it is written");
+        assert_eq!(home.noted_epoch(me).expect("it reads"), MAX_EPOCH);
+        for epoch in [MAX_EPOCH + 1, u64::MAX] {
+            home.note_epoch(me, epoch).expect("it is written");
+            assert!(matches!(home.noted_epoch(me), Err(HomeError::Content { .. })), "{epoch}");
+        }
+        std::fs::write(home.note_path().expect("a path"), "7").expect("it is written");
+        assert!(matches!(home.noted_epoch(me), Err(HomeError::Content { .. })));
     }
 }

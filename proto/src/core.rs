@@ -307,6 +307,10 @@ pub struct Core {
     history: VecDeque<Past>,
     records: BTreeMap<KeyId, Record>,
     halted: Option<String>,
+    /// The highest epoch because of which it is, or was; kept.
+    halted_above: u64,
+    /// The host records that were said in this epoch, with their numbers.
+    said_hosts: VecDeque<(u64, Hash)>,
     /// Whose word does not count.
     conduct: Conduct,
     /// Peers that have greeted since the start, and when the first did: each of them would have
@@ -357,7 +361,7 @@ impl Core {
         let last = saved.epoch.max(config.noted_epoch).max(floor);
         let epoch = last + u64::from(!config.plant.is("same-epoch"));
         let epoch = epoch.max(1);
-        let halted = halted_at_start(&config, &conduct, saved.epoch);
+        let halted = saved.halted(&config, &conduct);
         let hand = Hand { fabric, me: config.me, epoch };
         let mut dice = Dice::new(config.seed);
         let peer = Peer { key: config.me, epoch, rejoin: 0, probe };
@@ -404,6 +408,8 @@ impl Core {
             history: VecDeque::new(),
             records: BTreeMap::new(),
             halted: None,
+            halted_above: saved.halted,
+            said_hosts: VecDeque::new(),
             conduct,
             greeted: BTreeSet::new(),
             greeted_at: None,
@@ -425,8 +431,8 @@ impl Core {
             config,
         };
         out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
-        if let Some(why) = halted {
-            core.halt(why);
+        if let Some((above, why)) = halted {
+            core.halt(above, why, out);
         }
         core.restore(saved, orphans, now, out)?;
         core.handle(now, Event::Woke, out);
@@ -696,6 +702,7 @@ impl Core {
 #[derive(Default)]
 struct Saved {
     epoch: u64,
+    halted: u64,
     lent: BTreeMap<LeaseId, Lent>,
     held: BTreeMap<Hash, Held>,
     receipts: BTreeMap<LeaseId, VecDeque<(u64, Draft)>>,
@@ -706,25 +713,31 @@ struct Saved {
     reinstated: Vec<Signed>,
 }
 
-/// Why a node that starts with this may not grant: its directory is an older copy, or its key was
-/// convicted, and its organisation has not reinstated it above that.
-fn halted_at_start(config: &Config, conduct: &Conduct, saved: u64) -> Option<String> {
-    if config.plant.is("ignore-twin") {
-        return None;
-    }
-    if conduct.is_quarantined(&config.me) {
-        return Some("this node's key was convicted of saying two different things".into());
-    }
-    let noted = config.noted_epoch;
-    (noted > saved && noted > conduct.floor(&config.me)).then(|| {
-        format!(
-            "this node was in epoch {noted} once, and its data directory says {saved}: the \
-             directory is an older copy"
-        )
-    })
-}
-
 impl Saved {
+    /// Why a node that starts with this may not grant, and above which epoch its organisation has
+    /// to reinstate it: its key was convicted, its directory is an older copy, or it was halted in
+    /// an earlier run.
+    fn halted(&self, config: &Config, conduct: &Conduct) -> Option<(u64, String)> {
+        if config.plant.is("ignore-twin") {
+            return None;
+        }
+        if let Some(epoch) = conduct.convicted(&config.me) {
+            return Some((epoch, links::CONVICTED.into()));
+        }
+        let (noted, saved, floor) = (config.noted_epoch, self.epoch, conduct.floor(&config.me));
+        if noted > saved && noted > floor {
+            let why = format!(
+                "this node was in epoch {noted} once, and its data directory says {saved}: the \
+                 directory is an older copy"
+            );
+            return Some((noted, why));
+        }
+        let above = self.halted;
+        let why = "this node was halted in an earlier run: its key, or its data directory, was \
+                   found to be a copy";
+        (above > floor).then(|| (above, why.into()))
+    }
+
     /// Whose word does not count, by what was kept.
     fn conduct(&self, admission: &Admission) -> Conduct {
         let (mut conduct, fabric) = (Conduct::default(), admission.fabric());
@@ -746,6 +759,7 @@ impl Saved {
         for kept in saved {
             match kept {
                 Kept::Epoch(epoch) => sorted.epoch = sorted.epoch.max(epoch),
+                Kept::Halted(above) => sorted.halted = sorted.halted.max(above),
                 Kept::Lent(id, lent) => {
                     sorted.lent.insert(id, *lent);
                 }

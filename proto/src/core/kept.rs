@@ -49,6 +49,9 @@ const _: () = {
 pub enum Kept {
     /// The epoch of the current run.
     Epoch(u64),
+    /// What was seen of this key in this epoch is not what this directory knows of: nothing is
+    /// granted until the key is reinstated above it.
+    Halted(u64),
     /// A lease this node granted.
     Lent(LeaseId, Box<Lent>),
     /// The claim of a lease this node granted, which waits for the other members of its gang.
@@ -138,6 +141,7 @@ impl Kept {
     pub fn key(&self) -> Vec<u8> {
         match self {
             Self::Epoch(_) => key(b'e', &[]),
+            Self::Halted(_) => key(b'h', &[]),
             Self::Lent(lease, _) => lent_key(lease),
             Self::Claimed(lease, _) | Self::DropClaimed(lease) => key(b'j', &[&lease.0.0]),
             Self::Holdback(_) => key(b'w', &[]),
@@ -161,7 +165,7 @@ impl Kept {
             wire::encode::<MAX_VALUE>(value).map(Some)
         }
         match self {
-            Self::Epoch(epoch) => put(epoch),
+            Self::Epoch(epoch) | Self::Halted(epoch) => put(epoch),
             Self::Lent(_, lent) => put(lent),
             Self::Held(_, held) => put(held),
             Self::Holdback(holdback) => put(holdback),
@@ -195,6 +199,7 @@ impl Kept {
         };
         Ok(match letter {
             b'e' => Self::Epoch(get(value)?),
+            b'h' => Self::Halted(get(value)?),
             b'L' => Self::Lent(lease()?, get(value)?),
             b'j' => Self::Claimed(lease()?, get(value)?),
             b'w' => Self::Holdback(get(value)?),

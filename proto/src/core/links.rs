@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::lessee::Verb;
 use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
-use crate::base::id::KeyId;
+use crate::base::id::{Hash, KeyId};
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::member::{Peer, Sign};
@@ -26,6 +26,10 @@ const EXPIRE: Span = Span::secs(10);
 /// How often an unchanged host record is signed anew, and how long it is valid.
 const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
+/// How many host records of this run are remembered, to tell them from another's.
+const MAX_SAID: usize = 256;
+/// What a node says whose key was convicted.
+pub(super) const CONVICTED: &str = "this node's key was convicted of saying two different things";
 /// After how many comings back of this node its record says so.
 const RETURNS: u32 = 16;
 /// The number of the offer that ends a key with two holders.
@@ -181,7 +185,7 @@ impl Core {
         &mut self,
         now: Now,
         from: KeyId,
-        charter: crate::base::id::Hash,
+        charter: Hash,
         certificate: &Verified<Certificate>,
         (epoch, seen): (u64, Option<&RecordSaid>),
         out: &mut Vec<Effect>,
@@ -202,9 +206,11 @@ impl Core {
         }
         if let Some(RecordSaid::Host(record, _)) = seen
             && record.signer() == self.config.me
-            && record.header().epoch > self.hand.epoch
         {
-            self.twin(record.header().epoch, out);
+            let (epoch, mine) = (record.header().epoch, self.hand.epoch);
+            if epoch > mine || epoch == mine && self.is_foreign(record.header().seq, record.id()) {
+                self.twin(epoch, out);
+            }
         }
         self.admit(from, certificate);
         if self.greeted.len() < MAX_GREETED {
@@ -272,23 +278,45 @@ impl Core {
         }
     }
 
+    /// Whether a host record of this key and epoch is none that was said in this run.
+    fn is_foreign(&self, seq: u64, id: Hash) -> bool {
+        let oldest = self.said_hosts.front().map_or(0, |(seq, _)| *seq);
+        // What was said too long ago to be remembered is not judged.
+        seq >= oldest && !self.said_hosts.contains(&(seq, id))
+    }
+
     /// Another node has this key, or this directory is an older copy: nothing is granted again.
     fn twin(&mut self, seen: u64, out: &mut Vec<Effect>) {
         // What its organisation has declared void says nothing against this life.
         let void = seen <= self.conduct.floor(&self.config.me);
-        if self.halted.is_none() && !void && !self.config.plant.is("ignore-twin") {
-            let mine = self.hand.epoch;
+        if void || self.config.plant.is("ignore-twin") {
+            return;
+        }
+        let (mine, news) = (self.hand.epoch, self.halted.is_none());
+        let why = format!(
+            "a node with this key was seen in epoch {seen}, this one is in epoch {mine}: \
+             either two nodes run with one key, or this data directory is an older copy"
+        );
+        self.halt(seen, why, out);
+        if news {
             out.push(Effect::Notice(Notice::Twin { seen, mine }));
-            self.halt(format!(
-                "a node with this key was seen in epoch {seen}, this one is in epoch {mine}: \
-                 either two nodes run with one key, or this data directory is an older copy"
-            ));
         }
     }
 
-    /// Nothing is granted any more.
-    pub(super) fn halt(&mut self, why: String) {
-        self.halted.get_or_insert(why);
+    /// Nothing is granted any more, in this run and later ones, until the key is reinstated above
+    /// this epoch.
+    pub(super) fn halt(&mut self, above: u64, why: String, out: &mut Vec<Effect>) {
+        if self.halted_above < above {
+            self.halted_above = above;
+            out.push(Effect::Keep(Kept::Halted(above)));
+        }
+        if self.halted.is_none() {
+            let above = self.halted_above;
+            self.halted = Some(format!(
+                "{why}. Until its organisation reinstates its key above epoch {above}, it grants \
+                 nothing"
+            ));
+        }
         self.pricing.set_policy(crate::minds::pricing::Policy {
             selling: false,
             ..self.pricing.policy().clone()
@@ -317,6 +345,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let (key, proof) = (conviction.signer(), conviction.proof().clone());
+        let epoch = conviction.header().epoch;
         if !self.is_admitted(&key) || !self.conduct.convict(conviction) {
             return;
         }
@@ -325,7 +354,7 @@ impl Core {
         out.push(Effect::Keep(Kept::Equivocation(first, second)));
         out.push(Effect::Notice(Notice::Equivocation(key)));
         if key == self.config.me && !self.config.plant.is("ignore-twin") {
-            self.halt("this node's key was convicted of saying two different things".into());
+            self.halt(epoch, CONVICTED.into(), out);
         }
         self.pass_on(from, &Message::Conduct(vec![proof], Vec::new()), out);
     }
@@ -590,19 +619,16 @@ impl Core {
         name: RecordName,
         out: &mut Vec<Effect>,
     ) {
-        let mine = match name.kind {
-            Kind::Offer => {
-                self.spread.offer(&name.key).map(|(offer, _)| (offer.header().seq, offer.id()))
-            }
-            _ => self.spread.host(&name.key).map(|host| (host.header().seq, host.id())),
+        let (ahead, same) = (name.epoch > self.hand.epoch, name.epoch == self.hand.epoch);
+        let id = said.signed().id();
+        let foreign = match name.kind {
+            Kind::Offer => self.spread.offer(&name.key).is_some_and(|(offer, _)| {
+                let seq = offer.header().seq;
+                name.seq > seq || (name.seq == seq && offer.id() != id)
+            }),
+            _ => self.is_foreign(name.seq, id),
         };
-        let ahead = name.epoch > self.hand.epoch;
-        let same_epoch = name.epoch == self.hand.epoch;
-        let forged = same_epoch
-            && mine.is_some_and(|(seq, id)| {
-                name.seq > seq || (name.seq == seq && said.signed().id() != id)
-            });
-        if ahead || forged {
+        if ahead || same && foreign {
             self.twin(name.epoch, out);
             self.last_word(now, name, out);
             if self.halted.is_some() {
@@ -700,6 +726,10 @@ impl Core {
         let record = self.config.host_record(self.returns_said);
         let subject = key_subject(&self.config.me);
         if let Ok(draft) = self.hand.draft(subject, self.host_seq, now.wall + HOST_LIFE, &record) {
+            if self.said_hosts.len() == MAX_SAID {
+                self.said_hosts.pop_front();
+            }
+            self.said_hosts.push_back((self.host_seq, draft.id()));
             out.push(Effect::Record(draft));
         }
     }

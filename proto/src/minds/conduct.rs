@@ -54,9 +54,15 @@ impl Conduct {
     /// Whether the key's word does not count: it was convicted, and not reinstated since.
     #[must_use]
     pub fn is_quarantined(&self, key: &KeyId) -> bool {
+        self.convicted(key).is_some()
+    }
+
+    /// The epoch of what the key was convicted of, if it was not reinstated since.
+    #[must_use]
+    pub fn convicted(&self, key: &KeyId) -> Option<u64> {
         let reinstated = self.reinstated.get(key).map(|known| known.body().above);
         let convicted = self.convicted.get(key).map(|known| known.header().epoch);
-        convicted.is_some_and(|epoch| reinstated.is_none_or(|above| above < epoch))
+        convicted.filter(|epoch| reinstated.is_none_or(|above| above < *epoch))
     }
 
     /// The highest epoch in which what the key signed is void; zero where none is.

@@ -1,0 +1,227 @@
+//! A core with a disk that never fails, and with peers that the test plays.
+//! (A module of the other test files, not a test of its own.)
+#![allow(dead_code, unreachable_pub)] // each test file uses its part
+
+use std::collections::BTreeMap;
+
+use leasehold_proto::base::id::KeyId;
+use leasehold_proto::base::plant::Plant;
+use leasehold_proto::base::resource::Resources;
+use leasehold_proto::base::time::{Boot, Span};
+use leasehold_proto::core::kept::Kept;
+use leasehold_proto::core::{
+    Command, CommandId, Config, Core, Effect, Event, Failure, Orphans, Reply, Ticket, Token,
+};
+use leasehold_proto::minds::member::Timing;
+use leasehold_proto::minds::pricing::Policy;
+use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance};
+use leasehold_proto::words::record::Addresses;
+use leasehold_proto::words::sign::{Signed, Signer};
+
+use super::people::{BOOT, People, now};
+
+/// What a core keeps, by key, as a disk would.
+pub type Disk = BTreeMap<Vec<u8>, Kept>;
+
+pub struct Shell<'a> {
+    pub people: &'a People,
+    pub me: &'a Signer,
+    pub core: Core,
+    pub disk: Disk,
+    /// The boot clock, in milliseconds.
+    pub at: u64,
+    /// The records of its own that it signed in this run.
+    own: Vec<Signed>,
+    asked: u64,
+}
+
+/// What a node of `people` is told at its start.
+pub fn config(people: &People, me: &Signer) -> Config {
+    let lends = me.id() == people.lessor.id();
+    let certificate = if lends { &people.lessor_certificate } else { &people.delegate_certificate };
+    let port = if lends { 7_000 } else { 8_000 };
+    let address = |port: u16| vec![([127, 0, 0, 1], port).into()];
+    let capacity = Resources::new(if lends { 4_000 } else { 0 }, 4 << 30, 0);
+    Config {
+        me: me.id(),
+        name: if lends { "lessor" } else { "delegate" }.into(),
+        boot: BOOT,
+        charter: people.charter.clone(),
+        certificate: certificate.clone(),
+        mandate: Some(people.mandate.clone()).filter(|_| !lends),
+        addresses: Addresses {
+            link: address(port),
+            probe: address(port + 1),
+            data: address(port + 2),
+        },
+        hardware: capacity.clone(),
+        capacity,
+        processor: "a processor".into(),
+        version: "0.1.0".into(),
+        labels: Vec::new(),
+        policy: Policy {
+            selling: lends,
+            rates: People::rates(),
+            slack_permille: Some(500),
+            early: People::early(),
+            max_term: Span::secs(3600),
+            max_claim_within: Span::secs(60),
+            runtimes: vec!["wasm".into()],
+            isolation: Vec::new(),
+        },
+        timing: Timing::default(),
+        grace: Span::secs(2),
+        join: Vec::new(),
+        noted_epoch: 0,
+        seed: 1,
+        plant: Plant::NONE,
+    }
+}
+
+impl<'a> Shell<'a> {
+    /// Starts a node from what `disk` keeps.
+    pub fn start(people: &'a People, me: &'a Signer, disk: Disk, at: u64) -> Self {
+        Self::start_with(people, me, config(people, me), disk, at)
+    }
+
+    pub fn start_with(
+        people: &'a People,
+        me: &'a Signer,
+        config: Config,
+        disk: Disk,
+        at: u64,
+    ) -> Self {
+        let mut out = Vec::new();
+        let saved: Vec<_> = disk.values().cloned().collect();
+        let core = Core::new(config, saved, &Orphans::new(), now(at), &mut out);
+        let core = core.expect("it starts");
+        let mut shell = Self { people, me, core, disk, at, own: Vec::new(), asked: 0 };
+        shell.carry_out(out);
+        shell
+    }
+
+    /// The same node after its process ended.
+    pub fn again(self) -> Self {
+        let (people, me, at) = (self.people, self.me, self.at);
+        Self::start(people, me, self.disk, at)
+    }
+
+    /// What is left for others of what the core wants.
+    fn carry_out(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
+        let mut outward = Vec::new();
+        let mut todo: std::collections::VecDeque<_> = effects.into();
+        while let Some(effect) = todo.pop_front() {
+            match effect {
+                Effect::Keep(kept) => {
+                    if kept.value().expect("it fits").is_some() {
+                        self.disk.insert(kept.key(), kept);
+                    } else {
+                        self.disk.remove(&kept.key());
+                    }
+                }
+                Effect::Record(draft) => {
+                    let signed = self.me.sign(&draft).expect("its own");
+                    let said = message::verify_record(&signed, &self.people.fabric);
+                    self.own.push(signed);
+                    let mut more = Vec::new();
+                    let own = Event::Own(said.expect("it holds"));
+                    self.core.handle(now(self.at), own, &mut more);
+                    todo.extend(more);
+                }
+                other => outward.push(other),
+            }
+        }
+        outward
+    }
+
+    pub fn tell(&mut self, event: Event) -> Vec<Effect> {
+        let mut out = Vec::new();
+        self.core.handle(now(self.at), event, &mut out);
+        self.carry_out(out)
+    }
+
+    /// Time passes in steps of 50 ms.
+    pub fn pass(&mut self, span: Span) -> Vec<Effect> {
+        let (end, mut out) = (self.at + span.as_millis(), Vec::new());
+        while self.at < end {
+            self.at = (self.at + 50).min(end);
+            out.extend(self.tell(Event::Woke));
+        }
+        out
+    }
+
+    pub fn boot(&self) -> Boot {
+        now(self.at).boot
+    }
+
+    pub fn said(&self, message: &Message) -> Said {
+        message::verify(message, &self.people.fabric).expect("it verifies")
+    }
+
+    pub fn hears(&mut self, from: KeyId, message: &Message) -> Vec<Effect> {
+        self.asked += 1;
+        let (said, ticket) = (self.said(message), Ticket(self.asked));
+        self.tell(Event::Heard { from, said, ticket })
+    }
+
+    pub fn answered(&mut self, from: KeyId, token: Token, message: &Message) -> Vec<Effect> {
+        let said = self.said(message);
+        self.tell(Event::Answered { from, token, said })
+    }
+
+    /// Links with a peer, which greets and shows `seen` of this node's own.
+    pub fn met(
+        &mut self,
+        peer: &KeyId,
+        certificate: &Signed,
+        seen: Option<&Signed>,
+    ) -> Vec<Effect> {
+        let mut out = self.tell(Event::Linked(*peer));
+        let hello = Message::Hello {
+            charter: self.people.charter.id(),
+            certificate: certificate.clone(),
+            epoch: 1,
+            seen: seen.map(|seen| Box::new(seen.clone())),
+        };
+        out.extend(self.hears(*peer, &hello));
+        out
+    }
+
+    /// The record of a host that runs as `me` would in `epoch`.
+    pub fn record(people: &People, me: &Signer, epoch: u64, seq: u64, returns: u32) -> Signed {
+        use leasehold_proto::words::object::key_subject;
+        use leasehold_proto::words::sign::Hand;
+        let hand = Hand { fabric: people.fabric, me: me.id(), epoch };
+        let body = config(people, me).host_record(returns);
+        let until = super::people::WALL + Span::secs(3600);
+        let draft = hand.draft(key_subject(&me.id()), seq, until, &body).expect("it fits");
+        me.sign(&draft).expect("its own")
+    }
+
+    pub fn ask(&mut self, what: Command) -> Result<Reply, Failure> {
+        let out = self.tell(Event::Asked { command: CommandId(self.at), what });
+        let answer = out.into_iter().find_map(|effect| match effect {
+            Effect::Answer(_, answer) => Some(answer),
+            _ => None,
+        });
+        answer.expect("it is answered at once")
+    }
+
+    /// The host records that it signed in this run.
+    pub fn host_records(&self) -> Vec<Signed> {
+        let hosts = self.own.iter().filter(|signed| {
+            let said = message::verify_record(signed, &self.people.fabric);
+            matches!(said, Ok(RecordSaid::Host(..)))
+        });
+        hosts.cloned().collect()
+    }
+
+    /// What the core wants to say, signed.
+    pub fn carry(&self, what: Utterance) -> Message {
+        what.carry(|draft| self.me.sign(draft)).expect("its own")
+    }
+
+    pub fn halted(&self) -> Option<String> {
+        self.core.view(now(self.at)).halted
+    }
+}
