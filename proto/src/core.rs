@@ -282,6 +282,9 @@ pub struct Core {
     pending: BTreeMap<Token, Pending>,
     claims: BTreeMap<LeaseId, Acting>,
     releases: BTreeMap<LeaseId, Acting>,
+    /// Releases that no lessor has answered yet, also of earlier runs: when each is sent again,
+    /// with the tries so far; `None` once it was answered.
+    returning: BTreeMap<LeaseId, Option<(Boot, u32)>>,
     renewals: BTreeMap<LeaseId, Acting>,
     /// Renewals that are durable and wait for the job's warden to take a deadline.
     extending: BTreeMap<LeaseId, Vec<Extending>>,
@@ -392,6 +395,7 @@ impl Core {
             pending: BTreeMap::new(),
             claims: BTreeMap::new(),
             releases: BTreeMap::new(),
+            returning: BTreeMap::new(),
             renewals: BTreeMap::new(),
             extending: BTreeMap::new(),
             holdback: Holdback::default(),

@@ -5,13 +5,17 @@ mod common {
     pub mod shell;
 }
 
-use common::people::{People, sign};
-use common::shell::{Disk, Shell, config};
+use common::people::{People, now, sign, want};
+use common::shell::{Disk, Net, Shell, config};
+use leasehold_proto::base::id::LeaseId;
+use leasehold_proto::base::money::{Amount, UNIT};
+use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::Span;
-use leasehold_proto::core::kept::Kept;
-use leasehold_proto::core::{Command, Reply};
+use leasehold_proto::core::{Command, Failure, Kept, LentStage, Orphans, Reply};
 use leasehold_proto::words::equivocation::Reinstatement;
+use leasehold_proto::words::message::Message;
 use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::want::Want;
 
 fn disk(kept: impl IntoIterator<Item = Kept>) -> Disk {
     kept.into_iter().map(|kept| (kept.key(), kept)).collect()
@@ -84,5 +88,68 @@ fn what_a_peer_saw_in_this_epoch_is_known_again_or_foreign() {
         let mut node = start();
         node.met(&peer, &people.delegate_certificate, Some(&record));
         assert_eq!(node.halted(), None, "it is this node's own");
+    }
+}
+
+/// A lessor and a lessee's delegate that know each other.
+fn pair(people: &People) -> Net<'_> {
+    let lessor = Shell::start(people, &people.lessor, disk([]), 1_000);
+    let delegate = Shell::start(people, &people.delegate, disk([]), 1_000);
+    let mut net = Net::of(vec![lessor, delegate]);
+    net.pass(Span::secs(5));
+    net
+}
+
+const LESSOR: usize = 0;
+const LESSEE: usize = 1;
+
+/// What the mandate of the delegate allows.
+fn little() -> Want {
+    let most = Amount(10 * UNIT);
+    let shape = Resources::new(200, 1 << 28, 0);
+    let claim_within = Span::secs(50);
+    Want { shape, claim_within, budget: most, max_hourly: most, exposure: most, ..want() }
+}
+
+fn leased(net: &mut Net<'_>, want: &Want) -> LeaseId {
+    match net.ask(LESSEE, Command::Lease(want.clone())) {
+        Ok(Reply::Leased(leased)) => leased.lease,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Where a lease stands at its lessor.
+fn lent(net: &Net<'_>, lease: &LeaseId) -> LentStage {
+    let shell = &net.nodes[LESSOR];
+    let view = shell.core.view(now(shell.at));
+    view.lent.iter().find(|lent| lent.id == *lease).expect("it is known").stage
+}
+
+#[test]
+fn a_lease_is_given_back_however_often_that_goes_astray() {
+    let people = People::new();
+    let want = little();
+    for restarts in [false, true] {
+        let mut net = pair(&people);
+        let lease = leased(&mut net, &want);
+        net.lost = |_, said| matches!(said, Message::Release(_));
+        let failed = net.ask(LESSEE, Command::Release(lease));
+        assert!(matches!(failed, Err(Failure::Unreachable(_))), "{failed:?}");
+        if restarts {
+            net.restart(LESSEE, &Orphans::new());
+        }
+        let tries = |net: &Net<'_>| {
+            net.said.iter().filter(|(_, said)| matches!(said, Message::Release(_))).count()
+        };
+        net.said.clear();
+        net.pass(Span::secs(5));
+        assert!((1..=5).contains(&tries(&net)), "it tries on, with pauses: {}", tries(&net));
+        assert_eq!(lent(&net, &lease), LentStage::Granted);
+        net.lost = |_, _| false;
+        net.pass(Span::secs(10));
+        assert_eq!(lent(&net, &lease), LentStage::Ended, "restarts: {restarts}");
+        net.said.clear();
+        net.pass(Span::secs(60));
+        assert_eq!(tries(&net), 0, "it was given back");
     }
 }

@@ -709,6 +709,25 @@ impl Core {
         Ok(())
     }
 
+    /// Sends a release again that nobody has answered: until it is, the lease may cost.
+    fn return_again(
+        &mut self,
+        now: Now,
+        lease: LeaseId,
+        (lessor, draft): (KeyId, Draft),
+        out: &mut Vec<Effect>,
+    ) {
+        let entry = self.returning.entry(lease).or_insert(Some((now.boot, 0)));
+        let due = entry.as_mut().filter(|(at, _)| *at <= now.boot);
+        let Some((at, tries)) = due.filter(|_| !self.releases.contains_key(&lease)) else { return };
+        // Twice as long after each, up to a minute.
+        *at = now.boot + Span::secs(60).min(Span::secs(1 << (*tries).min(6)));
+        *tries += 1;
+        let acting = Acting { commands: Vec::new(), tries: MAX_TRIES };
+        self.releases.insert(lease, acting);
+        self.ask(lessor, Pending::Release(lease), Utterance::Signs(Word::Release, draft), out);
+    }
+
     pub(super) fn release_accepted(
         &mut self,
         lease: &LeaseId,
@@ -720,6 +739,7 @@ impl Core {
             self.act_silent(Verb::Release, lease, "somebody else answered", out);
             return;
         }
+        self.returning.insert(*lease, None);
         answer(self.releases.remove(lease), &Ok(Reply::Released), out);
     }
 
@@ -739,6 +759,7 @@ impl Core {
         let reason = refusal.body().reason;
         let over = matches!(reason, Reason::Ended);
         let reply = if over { Ok(Reply::Released) } else { Err(Failure::Act(reason)) };
+        self.returning.insert(*lease, None);
         answer(self.releases.remove(lease), &reply, out);
     }
 
@@ -963,9 +984,20 @@ impl Core {
     pub(super) fn tick_lessee(&mut self, now: Now, out: &mut Vec<Effect>) {
         let (boot, limits) = (self.config.boot, &self.admission.charter().limits);
         let (mut over, mut silent) = (Vec::new(), Vec::new());
+        self.returning.retain(|lease, _| {
+            let known = self.holdings.get(lease);
+            known.is_some_and(|holding| holding.kept.stage != Stage::Ended)
+        });
+        let mut returns = Vec::new();
         for (order, holding) in self.holdings.all() {
             let kept = &holding.kept;
             let same_boot = kept.boot == boot;
+            if let (Some((lease, terms)), Some(release)) = (&holding.terms, &kept.release)
+                && kept.stage != Stage::Ended
+                && terms.decided + kept.term + SKEW > now.wall
+            {
+                returns.push((*lease, kept.lessor, release.clone()));
+            }
             match (&holding.terms, kept.stage) {
                 (_, Stage::Ended) => {}
                 (None, _) => {
@@ -999,6 +1031,9 @@ impl Core {
                 self.holdings.drop_order(&order);
                 out.push(Effect::Keep(Kept::DropHeld(order)));
             }
+        }
+        for (lease, lessor, draft) in returns {
+            self.return_again(now, lease, (lessor, draft), out);
         }
         for (lease, lessor) in silent {
             let (next, tries) = self.inquiries.get(&lease).copied().unwrap_or_default();

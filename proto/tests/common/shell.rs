@@ -91,13 +91,24 @@ impl<'a> Shell<'a> {
         disk: Disk,
         at: u64,
     ) -> Self {
+        Self::begin(people, me, config, disk, at, &Orphans::new()).0
+    }
+
+    /// Starts a node, with what it wants of others at once.
+    pub fn begin(
+        people: &'a People,
+        me: &'a Signer,
+        config: Config,
+        disk: Disk,
+        at: u64,
+        orphans: &Orphans,
+    ) -> (Self, Vec<Effect>) {
         let mut out = Vec::new();
         let saved: Vec<_> = disk.values().cloned().collect();
-        let core = Core::new(config, saved, &Orphans::new(), now(at), &mut out);
-        let core = core.expect("it starts");
+        let core = Core::new(config, saved, orphans, now(at), &mut out).expect("it starts");
         let mut shell = Self { people, me, core, disk, at, own: Vec::new(), asked: 0 };
-        shell.carry_out(out);
-        shell
+        let outward = shell.carry_out(out);
+        (shell, outward)
     }
 
     /// The same node after its process ended.
@@ -223,5 +234,144 @@ impl<'a> Shell<'a> {
 
     pub fn halted(&self) -> Option<String> {
         self.core.view(now(self.at)).halted
+    }
+}
+
+/// Nodes with links between all of them, each over a wire that can be cut.
+pub struct Net<'a> {
+    pub nodes: Vec<Shell<'a>>,
+    /// Whether a message is lost on its way, by who says it.
+    pub lost: fn(usize, &Message) -> bool,
+    /// What the nodes want that is neither said nor kept, in order.
+    pub wanted: Vec<(usize, Effect)>,
+    /// How many messages of each kind were carried or lost, by a debug name.
+    pub said: Vec<(usize, Message)>,
+    tickets: u64,
+}
+
+impl<'a> Net<'a> {
+    pub fn of(nodes: Vec<Shell<'a>>) -> Self {
+        let mut net =
+            Self { nodes, lost: |_, _| false, wanted: Vec::new(), said: Vec::new(), tickets: 0 };
+        for from in 0..net.nodes.len() {
+            for to in 0..net.nodes.len() {
+                if from != to {
+                    let peer = net.nodes[to].me.id();
+                    net.tell(from, Event::Linked(peer));
+                }
+            }
+        }
+        net
+    }
+
+    fn index(&self, key: &KeyId) -> Option<usize> {
+        self.nodes.iter().position(|node| node.me.id() == *key)
+    }
+
+    /// Tells a node something, and carries all that follows from it.
+    pub fn tell(&mut self, node: usize, event: Event) {
+        let effects = self.nodes[node].tell(event);
+        for effect in effects {
+            self.carry(node, effect);
+        }
+    }
+
+    fn carry(&mut self, node: usize, effect: Effect) {
+        let me = self.nodes[node].me.id();
+        match effect {
+            Effect::Ask { to, token, what } => {
+                let message = self.nodes[node].carry(what);
+                self.said.push((node, message.clone()));
+                let lost = (self.lost)(node, &message);
+                let reply = self.index(&to).filter(|_| !lost).and_then(|other| {
+                    self.tickets += 1;
+                    let (said, ticket) = (self.nodes[other].said(&message), Ticket(self.tickets));
+                    let out = self.nodes[other].tell(Event::Heard { from: me, said, ticket });
+                    let (mut reply, mut rest) = (None, Vec::new());
+                    for effect in out {
+                        match effect {
+                            Effect::Reply { ticket: of, what } if of == ticket => {
+                                reply = Some(self.nodes[other].carry(what));
+                            }
+                            effect => rest.push(effect),
+                        }
+                    }
+                    let reply = reply.filter(|reply| {
+                        self.said.push((other, reply.clone()));
+                        !(self.lost)(other, reply)
+                    });
+                    // The answer goes before what else follows, as on one link.
+                    if let Some(reply) = &reply {
+                        let said = self.nodes[node].said(reply);
+                        self.tell(node, Event::Answered { from: to, token, said });
+                    }
+                    rest.into_iter().for_each(|effect| self.carry(other, effect));
+                    reply
+                });
+                if reply.is_none() {
+                    self.tell(node, Event::Unanswered { token, why: "it was lost".into() });
+                }
+            }
+            Effect::Dial { peer: Some(peer), .. } if self.index(&peer).is_none() => {
+                self.tell(node, Event::DialFailed(peer));
+            }
+            Effect::Packet { to, bytes } => {
+                let mut hosts = self.nodes.iter();
+                let other = hosts
+                    .position(|other| config(other.people, other.me).addresses.probe.contains(&to));
+                if let Some(other) = other.filter(|other| *other != node) {
+                    self.tell(other, Event::Packet { from: me, bytes });
+                }
+            }
+            other => self.wanted.push((node, other)),
+        }
+    }
+
+    /// Time passes for all, in steps of 50 ms.
+    pub fn pass(&mut self, span: Span) {
+        for _ in 0..span.as_millis().div_ceil(50) {
+            for node in 0..self.nodes.len() {
+                self.nodes[node].at += 50;
+                self.tell(node, Event::Woke);
+            }
+        }
+    }
+
+    /// Gives a command and lets time pass until it is answered.
+    pub fn ask(&mut self, node: usize, what: Command) -> Result<Reply, Failure> {
+        self.tickets += 1;
+        let command = CommandId(self.tickets);
+        self.tell(node, Event::Asked { command, what });
+        for _ in 0..2_000 {
+            let answered = |(by, effect): &(usize, Effect)| {
+                *by == node && matches!(effect, Effect::Answer(of, _) if *of == command)
+            };
+            if let Some(found) = self.wanted.iter().position(answered)
+                && let (_, Effect::Answer(_, answer)) = self.wanted.remove(found)
+            {
+                return answer;
+            }
+            self.pass(Span::millis(50));
+        }
+        panic!("it is never answered");
+    }
+
+    /// A process ends, and the next one starts from what was kept.
+    pub fn restart(&mut self, node: usize, orphans: &Orphans) {
+        let (people, me, at) = (self.nodes[node].people, self.nodes[node].me, self.nodes[node].at);
+        let disk = std::mem::take(&mut self.nodes[node].disk);
+        let peers: Vec<_> = self.nodes.iter().map(|node| node.me.id()).collect();
+        for (other, _) in peers.iter().enumerate().filter(|(other, _)| *other != node) {
+            self.tell(other, Event::Unlinked(me.id()));
+        }
+        let (shell, effects) = Shell::begin(people, me, config(people, me), disk, at, orphans);
+        self.nodes[node] = shell;
+        for effect in effects {
+            self.carry(node, effect);
+        }
+        for (other, peer) in peers.iter().enumerate().filter(|(other, _)| *other != node) {
+            self.tell(node, Event::Linked(*peer));
+            self.tell(other, Event::Linked(me.id()));
+        }
     }
 }
