@@ -5,16 +5,20 @@ mod common {
     pub mod shell;
 }
 
-use common::people::{People, now, sign, want};
+use common::people::{People, job, now, sign, want};
 use common::shell::{Disk, Net, Shell, config};
 use leasehold_proto::base::id::LeaseId;
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::Span;
-use leasehold_proto::core::{Command, Failure, Kept, LentStage, Orphans, Reply};
+use leasehold_proto::core::{
+    Command, Effect, Ended, Failure, Kept, LentStage, Orphan, Orphans, Reply,
+};
+use leasehold_proto::words::contract::{EndReason, JobSpec};
 use leasehold_proto::words::equivocation::Reinstatement;
 use leasehold_proto::words::message::Message;
 use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::words::want::Want;
 
 fn disk(kept: impl IntoIterator<Item = Kept>) -> Disk {
@@ -151,5 +155,83 @@ fn a_lease_is_given_back_however_often_that_goes_astray() {
         net.said.clear();
         net.pass(Span::secs(60));
         assert_eq!(tries(&net), 0, "it was given back");
+    }
+}
+
+/// A claimed lease whose job has run for ten seconds.
+fn working(net: &mut Net<'_>, release_after: bool) -> LeaseId {
+    let lease = leased(net, &little());
+    let claimed =
+        net.ask(LESSEE, Command::Claim { lease, job: JobSpec { release_after, ..job() } });
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    assert!(net.wanted.iter().any(|(by, effect)| {
+        *by == LESSOR && matches!(effect, Effect::StartJob(start) if start.lease == lease)
+    }));
+    net.pass(Span::secs(10));
+    lease
+}
+
+/// How a lease ended, as its lessee was told.
+fn end_of(net: &mut Net<'_>, lease: LeaseId) -> Ended {
+    match net.ask(LESSEE, Command::AwaitEnd(lease)) {
+        Ok(Reply::Ended(ended)) => ended,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_a_job_did_itself_while_no_node_watched_is_not_the_lessors_fault() {
+    let people = People::new();
+    let used = Usage { cpu: Span::millis(70), ..Usage::default() };
+    // The outcome that was found, whether the lease goes with its job, and how it then ends.
+    for (outcome, release_after, reason) in [
+        (Outcome::Exited(3), true, EndReason::Released),
+        (Outcome::Exited(3), false, EndReason::Term),
+        (Outcome::Trapped("unreachable".into()), true, EndReason::Released),
+        (Outcome::Trapped("unreachable".into()), false, EndReason::Term),
+        (Outcome::OutOfMemory, false, EndReason::Term),
+        (Outcome::OutOfDisk, false, EndReason::Term),
+        (Outcome::Deadline, false, EndReason::Term),
+        (Outcome::NoPayload("it is gone".into()), false, EndReason::Term),
+        (Outcome::NotRunnable("no such thing".into()), false, EndReason::Term),
+        (Outcome::Lost, true, EndReason::Lost),
+        (Outcome::Stopped, false, EndReason::Lost),
+    ] {
+        let mut net = pair(&people);
+        let lease = working(&mut net, release_after);
+        net.restart(LESSOR, &Orphans::from([(lease, Orphan::Ended(outcome.clone(), used))]));
+        let ended = end_of(&mut net, lease);
+        assert_eq!(ended.reason, reason, "{outcome}");
+        assert_eq!(ended.outcome, Some(outcome.clone()));
+        assert_eq!(ended.credit > Amount::ZERO, reason == EndReason::Lost, "{outcome}");
+    }
+    // Its term passed meanwhile: that is how it ended, also where it goes with its job.
+    let mut net = pair(&people);
+    let lease = working(&mut net, true);
+    for node in &mut net.nodes {
+        node.at += 120_000;
+    }
+    net.restart(LESSOR, &Orphans::from([(lease, Orphan::Ended(Outcome::Deadline, used))]));
+    let ended = end_of(&mut net, lease);
+    assert_eq!((ended.reason, ended.credit), (EndReason::Term, Amount::ZERO));
+}
+
+#[test]
+fn a_lease_that_was_ending_ends_as_it_was_whatever_became_of_its_job() {
+    let people = People::new();
+    for orphan in [None, Some(Orphan::Ended(Outcome::Stopped, Usage::default()))] {
+        let mut net = pair(&people);
+        let lease = working(&mut net, false);
+        net.lost = |_, said| matches!(said, Message::Receipt(_));
+        net.pass(Span::secs(5));
+        assert!(matches!(net.ask(LESSEE, Command::Release(lease)), Ok(Reply::Released)));
+        net.lost = |_, _| false;
+        // Its job is being stopped, and the node is killed over it.
+        net.restart(LESSOR, &orphan.into_iter().map(|orphan| (lease, orphan)).collect());
+        let ended = end_of(&mut net, lease);
+        assert_eq!((ended.reason, ended.credit), (EndReason::Released, Amount::ZERO));
+        let rate = People::rates().hourly(&little().shape).expect("it has a price");
+        let whole = rate.per_hour_over(Span::secs(14));
+        assert!(ended.charge > whole, "{} is owed up to the release, not {}", whole, ended.charge);
     }
 }

@@ -539,22 +539,23 @@ impl Core {
         }
     }
 
-    /// The job of an active lease is gone: it ended by itself, or is lost with what it did.
+    /// The job of an active lease is gone: it came to its own end, or is lost with what it did.
     fn lose_or_end(&mut self, now: Now, lease: &LeaseId, orphan: Option<&Orphan>, same_boot: bool) {
         let ended = match orphan {
             Some(Orphan::Ended(outcome, usage)) => Some((outcome.clone(), *usage)),
             _ => None,
         };
-        let (outcome, usage) = ended.clone().unwrap_or((Outcome::Lost, Usage::default()));
-        let lost = !matches!(outcome, Outcome::Exited(_));
+        let (outcome, usage) = ended.unwrap_or((Outcome::Lost, Usage::default()));
+        // Nobody but this side stops a job whose lease is not ending.
+        let lost = matches!(outcome, Outcome::Lost | Outcome::Stopped);
         // What is lost is billed to its last receipt, and its usage is told up to there too.
-        if ended.is_some() && !lost {
+        if !lost {
             self.book.report(lease, usage);
         }
         self.book.reaped(lease, outcome);
         if lost || !same_boot {
             self.book.drain_lost(now, lease);
-        } else {
+        } else if self.book.get(lease).is_some_and(|known| now.boot < known.term_end()) {
             self.book.release_after(now, lease);
         }
     }

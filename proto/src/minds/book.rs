@@ -1015,7 +1015,10 @@ impl Book {
     /// receipt.
     pub fn drain_lost(&mut self, now: Now, id: &LeaseId) {
         let me = self.hand.me;
-        self.drain(now, id, EndReason::Lost, me);
+        // What was ending already ends as it was, billed to when that began.
+        if !self.drain(now, id, EndReason::Lost, me) {
+            return;
+        }
         let Some(lease) = self.leases.get_mut(id) else { return };
         if let Some(claimed) = lease.kept.claimed {
             let billed = lease.kept.chain.usage.billed;
