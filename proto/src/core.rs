@@ -194,6 +194,15 @@ pub fn adoptable(saved: &[Kept], boot: BootId) -> BTreeMap<LeaseId, Hash> {
     lent.collect()
 }
 
+/// By what a key is admitted.
+#[derive(Clone, Debug)]
+struct Admitted {
+    /// The end of its certificate.
+    until: Wall,
+    /// Who gave it.
+    organisation: String,
+}
+
 /// What a question was about.
 #[derive(Clone, Debug)]
 enum Pending {
@@ -337,8 +346,10 @@ pub struct Core {
     /// How often this node had come back when it last said so.
     returns_said: u32,
     counters: Counters,
-    /// Keys whose certificate was shown on a link or in a host record, and judged, with its end.
-    admitted: BTreeMap<KeyId, Wall>,
+    /// Keys whose certificate was shown on a link or in a host record, and judged.
+    admitted: BTreeMap<KeyId, Admitted>,
+    /// What was heard about the conduct of keys that nobody has vouched for yet.
+    early: VecDeque<links::Early>,
     /// Rises with every change of who is admitted.
     admissions: u64,
 }
@@ -377,6 +388,8 @@ impl Core {
             config.capacity.clone(),
             config.plant,
         );
+        let organisation = certificate.body().organisation.clone();
+        let admitted = Admitted { until: Wall(u64::MAX), organisation };
         let mut core = Self {
             pricing: Pricing::new(config.policy.clone()),
             hand,
@@ -430,7 +443,8 @@ impl Core {
             host_record_at: now.boot,
             returns_said: 0,
             counters: Counters::default(),
-            admitted: BTreeMap::from([(config.me, Wall(u64::MAX))]),
+            admitted: BTreeMap::from([(config.me, admitted)]),
+            early: VecDeque::new(),
             admissions: 1,
             config,
         };

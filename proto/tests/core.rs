@@ -5,9 +5,9 @@ mod common {
     pub mod shell;
 }
 
-use common::people::{People, job, now, sign, want};
+use common::people::{People, WALL, job, sign, want};
 use common::shell::{Disk, Net, Shell, config};
-use leasehold_proto::base::id::LeaseId;
+use leasehold_proto::base::id::{KeyId, LeaseId};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::Span;
@@ -15,9 +15,10 @@ use leasehold_proto::core::{
     Command, Effect, Ended, Failure, Kept, LentStage, Orphan, Orphans, Reply,
 };
 use leasehold_proto::words::contract::{EndReason, JobSpec};
-use leasehold_proto::words::equivocation::Reinstatement;
+use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::Message;
 use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::sign::{Hand, Signed, Signer};
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::words::want::Want;
 
@@ -25,12 +26,16 @@ fn disk(kept: impl IntoIterator<Item = Kept>) -> Disk {
     kept.into_iter().map(|kept| (kept.key(), kept)).collect()
 }
 
+fn lifted(people: &People, by: (&Signer, &str), key: KeyId, above: u64) -> Signed {
+    let body = Reinstatement { organisation: by.1.into(), key, above };
+    sign(people.fabric, by.0, key_subject(&key), &body)
+}
+
 /// Lifted by the organisation, above this epoch.
 fn lift(shell: &mut Shell<'_>, above: u64) {
     let people = shell.people;
     let key = shell.me.id();
-    let body = Reinstatement { organisation: "acme".into(), key, above };
-    let signed = sign(people.fabric, &people.root, key_subject(&key), &body);
+    let signed = lifted(people, (&people.root, "acme"), key, above);
     match shell.ask(Command::Reinstate(Box::new(signed))) {
         Ok(Reply::Reinstated(of, epoch)) => assert_eq!((of, epoch), (key, above)),
         other => panic!("{other:?}"),
@@ -124,8 +129,7 @@ fn leased(net: &mut Net<'_>, want: &Want) -> LeaseId {
 
 /// Where a lease stands at its lessor.
 fn lent(net: &Net<'_>, lease: &LeaseId) -> LentStage {
-    let shell = &net.nodes[LESSOR];
-    let view = shell.core.view(now(shell.at));
+    let view = net.nodes[LESSOR].view();
     view.lent.iter().find(|lent| lent.id == *lease).expect("it is known").stage
 }
 
@@ -234,4 +238,95 @@ fn a_lease_that_was_ending_ends_as_it_was_whatever_became_of_its_job() {
         let whole = rate.per_hour_over(Span::secs(14));
         assert!(ended.charge > whole, "{} is owed up to the release, not {}", whole, ended.charge);
     }
+}
+
+#[test]
+fn what_is_heard_of_a_key_before_its_certificate_counts_once_that_is_there() {
+    let people = People::new();
+    let peer = people.lessor.id();
+    let third = Signer::from_seed(&[6; 32]);
+    let certificate = people.certificate(third.id(), "third");
+    let record = |epoch, seq, returns| {
+        let hand = Hand { fabric: people.fabric, me: third.id(), epoch };
+        let mut body = config(&people, &people.lessor).host_record(returns);
+        (body.name, body.certificate) = ("third".into(), certificate.clone());
+        let until = WALL + Span::secs(3600);
+        third
+            .sign(&hand.draft(key_subject(&third.id()), seq, until, &body).expect("fits"))
+            .expect("its own")
+    };
+    let proof = Equivocation { first: record(4, 9, 1), second: record(4, 9, 2) };
+    let by = [(&people.root, "acme"), (&people.other_root, "emca")];
+    let [own, foreign] = by.map(|by| lifted(&people, by, third.id(), 1 << 40));
+    let start = || {
+        let mut node = Shell::start(&people, &people.delegate, disk([]), 0);
+        node.met(&peer, &people.lessor_certificate, None);
+        node
+    };
+    // What is said first, and whether the key is quarantined and its record void after that.
+    let proven = || Message::Conduct(vec![proof.clone()], Vec::new());
+    let lifting = |by: &Signed| Message::Conduct(Vec::new(), vec![by.clone()]);
+    for (what, said, quarantined, void) in [
+        ("a proof", vec![proven()], true, false),
+        ("a foreign word", vec![lifting(&foreign)], false, false),
+        ("a proof and a foreign word", vec![proven(), lifting(&foreign)], true, false),
+        ("its organisation's word", vec![lifting(&own)], false, true),
+        ("a proof that was lifted", vec![proven(), lifting(&own)], false, true),
+        ("one lifted before it is known", vec![lifting(&own), proven()], false, true),
+    ] {
+        let mut node = start();
+        for said in &said {
+            node.hears(peer, said);
+        }
+        assert_eq!(node.view().quarantine.len(), 0, "{what}: nobody vouches for the key");
+        node.hears(peer, &Message::Records(vec![record(5, 1, 0)]));
+        let view = node.view();
+        assert_eq!(!view.quarantine.is_empty(), quarantined, "{what}");
+        let listed = view.nodes.iter().any(|node| node.id == third.id());
+        assert_eq!(listed, !void, "{what}");
+        // So it is after a restart.
+        let mut node = node.again();
+        node.met(&peer, &people.lessor_certificate, None);
+        node.hears(peer, &Message::Records(vec![record(5, 1, 0)]));
+        let view = node.view();
+        assert_eq!(!view.quarantine.is_empty(), quarantined, "{what}, after a restart");
+        let listed = view.nodes.iter().any(|node| node.id == third.id());
+        assert_eq!(listed, !void, "{what}, after a restart");
+    }
+    // However many such words come, few are remembered.
+    let mut node = start();
+    for n in 0..1_000_u32 {
+        let [a, b, c, d] = n.to_le_bytes();
+        let mut seed = [7; 32];
+        seed[..4].copy_from_slice(&[a, b, c, d]);
+        let key = Signer::from_seed(&seed).id();
+        node.hears(peer, &lifting(&lifted(&people, by[0], key, 1)));
+    }
+    assert_eq!(node.disk.len(), 1, "only its epoch is kept");
+}
+
+#[test]
+fn what_went_astray_about_conduct_is_said_again() {
+    let people = People::new();
+    let third = Signer::from_seed(&[6; 32]);
+    let mut net = pair(&people);
+    let records = [1, 2].map(|returns| {
+        let hand = Hand { fabric: people.fabric, me: third.id(), epoch: 4 };
+        let mut body = config(&people, &people.lessor).host_record(returns);
+        (body.name, body.certificate) = ("third".into(), people.certificate(third.id(), "third"));
+        let draft = hand.draft(key_subject(&third.id()), 9, WALL + Span::secs(3600), &body);
+        third.sign(&draft.expect("it fits")).expect("its own")
+    });
+    net.lost = |_, said| matches!(said, Message::Conduct(..));
+    let [first, second] = records;
+    let peer = people.delegate.id();
+    for record in [first, second] {
+        net.nodes[LESSOR].hears(peer, &Message::Records(vec![record]));
+    }
+    assert_eq!(net.nodes[LESSOR].view().quarantine.len(), 1);
+    net.pass(Span::secs(1));
+    assert_eq!(net.nodes[LESSEE].view().quarantine.len(), 0);
+    net.lost = |_, _| false;
+    net.pass(Span::secs(70));
+    assert_eq!(net.nodes[LESSEE].view().quarantine.len(), 1);
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::lessee::Verb;
-use super::{Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting};
+use super::{
+    Admitted, Core, DEGREE, Effect, Kept, Link, Notice, Pending, TICK, Ticket, Token, Waiting,
+};
 use crate::base::id::{Hash, KeyId};
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Now, SKEW, Span};
@@ -28,6 +30,8 @@ const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
 /// How many host records of this run are remembered, to tell them from another's.
 const MAX_SAID: usize = 256;
+/// How much is remembered of what was heard about keys that nobody has vouched for.
+const MAX_EARLY: usize = 64;
 /// What a node says whose key was convicted.
 pub(super) const CONVICTED: &str = "this node's key was convicted of saying two different things";
 /// After how many comings back of this node its record says so.
@@ -48,6 +52,22 @@ const PULL_AT_ONCE: usize = 100;
 /// link carries every change of the map, so more than twice [`DEGREE`] cost more than they are
 /// worth.
 const MAX_LINKS: usize = 16;
+
+/// What was heard about the conduct of a key before its certificate.
+#[derive(Debug)]
+pub(super) enum Early {
+    Convicted(Box<Conviction>),
+    Reinstated(Box<Verified<Reinstatement>>),
+}
+
+impl Early {
+    fn of(&self) -> KeyId {
+        match self {
+            Self::Convicted(conviction) => conviction.signer(),
+            Self::Reinstated(lifted) => lifted.body().key,
+        }
+    }
+}
 
 impl Core {
     pub(super) fn admitted_links(&self) -> usize {
@@ -212,7 +232,7 @@ impl Core {
                 self.twin(epoch, out);
             }
         }
-        self.admit(from, certificate);
+        self.admit(from, certificate, out);
         if self.greeted.len() < MAX_GREETED {
             self.greeted.insert(from);
         }
@@ -238,23 +258,44 @@ impl Core {
         true
     }
 
-    fn admit(&mut self, key: KeyId, certificate: &Verified<Certificate>) {
+    fn admit(&mut self, key: KeyId, certificate: &Verified<Certificate>, out: &mut Vec<Effect>) {
         let until = certificate.header().not_after;
         match self.admitted.get_mut(&key) {
             // Of two certificates the longer one counts.
-            Some(known) => *known = until.max(*known),
+            Some(known) => known.until = until.max(known.until),
             None => {
-                self.admitted.insert(key, until);
+                let organisation = certificate.body().organisation.clone();
+                self.admitted.insert(key, Admitted { until, organisation });
                 self.admissions += 1;
+                let all = std::mem::take(&mut self.early).into_iter();
+                let (known, early): (Vec<_>, _) = all.partition(|early| early.of() == key);
+                self.early = early.into();
+                for early in known {
+                    match early {
+                        Early::Convicted(conviction) => self.convict(*conviction, None, out),
+                        Early::Reinstated(lifted) => {
+                            let _ = self.take_reinstatement(*lifted, None, out);
+                        }
+                    }
+                }
             }
         }
+    }
+
+    /// Keeps for later what was heard about a key that nobody has vouched for: of a joiner's
+    /// neighbours the word about conduct may come before the map.
+    fn hear_early(&mut self, early: Early) {
+        if self.early.len() == MAX_EARLY {
+            self.early.pop_front();
+        }
+        self.early.push_back(early);
     }
 
     /// Whose certificate has expired belongs to the fabric no more.
     fn expire_admissions(&mut self, now: Now, out: &mut Vec<Effect>) {
         let me = self.config.me;
         let expired =
-            self.admitted.iter().filter(|(key, until)| **key != me && **until + SKEW < now.wall);
+            self.admitted.iter().filter(|(key, by)| **key != me && by.until + SKEW < now.wall);
         let expired: Vec<_> = expired.map(|(key, _)| *key).collect();
         for key in expired {
             self.admitted.remove(&key);
@@ -346,7 +387,10 @@ impl Core {
     ) {
         let (key, proof) = (conviction.signer(), conviction.proof().clone());
         let epoch = conviction.header().epoch;
-        if !self.is_admitted(&key) || !self.conduct.convict(conviction) {
+        if !self.is_admitted(&key) {
+            return self.hear_early(Early::Convicted(Box::new(conviction)));
+        }
+        if !self.conduct.convict(conviction) {
             return;
         }
         self.counters.equivocations += 1;
@@ -359,7 +403,8 @@ impl Core {
         self.pass_on(from, &Message::Conduct(vec![proof], Vec::new()), out);
     }
 
-    /// An organisation lets a key be believed again. False when it is not its own to say, or old.
+    /// An organisation lets a key be believed again. False when it is not its own to say, or
+    /// cannot be told yet.
     pub(super) fn take_reinstatement(
         &mut self,
         lifted: Verified<Reinstatement>,
@@ -367,12 +412,17 @@ impl Core {
         out: &mut Vec<Effect>,
     ) -> bool {
         let key = lifted.body().key;
-        let theirs = self.spread.certified().find(|(record, _)| record.signer() == key);
-        let of_another = theirs.is_some_and(|(_, certificate)| {
-            certificate.body().organisation != lifted.body().organisation
-        });
-        if of_another || !self.admission.reinstates(&lifted) {
+        if !self.admission.reinstates(&lifted) {
             return false;
+        }
+        match self.admitted.get(&key) {
+            // Whose key it is its certificate says, which may come later.
+            None => {
+                self.hear_early(Early::Reinstated(Box::new(lifted)));
+                return false;
+            }
+            Some(by) if by.organisation != lifted.body().organisation => return false,
+            Some(_) => {}
         }
         let signed = lifted.signed().clone();
         if self.conduct.reinstate(lifted) {
@@ -578,7 +628,7 @@ impl Core {
                 if self.admission.admits(certificate, &key, Role::Node, now.wall).is_err() {
                     return;
                 }
-                self.admit(key, certificate);
+                self.admit(key, certificate, out);
             }
             // Without a host record nobody vouches for the signer.
             _ if !self.is_admitted(&name.key) => return,
@@ -748,6 +798,8 @@ impl Core {
                 self.links.iter().filter(|(_, link)| link.admitted).map(|(key, _)| *key).collect();
             if let Some(peer) = self.dice.pick(&admitted).copied() {
                 self.reconcile_with(peer, out);
+                // What was said about conduct may have gone astray.
+                self.tell_conduct(peer, out);
             }
         }
         self.tick_lessor(now, out);

@@ -112,6 +112,10 @@ impl Core {
             return Err(bad("the reinstatement has expired".into()));
         }
         let (key, above) = (lifted.body().key, lifted.body().above);
+        if !self.is_admitted(&key) {
+            let why = "this node knows no certificate of the key yet: ask one that lists it";
+            return Err(bad(why.into()));
+        }
         if !self.take_reinstatement(lifted, None, out) {
             let why = "the reinstatement is not signed by the organisation that admits the key";
             return Err(bad(why.into()));

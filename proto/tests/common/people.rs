@@ -23,6 +23,8 @@ pub struct People {
     pub fabric: FabricId,
     pub charter: Signed,
     pub root: Signer,
+    /// The root of another organisation of the same fabric, called "emca".
+    pub other_root: Signer,
     pub lessor: Signer,
     pub lessor_certificate: Signed,
     pub delegate: Signer,
@@ -53,17 +55,18 @@ pub fn sign_until<T: Body>(
 
 impl People {
     pub fn new() -> Self {
-        let [root, lessor, delegate, tenant] = [1u8, 2, 3, 4].map(|n| Signer::from_seed(&[n; 32]));
+        let [root, lessor, delegate, tenant, other_root] =
+            [1u8, 2, 3, 4, 5].map(|n| Signer::from_seed(&[n; 32]));
+        let organisations = [("acme", root.id()), ("emca", other_root.id())];
+        let organisations = organisations
+            .map(|(name, root)| Organisation { name: name.into(), root, max_nodes: 9 })
+            .to_vec();
         let charter = Charter {
             name: "test".into(),
             currency: "EUR".into(),
             number: 1,
             previous: None,
-            organisations: vec![Organisation {
-                name: "acme".into(),
-                root: root.id(),
-                max_nodes: 9,
-            }],
+            organisations,
             limits: Limits { max_term: Span::secs(3600), max_order_life: Span::secs(3600) },
         };
         let charter = sign(FabricId::default(), &root, Hash::default(), &charter);
@@ -90,6 +93,7 @@ impl People {
             fabric,
             charter,
             root,
+            other_root,
             lessor,
             lessor_certificate,
             delegate,
@@ -98,6 +102,13 @@ impl People {
             tenant_certificate,
             mandate,
         }
+    }
+
+    /// The certificate that the first organisation gives a node's key.
+    pub fn certificate(&self, key: KeyId, name: &str) -> Signed {
+        let (organisation, name) = ("acme".into(), name.into());
+        let body = Certificate { organisation, name, role: Role::Node, key, not_before: Wall(0) };
+        sign(self.fabric, &self.root, key_subject(&key), &body)
     }
 
     pub fn hand(&self, epoch: u64) -> Hand {

@@ -10,7 +10,7 @@ use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Boot, Span};
 use leasehold_proto::core::kept::Kept;
 use leasehold_proto::core::{
-    Command, CommandId, Config, Core, Effect, Event, Failure, Orphans, Reply, Ticket, Token,
+    Command, CommandId, Config, Core, Effect, Event, Failure, Orphans, Reply, Ticket, Token, View,
 };
 use leasehold_proto::minds::member::Timing;
 use leasehold_proto::minds::pricing::Policy;
@@ -232,8 +232,12 @@ impl<'a> Shell<'a> {
         what.carry(|draft| self.me.sign(draft)).expect("its own")
     }
 
+    pub fn view(&self) -> View {
+        self.core.view(now(self.at))
+    }
+
     pub fn halted(&self) -> Option<String> {
-        self.core.view(now(self.at)).halted
+        self.view().halted
     }
 }
 
