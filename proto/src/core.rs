@@ -218,6 +218,7 @@ enum Pending {
     Gang(LeaseId),
     Conduct,
     Commits(LeaseId),
+    Words(LeaseId),
     Receipt(LeaseId),
     Termination(LeaseId),
     Inquire(LeaseId),
@@ -307,6 +308,8 @@ pub struct Core {
     /// Gangs of leases that are held here, by certificate, and the gang of each lease.
     gangs: BTreeMap<Hash, Whole>,
     gang_members: BTreeMap<LeaseId, Hash>,
+    /// The words of whole gangs, for members that have not confirmed that they have them.
+    passing: BTreeMap<LeaseId, gang::Passing>,
     awaiting_end: BTreeMap<LeaseId, Vec<CommandId>>,
     /// Held leases whose end is overdue: when to ask next, and how often that failed.
     inquiries: BTreeMap<LeaseId, (Boot, u32)>,
@@ -417,6 +420,7 @@ impl Core {
             certificates: BTreeMap::new(),
             gangs: BTreeMap::new(),
             gang_members: BTreeMap::new(),
+            passing: BTreeMap::new(),
             awaiting_end: BTreeMap::new(),
             inquiries: BTreeMap::new(),
             untold: BTreeMap::new(),

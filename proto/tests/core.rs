@@ -12,9 +12,9 @@ use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::Span;
 use leasehold_proto::core::{
-    Command, Effect, Ended, Failure, Kept, LentStage, Orphan, Orphans, Reply,
+    Command, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
 };
-use leasehold_proto::words::contract::{EndReason, JobSpec};
+use leasehold_proto::words::contract::{EndReason, JobSpec, Reason};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::Message;
 use leasehold_proto::words::object::key_subject;
@@ -100,13 +100,17 @@ fn what_a_peer_saw_in_this_epoch_is_known_again_or_foreign() {
     }
 }
 
-/// A lessor and a lessee's delegate that know each other.
-fn pair(people: &People) -> Net<'_> {
-    let lessor = Shell::start(people, &people.lessor, disk([]), 1_000);
-    let delegate = Shell::start(people, &people.delegate, disk([]), 1_000);
-    let mut net = Net::of(vec![lessor, delegate]);
+/// Nodes that know each other.
+fn known<'a>(people: &'a People, keys: &[&'a Signer]) -> Net<'a> {
+    let nodes = keys.iter().map(|key| Shell::start(people, key, disk([]), 1_000));
+    let mut net = Net::of(nodes.collect());
     net.pass(Span::secs(5));
     net
+}
+
+/// A lessor and a lessee's delegate.
+fn pair(people: &People) -> Net<'_> {
+    known(people, &[&people.lessor, &people.delegate])
 }
 
 const LESSOR: usize = 0;
@@ -329,4 +333,156 @@ fn what_went_astray_about_conduct_is_said_again() {
     net.lost = |_, _| false;
     net.pass(Span::secs(70));
     assert_eq!(net.nodes[LESSEE].view().quarantine.len(), 1);
+}
+
+/// Two different host records of a key under one version.
+fn lie(people: &People, by: &Signer) -> Equivocation {
+    let [first, second] = [1, 2].map(|returns| Shell::record(people, by, 1 << 20, 9, returns));
+    Equivocation { first, second }
+}
+
+#[test]
+fn a_delegate_that_was_convicted_gets_nothing_new() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let want = Want { longest: Span::secs(200), ..little() };
+    let lease = leased(&mut net, &want);
+    let proof = Message::Conduct(vec![lie(&people, &people.delegate)], Vec::new());
+    net.nodes[LESSOR].hears(people.delegate.id(), &proof);
+    let renewed = net.ask(LESSEE, Command::Renew { lease, term: Span::secs(90) });
+    assert_eq!(renewed.err(), Some(Failure::Act(Reason::Quarantined)));
+    // What was granted before stands: it can be used and given back.
+    let claimed = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    assert!(matches!(net.ask(LESSEE, Command::Release(lease)), Ok(Reply::Released)));
+}
+
+#[test]
+fn a_job_that_starts_under_a_notice_finds_it() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = leased(&mut net, &little());
+    let taken = net.ask(LESSOR, Command::Revoke(lease));
+    assert!(matches!(taken, Ok(Reply::Reclaim(_))), "{taken:?}");
+    net.wanted.clear();
+    let claimed = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    let told: Vec<_> = net
+        .wanted
+        .iter()
+        .filter_map(|(_, effect)| match effect {
+            Effect::StartJob(_) => Some(None),
+            Effect::NotifyJob(_, told) => Some(*told),
+            _ => None,
+        })
+        .collect();
+    let [None, Some(told)] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!(told.why, EndReason::Revoked);
+}
+
+#[test]
+fn what_is_quoted_for_taking_back_is_paid_also_where_the_term_ends_first() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = working(&mut net, false);
+    // Ten seconds' notice, two frozen: the term of a minute ends in between.
+    net.pass(Span::secs(39));
+    let taken = net.ask(LESSOR, Command::Revoke(lease));
+    let Ok(Reply::Reclaim(plan)) = taken else { panic!("{taken:?}") };
+    net.pass(Span::secs(12));
+    net.tell(LESSOR, Event::JobEnded(lease, Outcome::Stopped, Usage::default()));
+    let ended = end_of(&mut net, lease);
+    assert_eq!(ended.reason, EndReason::Revoked);
+    assert!(ended.credit > Amount::ZERO);
+    let apart = ended.credit.minus(plan.credit).plus(plan.credit.minus(ended.credit));
+    assert!(
+        apart <= Amount(ended.credit.0 / 10),
+        "{} was quoted, {} is paid",
+        plan.credit,
+        ended.credit
+    );
+}
+
+/// A gang of two, whole at its delegate, whose members cannot hear of each other.
+fn ganged<'a>(people: &'a People, third: &'a Signer) -> (Net<'a>, Vec<LeaseId>) {
+    let mut net = known(people, &[&people.lessor, &people.delegate, third]);
+    net.lost = |_, said| matches!(said, Message::Commits(..));
+    let gang = Command::Gang { want: little(), size: 2, job: Some(job()), together: true };
+    match net.ask(LESSEE, gang) {
+        Ok(Reply::Ganged { leases, .. }) => {
+            assert_eq!(started(&net).len(), 0, "no member has heard of the other");
+            (net, leases.into_iter().map(|leased| leased.lease).collect())
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The leases whose jobs were started.
+fn started(net: &Net<'_>) -> Vec<LeaseId> {
+    let starts = net.wanted.iter().filter_map(|(_, effect)| match effect {
+        Effect::StartJob(start) => Some(start.lease),
+        _ => None,
+    });
+    starts.collect()
+}
+
+#[test]
+fn members_that_cannot_hear_each_other_hear_of_each_other_from_their_delegate() {
+    let people = People::new();
+    let third = Signer::from_seed(&[6; 32]);
+    let (mut net, leases) = ganged(&people, &third);
+    net.pass(Span::secs(4));
+    assert_eq!(started(&net).len(), 0);
+    net.said.clear();
+    // What the delegate says arrives now, whatever members say is lost.
+    net.lost = |by, said| by != LESSEE && matches!(said, Message::Commits(..));
+    net.pass(Span::secs(3));
+    assert_eq!(started(&net).len(), leases.len());
+    // Once they confirm it, it says so no more.
+    net.lost = |_, _| false;
+    net.pass(Span::secs(3));
+    net.said.clear();
+    net.pass(Span::secs(10));
+    let again = net.said.iter().filter(|(_, said)| matches!(said, Message::Commits(..)));
+    assert_eq!(again.count(), 0);
+}
+
+#[test]
+fn a_gang_that_came_to_nothing_leaves_nothing() {
+    let people = People::new();
+    let third = Signer::from_seed(&[6; 32]);
+    let mut net = known(&people, &[&people.lessor, &people.delegate, &third]);
+    net.lost = |by, said| by == LESSOR && matches!(said, Message::Committed(_));
+    let gang = Command::Gang { want: little(), size: 2, job: Some(job()), together: true };
+    let failed = net.ask(LESSEE, gang);
+    assert!(matches!(failed, Err(Failure::Refused(_))), "{failed:?}");
+    assert!(net.said.iter().any(|(_, said)| matches!(said, Message::Gang(..))));
+    let kept = net.nodes[LESSEE].disk.values();
+    assert_eq!(kept.filter(|kept| matches!(kept, Kept::Gang(..))).count(), 0);
+    net.lost = |_, _| false;
+    net.pass(Span::secs(90));
+    for lessor in [LESSOR, 2] {
+        let view = net.nodes[lessor].view();
+        // The jobs of a try whose members had heard of each other are being stopped.
+        let over = [LentStage::Draining, LentStage::Ended];
+        assert!(view.lent.iter().all(|lent| over.contains(&lent.stage)), "all is given back");
+    }
+}
+
+#[test]
+fn a_claim_that_went_with_a_gang_is_not_there_for_another_job() {
+    let people = People::new();
+    let third = Signer::from_seed(&[6; 32]);
+    let (mut net, leases) = ganged(&people, &third);
+    let lease = leases[0];
+    let same = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert_eq!(same.err(), Some(Failure::Act(Reason::NotCommitted)));
+    let other = JobSpec { args: vec!["another".into()], ..job() };
+    let other = net.ask(LESSEE, Command::Claim { lease, job: other });
+    assert_eq!(other.err(), Some(Failure::InUse));
+    net.lost = |_, _| false;
+    net.pass(Span::secs(3));
+    assert_eq!(started(&net).len(), 2);
+    let same = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert!(matches!(same, Ok(Reply::Claimed(_))), "{same:?}");
 }

@@ -432,6 +432,15 @@ fn a_gang_is_joined_in_time_as_ordered_and_once() {
     // though never beyond its term; not whole by then, it lapses like any other.
     assert_eq!(book.due(now(2_000).boot), []);
     assert_eq!(book.due(now(10_000).boot), [Turn::Lapsed(lease)]);
+    // One that is being taken back joins none.
+    let mut book = people.book(4, 1);
+    let (lease, gang) = member(&mut book);
+    let freeze = now(5_000).boot;
+    let hold =
+        Hold { why: EndReason::Revoked, by: people.lessor.id(), freeze, end: freeze + SECOND };
+    assert!(book.hold(&lease, hold));
+    let acted = book.join(now(1), &lease, &people.acts(lease.0, &gang));
+    assert_eq!(refused(&acted), Some(Reason::Withdrawn));
     // One that is for no gang joins none.
     let mut book = people.book(4, 1);
     let lease = granted(&people, &mut book, 0, &renewable(&people, 1));

@@ -36,6 +36,19 @@ const GATHER: Span = Span::millis(250);
 /// The longest pause between two times.
 const MAX_GATHER: Span = Span::secs(2);
 
+/// After how long a member that did not answer is told the words of all again, at first.
+const PASS: Span = GATHER;
+
+/// The words of a gang's members, on their way from the delegate to one of them.
+#[derive(Clone, Debug)]
+pub(super) struct Passing {
+    lessor: KeyId,
+    words: Vec<Signed>,
+    /// When they are told again; `None` while an answer is waited for.
+    at: Option<Boot>,
+    pause: Span,
+}
+
 /// A member that waits for the words of the others.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Gathering {
@@ -83,8 +96,13 @@ impl Core {
         let member = gang.body().members.iter().find(|member| member.lessor == me);
         let lease = member.ok_or(Reason::BadGang)?.lease;
         let known = self.book.get(&lease).ok_or(Reason::UnknownLease)?;
-        if known.kept.joined.is_none() && (self.halted.is_some() || self.leaving) {
-            return Err(Reason::NotReady);
+        if known.kept.joined.is_none() {
+            if self.halted.is_some() || self.leaving {
+                return Err(Reason::NotReady);
+            }
+            if self.conduct.is_quarantined(&gang.signer()) {
+                return Err(Reason::Quarantined);
+            }
         }
         if let Some(claim) = claim {
             let (body, terms) = (claim.body(), &known.terms);
@@ -240,6 +258,10 @@ impl Core {
         for lease in due.map(|(lease, _)| *lease).collect::<Vec<_>>() {
             self.gather(now, lease, out);
         }
+        let due = self.passing.iter().filter(|(_, p)| p.at.is_some_and(|at| at <= now.boot));
+        for lease in due.map(|(lease, _)| *lease).collect::<Vec<_>>() {
+            self.pass_words(lease, out);
+        }
         let due = self.assemblies.iter().filter(|(_, a)| a.waits_until() <= now.boot);
         for command in due.map(|(command, _)| *command).collect::<Vec<_>>() {
             let overdue = self.assemblies.get(&command).map(|a| a.overdue(now.boot));
@@ -252,7 +274,8 @@ impl Core {
 
     pub(super) fn next_gang(&self) -> Option<Boot> {
         let gathering = self.gathering.values().map(|gathering| gathering.at);
-        gathering.chain(self.assemblies.values().map(Assembly::waits_until)).min()
+        let passing = self.passing.values().filter_map(|passing| passing.at);
+        gathering.chain(passing).chain(self.assemblies.values().map(Assembly::waits_until)).min()
     }
 
     /// What a member's job learns from its environment.
@@ -320,7 +343,14 @@ impl Core {
     fn assemble(&mut self, now: Now, command: CommandId, out: &mut Vec<Effect>) {
         loop {
             let Some(assembly) = self.assemblies.get_mut(&command) else { return };
-            match assembly.next(now.boot, &mut self.dice) {
+            let certificate = assembly.certificate();
+            let next = assembly.next(now.boot, &mut self.dice);
+            if let Some(given_up) = certificate.filter(|_| assembly.certificate() != certificate) {
+                // What it certified is given back: nothing is left that goes together.
+                self.certificates.remove(&given_up);
+                out.push(Effect::Keep(Kept::DropGang(given_up)));
+            }
+            match next {
                 Next::Wait(_) => return,
                 Next::Ask(choices) => {
                     let of = GangOf { gang: assembly.gang, size: assembly.size };
@@ -513,8 +543,10 @@ impl Core {
         let certificate = assembly.certificate().unwrap_or_default();
         if members.len() > 1 {
             for member in &members {
-                let what = Utterance::Commits(member.lease, words.to_vec(), None);
-                self.ask(member.lessor, Pending::Commits(member.lease), what, out);
+                let (lessor, words) = (member.lessor, words.to_vec());
+                let passing = Passing { lessor, words, at: None, pause: PASS };
+                self.passing.insert(member.lease, passing);
+                self.pass_words(member.lease, out);
             }
         }
         self.certificates.remove(&certificate);
@@ -534,6 +566,28 @@ impl Core {
         let leases = leases.collect();
         let reply = Reply::Ganged { gang: certificate, leases, heard };
         out.push(Effect::Answer(command, Ok(reply)));
+    }
+
+    /// Tells a member the words of all.
+    fn pass_words(&mut self, lease: LeaseId, out: &mut Vec<Effect>) {
+        let Some(passing) = self.passing.get_mut(&lease) else { return };
+        passing.at = None;
+        let (lessor, words) = (passing.lessor, passing.words.clone());
+        let what = Utterance::Commits(lease, words, None);
+        self.ask(lessor, Pending::Words(lease), what, out);
+    }
+
+    /// A member did not answer when it was told the words of all: it may be waiting for them.
+    pub(super) fn words_astray(&mut self, now: Now, lease: &LeaseId) {
+        let over = self.holdings.get(lease).is_none_or(|holding| {
+            holding.ended.is_some() || holding.relied_until().is_none_or(|until| until <= now.boot)
+        });
+        if over {
+            self.passing.remove(lease);
+        } else if let Some(passing) = self.passing.get_mut(lease) {
+            passing.at = Some(now.boot + passing.pause);
+            passing.pause = passing.pause.scale(2, 1).min(MAX_GATHER);
+        }
     }
 
     /// Gives back what came to nothing, at once: others compete for it.

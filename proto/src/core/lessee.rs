@@ -12,6 +12,7 @@ use crate::minds::admission::{departure, exceeded};
 use crate::minds::holdings::{Held, Holding, Holdings, Judged, Over, Placed, Stage, act_id};
 use crate::minds::seek::{Next, Pursuit};
 use crate::placement::{self, Candidate, Ranking};
+use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::charter::{Certificate, Role};
 use crate::words::contract::{
     Acceptance, Authority, Claim, EndReason, GangOf, Grant, JobSpec, Order, Reason, Refusal,
@@ -646,6 +647,7 @@ impl Core {
 
     pub(super) fn claim_refused(
         &mut self,
+        now: Now,
         lease: &LeaseId,
         refusal: &Verified<Refusal>,
         out: &mut Vec<Effect>,
@@ -657,7 +659,14 @@ impl Core {
             self.act_silent(Verb::Claim, lease, "it refused something else", out);
             return;
         }
-        if kept.stage == Stage::Granted {
+        // One that went with its gang's certificate is carried out once the gang is whole.
+        let early = refusal.body().reason == Reason::NotCommitted
+            && kept
+                .claim
+                .as_ref()
+                .and_then(|claim| Envelope::decode(&claim.envelope).ok())
+                .is_some_and(|claim| claim.header.not_after > now.wall + EVIDENCE_LIFE.scale(1, 2));
+        if kept.stage == Stage::Granted && !early {
             // Nothing was claimed: the lease is there for another job.
             kept.claim_refused = true;
             self.keep_held_lease(lease, out);

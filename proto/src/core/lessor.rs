@@ -201,7 +201,11 @@ impl Core {
     ) {
         if let Some(known) = self.book.get(&lease) {
             let start = self.start(lease, known, claim);
+            let notified = notified(known);
             out.push(Effect::StartJob(Box::new(start)));
+            if notified.is_some() {
+                out.push(Effect::NotifyJob(lease, notified));
+            }
         }
     }
 
@@ -232,7 +236,11 @@ impl Core {
         let known = self.book.get(&lease).is_some_and(|l| l.kept.acts.iter().any(|a| a.id == act));
         // One that was refused once must not come true long after.
         let expired = renew.header().not_after + SKEW < now.wall;
-        let unwilling = self.unwilling().or(expired.then_some(Reason::Expired));
+        let quarantined = self.conduct.is_quarantined(&renew.signer());
+        let unwilling = self
+            .unwilling()
+            .or(expired.then_some(Reason::Expired))
+            .or(quarantined.then_some(Reason::Quarantined));
         if let Some(reason) = unwilling.filter(|_| !known) {
             self.refuse(now, (renew.id(), None), reason, Vec::new(), ticket, out);
             return;
@@ -575,9 +583,7 @@ impl Core {
             (false, true) => out.push(Effect::ThawJob(*lease)),
             _ => {}
         }
-        let notified = known.kept.holds.iter().find(|hold| hold.why != EndReason::Exposure);
-        let notified = notified.map(|hold| Notified { why: hold.why, end: hold.freeze });
-        out.push(Effect::NotifyJob(*lease, notified));
+        out.push(Effect::NotifyJob(*lease, notified(known)));
     }
 
     pub(super) fn wake_lessor(&mut self, now: Now, out: &mut Vec<Effect>) {
@@ -669,6 +675,11 @@ impl Core {
         let current = self.book.leases().map(|(id, lease)| view_of(id, lease));
         self.history.iter().map(|past| past.view.clone()).chain(current).collect()
     }
+}
+
+/// What a job is told about the end of its lease, if it is being taken back.
+fn notified(known: &Lease) -> Option<Notified> {
+    known.taken_back_by().map(|hold| Notified { why: hold.why, end: hold.freeze })
 }
 
 /// What keeps a job from being carried out under a lease, in figures where it is its size.

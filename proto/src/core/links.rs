@@ -507,7 +507,7 @@ impl Core {
                 self.claim_accepted(&lease, &acceptance, out);
             }
             (Pending::Claim(lease), Said::Refused(refusal, _)) => {
-                self.claim_refused(&lease, &refusal, out);
+                self.claim_refused(now, &lease, &refusal, out);
             }
             (Pending::Release(lease), Said::Accepted(acceptance)) => {
                 self.release_accepted(&lease, &acceptance, out);
@@ -526,6 +526,10 @@ impl Core {
             }
             (Pending::Gang(lease), Said::Refused(refusal, _)) => {
                 self.gang_refused(now, &lease, &refusal, out);
+            }
+            // It has them now, or is over.
+            (Pending::Words(lease), Said::Commits(..) | Said::Refused(..)) => {
+                self.passing.remove(&lease);
             }
             (Pending::Commits(lease), Said::Refused(refusal, _)) => {
                 self.commits_refused(now, lease, &refusal, out);
@@ -585,6 +589,7 @@ impl Core {
             Pending::Renew(lease) => self.act_silent(Verb::Renew, &lease, why, out),
             Pending::Gang(lease) => self.gang_silent(now, &lease, out),
             Pending::Commits(_) => {}
+            Pending::Words(lease) => self.words_astray(now, &lease),
             Pending::Inquire(lease) => self.inquiry_silent(&lease, why, out),
             Pending::Receipt(lease) => {
                 let pause = Span::secs(2) + Span::millis(self.dice.below(1_000));

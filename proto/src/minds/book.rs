@@ -591,9 +591,10 @@ impl Book {
         if kept.stage >= Stage::Draining && !revived || kept.decided + kept.term <= now.boot {
             return no(Reason::Ended);
         }
-        if kept.holds.iter().any(|hold| hold.why != EndReason::Exposure) {
+        if lease.taken_back_by().is_some() {
             return no(Reason::Withdrawn);
         }
+        let kept = &mut lease.kept;
         if body.version != kept.version && !stale {
             let figure = Figure { of: "version".into(), have: kept.version, need: body.version };
             return Acted::Refused(Reason::Version, vec![figure]);
@@ -634,6 +635,8 @@ impl Book {
             return if same { Acted::Repeat(joined.commit.clone()) } else { no(Reason::Conflict) };
         }
         match lease.kept.stage {
+            // A gang is not begun with a member that is being taken back.
+            Stage::Granted if !lease.kept.holds.is_empty() => return no(Reason::Withdrawn),
             Stage::Granted if now.boot < lease.claim_by() => {}
             Stage::Active => return no(Reason::InUse),
             _ => return no(Reason::Ended),
@@ -1258,6 +1261,13 @@ impl Lease {
         charge.minus(self.kept.acknowledged.1) < amount || charge == self.kept.acknowledged.1
     }
 
+    /// The hold by which its operator takes it back, if that was announced.
+    #[must_use]
+    pub fn taken_back_by(&self) -> Option<Hold> {
+        let holds = self.kept.holds.iter().filter(|hold| hold.why != EndReason::Exposure);
+        holds.min_by_key(|hold| hold.freeze).copied()
+    }
+
     /// The hold by which a lease that was never claimed is taken back, once it is time.
     fn withdrawn(&self, now: Boot) -> Option<Hold> {
         self.kept.holds.iter().find(|hold| hold.freeze <= now).copied()
@@ -1296,7 +1306,10 @@ impl Lease {
     /// What an active lease is due for; `me` is its lessor.
     fn turn(&self, now: Boot, me: KeyId) -> Next {
         if self.term_end() <= now {
-            return Next::End(EndReason::Term, me);
+            // One that stood still to be taken back was not there for the rest of its term.
+            let taken = self.taken_back_by().filter(|_| self.kept.frozen.is_some());
+            let taken = taken.filter(|hold| hold.freeze <= now);
+            return taken.map_or(Next::End(EndReason::Term, me), |h| Next::End(h.why, h.by));
         }
         if self.spent() <= now {
             return Next::End(EndReason::Budget, me);

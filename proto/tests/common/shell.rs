@@ -37,18 +37,18 @@ pub struct Shell<'a> {
 
 /// What a node of `people` is told at its start.
 pub fn config(people: &People, me: &Signer) -> Config {
-    let lends = me.id() == people.lessor.id();
-    let certificate = if lends { &people.lessor_certificate } else { &people.delegate_certificate };
-    let port = if lends { 7_000 } else { 8_000 };
+    let lends = me.id() != people.delegate.id();
+    let name = if lends { me.id().short() } else { "delegate".into() };
+    let port = 7_000 + 10 * u16::from(me.id().0[0]);
     let address = |port: u16| vec![([127, 0, 0, 1], port).into()];
     let capacity = Resources::new(if lends { 4_000 } else { 0 }, 4 << 30, 0);
     Config {
         me: me.id(),
-        name: if lends { "lessor" } else { "delegate" }.into(),
+        certificate: people.certificate(me.id(), &name),
+        name,
         boot: BOOT,
         charter: people.charter.clone(),
-        certificate: certificate.clone(),
-        mandate: Some(people.mandate.clone()).filter(|_| !lends),
+        mandate: (!lends).then(|| people.mandate.clone()),
         addresses: Addresses {
             link: address(port),
             probe: address(port + 1),
