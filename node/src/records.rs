@@ -130,6 +130,6 @@ async fn from_lessee(
         renewals,
         receipts,
         acknowledgements,
-        termination: held.termination.clone(),
+        termination: held.closing().cloned(),
     })
 }

@@ -223,6 +223,51 @@ fn only_the_lessor_ends_a_held_lease_and_only_once() {
     assert!(!holdings.terminated(&end) && !holdings.lost(&lease), "ended is final");
 }
 
+#[test]
+fn an_end_that_contradicts_the_receipts_is_no_part_of_the_proof() {
+    type Change = fn(&mut Termination);
+    let people = People::new();
+    let table: [(&str, Change, bool); 5] = [
+        ("as the receipts say", |_| {}, true),
+        ("after another receipt", |end| end.receipt = Hash([1; 32]), false),
+        ("for another charge", |end| end.charge = Amount(1), false),
+        ("for more time", |end| end.billed = Span::secs(50), false),
+        ("for another reason", |end| end.reason = EndReason::Budget, false),
+    ];
+    for closed in [true, false] {
+        for (what, change, fine) in table {
+            let (mut holdings, lease, grant) = held(&people);
+            let chain = Chain::default();
+            let usage = Usage { billed: Span::secs(1), ..Usage::default() };
+            let end = closed.then_some(EndReason::Released);
+            let body = chain.next(lease, (&grant, grant.term), usage, end, WALL);
+            let signed = people::sign(people.fabric, &people.lessor, lease.0, &body);
+            let receipt = signed.verify(&people.fabric).expect("it is signed");
+            let hand = Hand { me: people.delegate.id(), ..people.hand(1) };
+            let judged = holdings.judge(now(4_000), &hand, BOOT, &receipt);
+            assert!(matches!(judged, Judged::Agreed(..)), "{judged:?}");
+            let mut end = Termination {
+                lease,
+                reason: EndReason::Released,
+                by: people.delegate.id(),
+                at: WALL,
+                billed: Span::secs(1),
+                charge: body.charge,
+                missed: Span::ZERO,
+                credit: Amount::ZERO,
+                receipt: receipt.id(),
+                outcome: None,
+            };
+            change(&mut end);
+            let end = people::sign(people.fabric, &people.lessor, lease.0, &end);
+            assert!(holdings.terminated(&end.verify(&people.fabric).expect("it is signed")));
+            let kept = &holdings.get(&lease).expect("held").kept;
+            let part = kept.closing() == Some(&end);
+            assert_eq!(part, fine && closed, "{what}, with a final receipt: {closed}");
+        }
+    }
+}
+
 // --- seek ---
 
 #[test]

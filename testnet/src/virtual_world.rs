@@ -29,9 +29,8 @@ use leasehold_proto::minds::member::Timing;
 use leasehold_proto::minds::pricing::Policy;
 use leasehold_proto::proof::{self, Proof};
 use leasehold_proto::words::charter::Certificate;
-use leasehold_proto::words::contract::Termination;
 use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance, Word};
-use leasehold_proto::words::object::{Kind, body_in};
+use leasehold_proto::words::object::Kind;
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::words::sign::{Draft, Papers, Signature, Signed, Verified, VerifyError};
 
@@ -1553,12 +1552,7 @@ impl<'a> World<'a> {
                         }
                     };
                     let id = LeaseId(grant.id());
-                    // One that contradicts what was countersigned proves nothing but a lie.
-                    let closes = |signed: &Signed| {
-                        let end = body_in::<Termination>(&signed.envelope);
-                        held.chain.closed() && end.is_some_and(|end| end.receipt == held.chain.last)
-                    };
-                    let end = held.termination.clone().filter(closes);
+                    let end = held.closing().cloned();
                     let renew = held.renew.as_ref().and_then(|(renew, _)| sign(renew));
                     let renewals = renew.into_iter().chain(held.renewal.clone()).collect();
                     ((1, id), held.offer.clone(), order, Some(grant.clone()), renewals, end)

@@ -91,6 +91,25 @@ pub struct Held {
     pub termination: Option<Signed>,
 }
 
+impl Held {
+    /// The termination, if it closes the lease where its countersigned receipts end. Another one
+    /// proves nothing: a lessor that ends a lease in words that its receipts contradict would
+    /// spoil the proof of what it did agree to.
+    #[must_use]
+    pub fn closing(&self) -> Option<&Signed> {
+        let chain = &self.chain;
+        self.termination.as_ref().filter(|signed| {
+            let end = body_in::<Termination>(&signed.envelope);
+            end.is_some_and(|end| {
+                let figures = (end.receipt, end.charge, end.billed);
+                let unused = chain.number == 0;
+                figures == (chain.last, chain.charge, chain.usage.billed)
+                    && (unused || chain.end == Some(end.reason))
+            })
+        })
+    }
+}
+
 /// An order on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Placed {
