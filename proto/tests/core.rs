@@ -5,19 +5,20 @@ mod common {
     pub mod shell;
 }
 
-use common::people::{People, WALL, job, sign, want};
+use common::people::{People, WALL, body_of, job, sign, want};
 use common::shell::{Disk, Net, Shell, config};
 use leasehold_proto::base::id::{KeyId, LeaseId};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::Span;
 use leasehold_proto::core::{
-    Command, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
+    Command, CommandId, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
 };
-use leasehold_proto::words::contract::{EndReason, JobSpec, Reason};
+use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
-use leasehold_proto::words::message::Message;
+use leasehold_proto::words::message::{Message, Utterance, Word};
 use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::record::Offer;
 use leasehold_proto::words::sign::{Hand, Signed, Signer};
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::words::want::Want;
@@ -485,4 +486,61 @@ fn a_claim_that_went_with_a_gang_is_not_there_for_another_job() {
     assert_eq!(started(&net).len(), 2);
     let same = net.ask(LESSEE, Command::Claim { lease, job: job() });
     assert!(matches!(same, Ok(Reply::Claimed(_))), "{same:?}");
+}
+
+/// A node's offer of all it has, at this many times the usual price.
+fn offer(people: &People, by: &Signer, times: u64) -> Signed {
+    let mut offer: Offer = body_of(&people.offer());
+    offer.shapes = vec![Resources::new(4_000, 4 << 30, 0)];
+    offer.rates.cpu_hour = Amount(offer.rates.cpu_hour.0 * times);
+    let hand = Hand { fabric: people.fabric, me: by.id(), epoch: 3 };
+    let until = WALL + Span::secs(3600);
+    let draft = hand.draft(key_subject(&by.id()), 1, until, &offer).expect("it fits");
+    by.sign(&draft).expect("its own")
+}
+
+#[test]
+fn whom_a_refusal_names_is_asked_next() {
+    let people = People::new();
+    // Each costs twice as much as the one before: that is the order in which they are asked.
+    let keys = [11u8, 12, 13, 14].map(|n| Signer::from_seed(&[n; 32]));
+    let asked = |out: &[Effect]| {
+        let orders = out.iter().filter_map(|effect| match effect {
+            Effect::Ask { to, token, what: Utterance::Signs(Word::Order, order) } => {
+                Some((*to, *token, order.clone()))
+            }
+            _ => None,
+        });
+        orders.collect::<Vec<_>>()
+    };
+    for (named, next) in [
+        (vec![], 1),
+        (vec![keys[3].id()], 3),
+        (vec![keys[2].id(), keys[3].id()], 2),
+        (vec![keys[0].id(), people.lessor.id()], 1),
+    ] {
+        let mut node = Shell::start(&people, &people.delegate, disk([]), 1_000);
+        for (key, times) in keys.iter().zip([1, 2, 4, 8]) {
+            let certificate = people.certificate(key.id(), &key.id().short());
+            node.met(&key.id(), &certificate, None);
+            let records = vec![Shell::record(&people, key, 3, 1, 0), offer(&people, key, times)];
+            node.hears(key.id(), &Message::Records(records));
+        }
+        let want = Want { shape: Resources::new(20, 1 << 20, 0), ..little() };
+        let what = Command::Lease(want);
+        let out = node.tell(Event::Asked { command: CommandId(1), what });
+        let [(first, token, order)] = &asked(&out)[..] else { panic!("{out:?}") };
+        assert_eq!(*first, keys[0].id());
+        let refusal = Refusal {
+            of: order.id(),
+            reason: Reason::Capacity,
+            figures: Vec::new(),
+            offer: None,
+            referrals: named.clone(),
+        };
+        let signed = sign(people.fabric, &keys[0], order.id(), &refusal);
+        let out = node.answered(keys[0].id(), *token, &Message::Refused(signed));
+        let [(second, ..)] = &asked(&out)[..] else { panic!("{out:?}") };
+        assert_eq!(*second, keys[next].id(), "after {named:?}");
+    }
 }

@@ -577,6 +577,24 @@ fn what_cannot_be_complete_is_given_back_at_once_and_tried_again() {
 }
 
 #[test]
+fn whom_a_refusal_names_is_asked_next_unless_keys_say_the_order() {
+    let mut dice = Dice::new(1);
+    let what = (want(), RequestId([7; 16]), 1);
+    let mut gang = Assembly::new(Boot(0), what, (None, true), (1..=5).map(choice).collect());
+    let Next::Ask(first) = gang.next(Boot(0), &mut dice) else { panic!("it asks") };
+    let asked: Vec<_> = first.iter().map(|choice| choice.lessor.0[0]).collect();
+    assert_eq!(asked, [1, 2]);
+    for choice in first {
+        gang.asked(Boot(0), Hash([choice.lessor.0[0]; 32]), choice);
+    }
+    gang.refused(&Hash([1; 32]), Some(Reason::Capacity), String::new());
+    // One that is asked already is not asked twice.
+    gang.refer(vec![choice(2), choice(5), choice(4)]);
+    let Next::Ask(next) = gang.next(Boot(1), &mut dice) else { panic!("it asks") };
+    assert_eq!(next, [choice(5)]);
+}
+
+#[test]
 fn competing_gangs_meet_at_the_lowest_key_in_the_end() {
     let mut bench = Bench::new(2, 4);
     let mut at = 0;

@@ -82,10 +82,16 @@ impl Verb {
 impl Core {
     /// Ranks the hosts on the map for `want`.
     pub(super) fn rank(&mut self, now: Now, want: &Want) -> Ranking {
+        self.rank_those(now, want, |_| true)
+    }
+
+    /// Ranks some of the hosts on the map for `want`.
+    fn rank_those(&mut self, now: Now, want: &Want, these: impl Fn(&KeyId) -> bool) -> Ranking {
         let mut dice = Dice::new(self.dice.number());
         let candidates: Vec<_> = self
             .spread
             .hosts()
+            .filter(|record| these(&record.signer()))
             .map(|record| {
                 let key = record.signer();
                 let offer = self.spread.offer(&key);
@@ -495,13 +501,35 @@ impl Core {
         self.holdings.drop_order(order);
         out.push(Effect::Keep(Kept::DropHeld(*order)));
         if let Some(command) = self.command_of(order) {
+            let named = self.named(now, &command, &body.referrals);
             if let Some(pursuit) = self.pursuits.get_mut(&command) {
                 pursuit.refused(order, body.reason, detail);
+                pursuit.refer(named);
             }
             self.pursue(now, command, out);
         } else if let Some(command) = self.assembly_of(order) {
+            let named = self.named(now, &command, &body.referrals);
+            if let Some(assembly) = self.assemblies.get_mut(&command) {
+                assembly.refer(named);
+            }
             self.gang_refused_order(now, command, order, (Some(body.reason), detail), out);
         }
+    }
+
+    /// What hosts that somebody named have for what a command seeks, by their offers as known here.
+    fn named(&mut self, now: Now, command: &CommandId, referrals: &[KeyId]) -> Vec<Choice> {
+        if referrals.is_empty() {
+            return Vec::new();
+        }
+        let pursuit = self.pursuits.get(command).map(|pursuit| &pursuit.want);
+        let want = pursuit.or_else(|| self.assemblies.get(command).map(|a| &a.want)).cloned();
+        // Who named hosts has said in which order.
+        let Some(want) = want.filter(|want| want.lessors.is_empty()) else { return Vec::new() };
+        let records = &self.records;
+        let avoided =
+            |key: &KeyId| records.get(key).is_some_and(|record| record.avoid_until > now.boot);
+        let these: Vec<_> = referrals.iter().filter(|key| !avoided(key)).copied().collect();
+        self.rank_those(now, &want, |key| these.contains(key)).choices
     }
 
     /// Nobody waits for this order's grant any more. One that was signed elsewhere can be sent

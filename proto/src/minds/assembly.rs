@@ -18,7 +18,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::base::dice::Dice;
-use crate::base::id::{Hash, LeaseId, RequestId};
+use crate::base::id::{Hash, KeyId, LeaseId, RequestId};
 use crate::base::time::{Boot, Span};
 use crate::words::contract::{JobSpec, Member, Reason};
 use crate::words::sign::Signed;
@@ -253,6 +253,23 @@ impl Assembly {
         if let Some(Asked { choice: Choice { lessor, name, .. }, .. }) = self.take(order) {
             self.heard.retain(|heard| heard.lessor != lessor);
             self.heard.push(Heard { lessor, name, reason, detail });
+        }
+    }
+
+    /// One who said no named these: they come next, but for those that were asked already. Where
+    /// hosts are asked by their keys that order stands.
+    pub fn refer(&mut self, named: Vec<Choice>) {
+        if self.tries >= ORDERED {
+            return;
+        }
+        let asked = |lessor: &KeyId| {
+            self.out.iter().any(|asked| asked.choice.lessor == *lessor)
+                || self.granted.iter().any(|granted| granted.choice.lessor == *lessor)
+        };
+        let named: Vec<_> = named.into_iter().filter(|choice| !asked(&choice.lessor)).collect();
+        self.ranked.retain(|choice| named.iter().all(|named| named.lessor != choice.lessor));
+        for choice in named.into_iter().rev() {
+            self.ranked.push_front(choice);
         }
     }
 

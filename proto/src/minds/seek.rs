@@ -7,13 +7,15 @@
 //!    \--nobody left, nothing out, or too late--> failed(with every reason heard)
 //! ```
 //!
+//! One who refuses may name others that have what is wanted: they come next.
+//!
 //! The best is asked first; if it has not answered within the hedge delay the next one is asked
 //! as well. At most two answers are awaited at once. The first grant wins; a surplus one lapses
 //! unclaimed and unbilled.
 
 use std::collections::VecDeque;
 
-use crate::base::id::Hash;
+use crate::base::id::{Hash, KeyId};
 use crate::base::time::{Boot, Span};
 use crate::words::contract::Reason;
 use crate::words::want::{Choice, Heard, Want};
@@ -101,6 +103,20 @@ impl Pursuit {
     /// The lessor of `order` said no.
     pub fn refused(&mut self, order: &Hash, reason: Reason, detail: String) {
         self.close(order, Some(reason), detail);
+    }
+
+    /// One who said no named these: they come next, but for those that were asked already. What it
+    /// knows is newer than the ranking.
+    pub fn refer(&mut self, named: Vec<Choice>) {
+        let asked = |lessor: &KeyId| {
+            self.heard.iter().any(|heard| heard.lessor == *lessor)
+                || self.out.iter().any(|asked| asked.choice.lessor == *lessor)
+        };
+        let named: Vec<_> = named.into_iter().filter(|choice| !asked(&choice.lessor)).collect();
+        self.ranked.retain(|choice| named.iter().all(|named| named.lessor != choice.lessor));
+        for choice in named.into_iter().rev() {
+            self.ranked.push_front(choice);
+        }
     }
 
     /// The lessor of `order` did not answer.
