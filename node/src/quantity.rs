@@ -1,7 +1,9 @@
 //! Quantities as people write them, in configuration, on the command line and in the API's JSON:
 //! `1.5` cores, `256M`, `60s`, `0.05/h`.
 
-use leasehold_proto::{Amount, Span};
+use leasehold_proto::{Amount, Span, Wall};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// Reads CPU cores (`2`, `1.5`, `500m`) as thousandths of a core.
 ///
@@ -68,6 +70,24 @@ pub fn span(text: &str) -> Result<Span, String> {
     number.checked_mul(factor).map(Span).ok_or_else(wrong)
 }
 
+/// Reads by when something is to be: in what time from now (`30m`), or an instant as RFC 3339
+/// writes it (`2026-11-24T22:00:00Z`), which must lie ahead of `now`.
+///
+/// # Errors
+/// What was expected.
+pub fn by(text: &str, now: Wall) -> Result<Span, String> {
+    let Ok(instant) = OffsetDateTime::parse(text, &Rfc3339) else {
+        return span(text).map_err(|_| {
+            format!(
+                "'{text}' is no time: expected 60s, 10m or 1h from now, or 2026-11-24T22:00:00Z"
+            )
+        });
+    };
+    let ms = instant.unix_timestamp_nanos() / 1_000_000;
+    let ahead = ms.checked_sub(now.0.into()).and_then(|ms| u64::try_from(ms).ok());
+    ahead.map(Span).ok_or_else(|| format!("{text} is past"))
+}
+
 /// Reads a share of a price (`10%`, `12.5%`) as thousandths, at most all of it.
 ///
 /// # Errors
@@ -123,6 +143,23 @@ mod tests {
         );
         assert_eq!(price("0.05/h"), Ok(Amount(50_000_000)));
         assert_eq!(["0%", "10%", "12.5%", "100%"].map(share), [0, 100, 125, 1000].map(Ok));
+    }
+
+    #[test]
+    fn by_when_is_from_now_on_or_an_instant_ahead() {
+        // 2026-11-24T22:00:00Z, half an hour before.
+        let now = Wall(1_795_557_600_000 - 1_800_000);
+        for text in
+            ["30m", "2026-11-24T22:00:00Z", "2026-11-24T23:00:00+01:00", "2026-11-24T22:00:00.000Z"]
+        {
+            assert_eq!(by(text, now), Ok(Span(1_800_000)), "{text}");
+        }
+        for past in ["2026-11-24T21:29:59Z", "1969-01-01T00:00:00Z"] {
+            assert!(by(past, now).expect_err(past).contains("past"));
+        }
+        for text in ["", "22:00", "2026-11-24", "2026-13-24T22:00:00Z", "tomorrow", "-5m"] {
+            assert!(by(text, now).expect_err(text).contains("expected"), "{text}");
+        }
     }
 
     #[test]

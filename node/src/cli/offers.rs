@@ -21,8 +21,17 @@ impl Offers {
         offers.offers.retain(|offer| self.all || offer.up);
         session.out.answer(&offers, || {
             let rows = offers.offers.iter().map(|offer| row(offer, &offers.currency)).collect();
-            let header =
-                ["NAME", "KEY", "LARGEST FREE", "PER HOUR", "TERM", "RUNTIMES", "ISOLATION", "AGE"];
+            let header = [
+                "NAME",
+                "KEY",
+                "LARGEST FREE",
+                "PER HOUR",
+                "SLACK",
+                "TERM",
+                "RUNTIMES",
+                "ISOLATION",
+                "AGE",
+            ];
             session.out.table(&header, rows)
         })?;
         Ok(Exit::Ok)
@@ -43,6 +52,7 @@ fn row(offer: &body::OfferLine, currency: &str) -> Vec<String> {
         short_key(&offer.lessor),
         offer.shapes.first().map_or_else(|| "nothing".into(), shape),
         format!("{price} {currency}"),
+        offer.slack_percent.map_or_else(|| "-".into(), |percent| format!("{percent}% of it")),
         format!("{} at most", span(offer.max_term_ms)),
         offer.runtimes.join(" "),
         offer.isolation.join(" "),

@@ -2,12 +2,14 @@
 
 use clap::Args;
 use leasehold_keys::exit::Exit;
+use leasehold_proto::Span;
 use serde_json::json;
 
 use super::output::{shape, short_id, span};
 use super::{Failure, Session};
 use crate::api::body::{DrainRequest, ReclaimRequest, Reclaimed, Resumed};
 use crate::api::want::Text;
+use crate::{clock, quantity};
 
 /// Take slack capacity back, cheapest credit first.
 #[derive(Debug, Args)]
@@ -32,15 +34,19 @@ pub(super) struct Reclaim {
 /// Grant and renew nothing any more, and empty the host.
 #[derive(Debug, Args)]
 pub(super) struct Drain {
-    /// By when: in what time from now (30m)
-    #[arg(long, value_name = "TIME")]
-    by: String,
+    /// By when: in what time from now (30m), or an instant (2026-11-24T22:00:00Z)
+    #[arg(long, value_name = "TIME", value_parser = by)]
+    by: Span,
     /// Also take back firm leases that end later, after their notice and against their credit
     #[arg(long)]
     revoke: bool,
     /// Only say what that would come to
     #[arg(long)]
     dry_run: bool,
+}
+
+fn by(text: &str) -> Result<Span, String> {
+    quantity::by(text, clock::now().wall)
 }
 
 /// End a drain or reclaim: sell again, and leave what has not ended yet.
@@ -64,7 +70,8 @@ impl Reclaim {
 impl Drain {
     pub(super) async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let Self { by, revoke, dry_run } = self;
-        let request = DrainRequest { within: Text(by), revoke, dry_run };
+        let within = Text(format!("{}ms", by.as_millis()));
+        let request = DrainRequest { within, revoke, dry_run };
         show(session, &session.client.post("/v1/drain", &request).await?)
     }
 }
