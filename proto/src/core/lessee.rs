@@ -284,10 +284,9 @@ impl Core {
         if self.command_of(&order.id()).is_some() || self.pursuits.len() >= MAX_PURSUITS {
             return Err(Failure::Busy);
         }
-        let name = self.spread.host(&body.lessor).map(|host| host.body().name.clone());
         let choice = Choice {
             lessor: body.lessor,
-            name: name.unwrap_or_else(|| body.lessor.short()),
+            name: self.name_of(&body.lessor),
             offer: body.offer,
             rate: body.ceiling,
             worst_case: body.ceiling.per_hour_over(body.term).min(body.cap),
@@ -387,7 +386,8 @@ impl Core {
         self.keep_held(order, out);
         let Some(pursuit) = self.pursuits.remove(&command) else { return };
         let Some(choice) = pursuit.choice(order).cloned() else { return };
-        let choice = Choice { rate: grant.body().rate, ..choice };
+        let (rate, most) = (grant.body().rate, grant.body().worst_case_over(grant.body().term));
+        let choice = Choice { rate, worst_case: most, ..choice };
         let leased = Leased {
             lease,
             order: *order,
@@ -439,11 +439,17 @@ impl Core {
             .map_err(|why| why.to_string())
     }
 
+    /// What a node is called, as far as is known here.
+    fn name_of(&self, node: &KeyId) -> String {
+        self.spread.host(node).map_or_else(|| node.short(), |host| host.body().name.clone())
+    }
+
     fn leased_from(&self, holding: &Holding, order: Hash) -> Option<Leased> {
         let (lease, terms) = holding.terms.as_ref()?;
+        let lessor = holding.kept.lessor;
         let choice = Choice {
-            lessor: holding.kept.lessor,
-            name: holding.kept.lessor.short(),
+            lessor,
+            name: self.name_of(&lessor),
             offer: holding.kept.offer.as_ref().map(Signed::id).unwrap_or_default(),
             rate: terms.rate,
             worst_case: terms.worst_case_over(holding.kept.term),
