@@ -15,20 +15,22 @@
 //! go from here straight into the job's directory; output goes from its log to the lessee.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use leasehold_proto::core::{Event, Notified, Orphan, Orphans, StartJob};
+use leasehold_proto::core::{Command, Event, Notified, Orphan, Orphans, Reply, StartJob};
 use leasehold_proto::words::contract::EndReason;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::sleep;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
 use crate::data::frame::Refusal;
-use crate::data::{Arriving, Data};
+use crate::data::{Arriving, Data, FetchError, LinkError};
+use crate::handle::Asked;
 use crate::payload::{PayloadStore, Root};
 use crate::work::{self, Spec, Stream, Work, WorkEvent};
 
@@ -47,6 +49,10 @@ const PIDS: u64 = 32;
 const AGAIN: Duration = Duration::from_millis(500);
 /// The longest pause between two times.
 const MAX_AGAIN: Duration = Duration::from_secs(15);
+/// How long a claim may be here before it is known where its delegate serves the payloads.
+const FIND: Duration = Duration::from_secs(30);
+/// Between two looks whether that is known.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Where a job stands.
 #[derive(Clone, Debug)]
@@ -124,6 +130,8 @@ struct Inner {
     data: Data,
     payloads: PayloadStore,
     events: mpsc::Sender<Event>,
+    /// To ask the core where a delegate is.
+    commands: mpsc::Sender<Asked>,
     jobs: Mutex<BTreeMap<LeaseId, Job>>,
     ended: Mutex<std::collections::VecDeque<LeaseId>>,
     keeping: Semaphore,
@@ -148,12 +156,13 @@ impl Jobs {
         work: Work,
         data: Data,
         payloads: PayloadStore,
-        events: mpsc::Sender<Event>,
+        (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
         isolation: Vec<String>,
     ) -> Self {
         let (jobs, ended) = (Mutex::default(), Mutex::default());
         let keeping = Semaphore::new(MAX_KEEPING);
-        let inner = Inner { work, data, payloads, events, jobs, ended, keeping, isolation };
+        let inner =
+            Inner { work, data, payloads, events, commands, jobs, ended, keeping, isolation };
         Self { inner: Arc::new(inner) }
     }
 
@@ -184,8 +193,9 @@ impl Jobs {
         wanted: &mut watch::Receiver<Wanted>,
     ) -> Result<Known, Outcome> {
         let fetch_all = async {
+            let mut sources = start.sources.clone();
             for payload in start.job.payloads() {
-                self.fetch(start, payload).await?;
+                self.fetch(start, &mut sources, payload).await?;
             }
             Ok(())
         };
@@ -360,19 +370,51 @@ impl Jobs {
         done.is_ok()
     }
 
-    async fn fetch(&self, start: &StartJob, payload: Payload) -> Result<(), Outcome> {
+    /// Fetches a payload from the delegate. A claim may be here before the delegate's record is, or
+    /// before its newest one, above all when this node has just been started: then it is waited
+    /// for. `sources` is where the delegate was found last.
+    async fn fetch(
+        &self,
+        start: &StartJob,
+        sources: &mut Vec<SocketAddr>,
+        payload: Payload,
+    ) -> Result<(), Outcome> {
         let (root, size) = (root_of(&payload), payload.size);
-        let fetched = self
-            .inner
-            .data
-            .fetch(start.delegate.0, start.sources.clone(), root, size, |_| {})
-            .await;
-        match fetched {
-            Ok(stats) => {
-                tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
-                Ok(())
+        let until = Instant::now() + FIND;
+        loop {
+            let from = (start.delegate.0, sources.clone());
+            let fetched = self.inner.data.fetch(from.0, from.1, root, size, |_| {}).await;
+            let error = match fetched {
+                Ok(stats) => {
+                    tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            let unreachable = matches!(error, FetchError::Link(LinkError::Unreachable { .. }));
+            if unreachable
+                && Instant::now() < until
+                && let Ok(Some(found)) =
+                    timeout_at(until, self.elsewhere(start.delegate, sources)).await
+            {
+                *sources = found;
+                continue;
             }
-            Err(error) => Err(Outcome::NoPayload(clip(&error.to_string()))),
+            return Err(Outcome::NoPayload(clip(&error.to_string())));
+        }
+    }
+
+    /// Where a node serves its data plane, once that is known; none where it is where it was
+    /// looked for already, or nobody will tell.
+    async fn elsewhere(&self, node: KeyId, tried: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
+        loop {
+            let (reply, answer) = oneshot::channel();
+            self.inner.commands.send((Command::Reach(node), reply)).await.ok()?;
+            let Ok(Ok(Reply::Reached(_, found))) = answer.await else { return None };
+            if !found.is_empty() {
+                return (found != tried).then_some(found);
+            }
+            sleep(LOOK).await;
         }
     }
 

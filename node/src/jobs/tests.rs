@@ -3,17 +3,18 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Child;
 
+use leasehold_proto::Resources;
+use leasehold_proto::words::contract::JobSpec;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::*;
 use crate::data::DataConfig;
-use crate::payload::Limits;
+use crate::payload::{Declared, Limits};
 use crate::work::{Exec, Process, Runtime, State, Status};
 
 /// When to give up.
@@ -148,11 +149,68 @@ async fn serve(stream: UnixStream, asks: mpsc::UnboundedSender<Asking>, status: 
     }
 }
 
+fn data_plane(dir: &Path, seed: u8) -> (Data, PayloadStore) {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let payloads = PayloadStore::open_dir(dir, limits).expect("opens");
+    let config = DataConfig::new(([127, 0, 0, 1], 0).into());
+    let admit = Arc::new(|_| true);
+    let (data, _) = Data::start(config, [seed; 32], payloads.clone(), admit).expect("starts");
+    (data, payloads)
+}
+
+/// A delegate that serves the program of a job.
+struct Delegate {
+    data: Data,
+    program: Payload,
+    _room: tempfile::TempDir,
+}
+
+impl Delegate {
+    fn new() -> Self {
+        let room = tempfile::tempdir().expect("a room");
+        let (data, payloads) = data_plane(room.path(), 4);
+        let bytes = b"a program".as_slice();
+        let size = Declared::Exactly(bytes.len() as u64);
+        let held = payloads.import(bytes, size).expect("imports");
+        let program = Payload { root: Hash(*held.root.as_bytes()), size: held.size };
+        Self { data, program, _room: room }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.data.local_addr()
+    }
+
+    /// A claim's job, of which the lessor knows this of where the delegate is.
+    fn claims(&self, sources: Vec<SocketAddr>) -> StartJob {
+        StartJob {
+            lease: LEASE,
+            claim: Hash([1; 32]),
+            delegate: KeyId(self.data.public_key()),
+            sources,
+            job: JobSpec {
+                runtime: "wasm".into(),
+                program: self.program,
+                args: vec![],
+                env: vec![],
+                stdin: None,
+                inputs: vec![],
+                outputs: vec![],
+                release_after: false,
+            },
+            shape: Resources::new(1000, 1 << 20, 1 << 20),
+            deadline: Boot(DEADLINE),
+            grace: Span::secs(1),
+        }
+    }
+}
+
 /// A node's jobs, in a room of their own.
 struct Room {
     jobs: Jobs,
     events: mpsc::Receiver<Event>,
-    _room: tempfile::TempDir,
+    /// What the jobs ask the core.
+    commands: mpsc::Receiver<Asked>,
+    room: tempfile::TempDir,
     /// The process that passes for an adopted warden.
     warden: Option<Child>,
 }
@@ -174,21 +232,18 @@ impl Room {
         let exec = Exec { program: "/bin/sh".into(), prefix, cgroups: false };
         let (work_events, mut heard) = mpsc::channel(64);
         let work = Work::open(room.path().join("jobs"), exec, work_events).expect("opens");
-        let limits = Limits { keep_free: 0, ..Limits::default() };
-        let payloads = PayloadStore::open_dir(room.path().join("payloads"), limits);
-        let payloads = payloads.expect("opens");
-        let config = DataConfig::new(([127, 0, 0, 1], 0).into());
-        let (data, _) =
-            Data::start(config, [3; 32], payloads.clone(), Arc::new(|_| true)).expect("starts");
-        let (sender, events) = mpsc::channel(64);
-        let jobs = Jobs::new(work.clone(), data, payloads, sender, vec![]);
+        let (data, payloads) = data_plane(&room.path().join("payloads"), 3);
+        let (events_in, events) = mpsc::channel(64);
+        let (commands_in, commands) = mpsc::channel(64);
+        let inputs = (events_in, commands_in);
+        let jobs = Jobs::new(work.clone(), data, payloads, inputs, vec![]);
         let tell = jobs.clone();
         tokio::spawn(async move {
             while let Some(event) = heard.recv().await {
                 tell.heard(event).await;
             }
         });
-        (Self { jobs, events, _room: room, warden: None }, work)
+        (Self { jobs, events, commands, room, warden: None }, work)
     }
 
     /// With one running job that was adopted.
@@ -198,7 +253,7 @@ impl Room {
         fs::create_dir_all(&dir).expect("made");
         let file = json!({"spec": spec(&dir), "prefix": [], "node": "n", "cgroups": false});
         fs::write(dir.join("spec.json"), file.to_string()).expect("written");
-        let child = Command::new("/bin/sleep").arg("600").spawn().expect("sleeps");
+        let child = std::process::Command::new("/bin/sleep").arg("600").spawn().expect("sleeps");
         let process = Process::of(i32::try_from(child.id()).expect("a pid")).expect("alive");
         let warden = Warden::in_place(&dir, &status(process, DEADLINE));
         let (mut room, work) = Self::open(room);
@@ -212,6 +267,33 @@ impl Room {
 
     async fn event(&mut self) -> Event {
         timeout(PATIENCE, self.events.recv()).await.expect("in time").expect("jobs live")
+    }
+
+    /// Without any job.
+    fn empty() -> Self {
+        Self::open(tempfile::tempdir().expect("a room")).0
+    }
+
+    /// The next thing that the core is asked, which must be where a node is: says so.
+    async fn tells_where(&mut self, node: KeyId, at: Vec<SocketAddr>) {
+        let asked = timeout(PATIENCE, self.commands.recv()).await.expect("in time");
+        let (command, reply) = asked.expect("jobs live");
+        assert!(matches!(command, Command::Reach(of) if of == node), "{command:?}");
+        let _ = reply.send(Ok(Reply::Reached(node, at)));
+    }
+
+    /// The deadline that a job was given to a warden with, once it was.
+    async fn given(&self) -> u64 {
+        let path = self.room.path().join("jobs").join(LEASE.to_string()).join("spec.json");
+        let begun = Instant::now();
+        loop {
+            if let Ok(bytes) = fs::read(&path) {
+                let job: Value = serde_json::from_slice(&bytes).expect("it is written whole");
+                return job["spec"]["deadline_boot_ms"].as_u64().expect("a deadline");
+            }
+            assert!(begun.elapsed() < PATIENCE, "no warden was given the job");
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// The next word about a deadline.
@@ -309,4 +391,54 @@ async fn a_stop_waits_for_nothing() {
     room.jobs.freeze(LEASE, false);
     assert!(warden.is_left_alone().await, "after a stop there is nothing to be told");
     drop(unanswered);
+}
+
+#[tokio::test]
+async fn a_delegate_whose_address_is_not_known_yet_is_waited_for() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let start = delegate.claims(vec![]);
+    let node = start.delegate;
+    room.jobs.start(start);
+    for _ in 0..3 {
+        room.tells_where(node, vec![]).await;
+    }
+    room.tells_where(node, vec![delegate.address()]).await;
+    assert_eq!(room.given().await, DEADLINE);
+}
+
+#[tokio::test]
+async fn a_delegate_that_has_moved_is_found_again() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    // Nobody answers there: what is bound and never read takes the port.
+    let gone = std::net::UdpSocket::bind(("127.0.0.1", 0)).expect("binds");
+    let start = delegate.claims(vec![gone.local_addr().expect("an address")]);
+    let node = start.delegate;
+    room.jobs.start(start);
+    room.tells_where(node, vec![delegate.address()]).await;
+    assert_eq!(room.given().await, DEADLINE);
+}
+
+#[tokio::test]
+async fn a_delegate_that_is_gone_is_not_waited_for() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let gone = std::net::UdpSocket::bind(("127.0.0.1", 0)).expect("binds");
+    let at = vec![gone.local_addr().expect("an address")];
+    let start = delegate.claims(at.clone());
+    let node = start.delegate;
+    room.jobs.start(start);
+    room.tells_where(node, at).await;
+    let ended = room.event().await;
+    assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::NoPayload(_), _)), "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_job_is_stopped_while_its_delegate_is_looked_for() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let start = delegate.claims(vec![]);
+    let node = start.delegate;
+    room.jobs.start(start);
+    room.tells_where(node, vec![]).await;
+    room.jobs.stop(LEASE, EndReason::Released);
+    let ended = room.event().await;
+    assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::Stopped, _)), "{ended:?}");
 }
