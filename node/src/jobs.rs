@@ -57,6 +57,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Where a job stands.
 #[derive(Clone, Debug)]
 enum Phase {
+    /// Until its warden answers.
     Fetching,
     Running,
     Ended(Arc<End>),
@@ -199,14 +200,33 @@ impl Jobs {
             }
             Ok(())
         };
-        tokio::select! {
-            fetched = fetch_all => fetched?,
-            _ = wanted.wait_for(|wanted| wanted.stop.is_some()) => return Err(Outcome::Stopped),
+        tokio::pin!(fetch_all);
+        let mut known = Known::until(start.deadline);
+        loop {
+            tokio::select! {
+                fetched = &mut fetch_all => break fetched?,
+                // Fails only once the job is forgotten, and it is not before it has ended.
+                _ = wanted.changed() => {
+                    let now = wanted.borrow_and_update().clone();
+                    if now.stop.is_some() {
+                        return Err(Outcome::Stopped);
+                    }
+                    // There is nothing yet that it would end: the warden starts with it, below.
+                    known.deadline = now.deadline;
+                    self.answer(&start.lease, &now, &mut known).await;
+                }
+            }
         }
-        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop.
-        let started = self.inner.work.start(self.spec(start)?).await;
+        let now = wanted.borrow().clone();
+        if now.stop.is_some() {
+            return Err(Outcome::Stopped);
+        }
+        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
+        // a deadline is in force once the warden that starts here has taken it.
+        known.deadline = now.deadline;
+        let started = self.inner.work.start(self.spec(start, now.deadline)?).await;
         started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))?;
-        Ok(Known::until(start.deadline))
+        Ok(known)
     }
 
     /// Sees to it that a job's warden does what is wanted, until the job has ended.
@@ -259,13 +279,7 @@ impl Jobs {
         if wanted.deadline > known.deadline && self.extend_now(lease, wanted.deadline).await {
             known.deadline = wanted.deadline;
         }
-        let in_force = wanted.deadline <= known.deadline;
-        if wanted.asked != known.answered {
-            // Also where it is not: who waits for it asks again.
-            known.answered = wanted.asked;
-            let event = Event::Extended(*lease, wanted.deadline, in_force);
-            let _ = self.inner.events.send(event).await;
-        }
+        self.answer(lease, wanted, known).await;
         if let Some(notice) = &wanted.notice
             && known.notice.as_ref() != Some(notice)
         {
@@ -284,7 +298,18 @@ impl Jobs {
         }
         let told = (wanted.notice.is_none() || wanted.notice == known.notice)
             && (wanted.frozen.is_none() || wanted.frozen == known.frozen);
-        in_force && told
+        wanted.deadline <= known.deadline && told
+    }
+
+    /// Tells whether the deadline is in force, if that was asked. Also where it is not: who waits
+    /// for it asks again.
+    async fn answer(&self, lease: &LeaseId, wanted: &Wanted, known: &mut Known) {
+        if wanted.asked != known.answered {
+            known.answered = wanted.asked;
+            let in_force = wanted.deadline <= known.deadline;
+            let event = Event::Extended(*lease, wanted.deadline, in_force);
+            let _ = self.inner.events.send(event).await;
+        }
     }
 
     /// Writes down what is wanted of a job, and tells where it stood then.
@@ -296,16 +321,15 @@ impl Jobs {
         Some(phase)
     }
 
-    /// Gives a job a later deadline, and tells when that is in force. A job that is still being
-    /// fetched for has nothing to be ended yet: its warden will start with it.
+    /// Gives a job a later deadline, and tells when that is in force.
     pub(crate) fn extend(&self, lease: LeaseId, deadline: Boot) {
         let phase = self.want(&lease, |wanted| {
             wanted.deadline = wanted.deadline.max(deadline);
             wanted.asked += 1;
         });
         let done = match phase {
-            Some(Phase::Running) => return,
-            Some(Phase::Fetching | Phase::Ended(_)) => true,
+            Some(Phase::Fetching | Phase::Running) => return,
+            Some(Phase::Ended(_)) => true,
             None => false,
         };
         let jobs = self.clone();
@@ -418,7 +442,7 @@ impl Jobs {
         }
     }
 
-    fn spec(&self, start: &StartJob) -> Result<Spec, Outcome> {
+    fn spec(&self, start: &StartJob, deadline: Boot) -> Result<Spec, Outcome> {
         let job = &start.job;
         let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
             let path = self.inner.payloads.path(root_of(payload));
@@ -445,7 +469,7 @@ impl Jobs {
             memory: start.shape.memory,
             disk: start.shape.disk,
             pids: PIDS,
-            deadline_boot_ms: start.deadline.0,
+            deadline_boot_ms: deadline.0,
             grace_ms: start.grace.as_millis(),
             log_limit: work::DEFAULT_LOG_LIMIT,
             require: self.inner.isolation.clone(),

@@ -296,6 +296,13 @@ impl Room {
         }
     }
 
+    /// The warden of a job that was given to one begins to answer.
+    fn warden_arrives(&self) -> Warden {
+        let dir = self.room.path().join("jobs").join(LEASE.to_string());
+        // Its process is none that anybody could end.
+        Warden::in_place(&dir, &status(Process { pid: 0, start: 0 }, DEADLINE))
+    }
+
     /// The next word about a deadline.
     async fn extended(&mut self) -> (Boot, bool) {
         loop {
@@ -441,4 +448,41 @@ async fn a_job_is_stopped_while_its_delegate_is_looked_for() {
     room.jobs.stop(LEASE, EndReason::Released);
     let ended = room.event().await;
     assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::Stopped, _)), "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_warden_starts_with_the_newest_deadline() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let start = delegate.claims(vec![]);
+    let node = start.delegate;
+    room.jobs.start(start);
+    room.tells_where(node, vec![]).await;
+    // Renewed while the program is still being fetched: there is nothing to be ended too early.
+    let later = Boot(DEADLINE + 1000);
+    room.jobs.extend(LEASE, later);
+    assert_eq!(room.extended().await, (later, true));
+    // A shorter one that comes late changes nothing.
+    room.jobs.extend(LEASE, Boot(DEADLINE + 500));
+    assert!(room.extended().await.1);
+    room.tells_where(node, vec![delegate.address()]).await;
+    assert_eq!(room.given().await, later.0, "its warden would end it too early");
+}
+
+#[tokio::test]
+async fn while_a_warden_starts_no_deadline_is_agreed_to() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    room.jobs.start(delegate.claims(vec![delegate.address()]));
+    assert_eq!(room.given().await, DEADLINE);
+    // The job is written down with the old deadline, and its warden is not there yet.
+    let later = Boot(DEADLINE + 1000);
+    room.jobs.extend(LEASE, later);
+    let early = timeout(MOMENT, room.extended()).await;
+    assert!(early.is_err(), "nobody has {early:?} in force");
+    let mut warden = room.warden_arrives();
+    let (word, ask, answer) = warden.asked().await;
+    assert_eq!((word.as_str(), &ask["deadline_boot_ms"]), ("extend", &json!(later.0)));
+    let early = timeout(MOMENT, room.extended()).await;
+    assert!(early.is_err(), "nobody has {early:?} in force");
+    answer.send(Some(done())).expect("somebody waits");
+    assert_eq!(room.extended().await, (later, true));
 }
