@@ -178,6 +178,7 @@ impl Jobs {
             match jobs.begin(&start, &mut wanted).await {
                 Ok(known) => {
                     jobs.set_phase(&lease, Phase::Running);
+                    let _ = jobs.inner.events.send(Event::JobBegun(lease)).await;
                     jobs.tend(lease, known, wanted).await;
                 }
                 Err(outcome) => {
@@ -501,7 +502,13 @@ impl Jobs {
         let outcome = end.outcome.clone();
         self.set_phase(&lease, Phase::Ended(Arc::new(end)));
         let _ = self.inner.events.send(Event::JobEnded(lease, outcome, usage)).await;
-        self.remember(lease).await;
+    }
+
+    /// How a job ended is kept: what is left of it may go. Not earlier, since a node that starts
+    /// takes a job for one that was not begun where nothing is left of it.
+    pub(crate) fn noted(&self, lease: LeaseId) {
+        let jobs = self.clone();
+        tokio::spawn(async move { jobs.remember(lease).await });
     }
 
     /// Keeps an ended job for late readers, in place of the oldest one.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
 use crate::data::DataConfig;
@@ -76,6 +77,8 @@ fn status(warden: Process, deadline: u64) -> Status {
 struct Warden {
     asked: mpsc::UnboundedReceiver<Asking>,
     _lock: File,
+    /// Ends all conversations.
+    _open: DropGuard,
 }
 
 impl Warden {
@@ -89,12 +92,15 @@ impl Warden {
         let (asks, asked) = mpsc::unbounded_channel();
         let listener = UnixListener::bind(dir.join("socket")).expect("listens");
         let status = serde_json::to_value(status).expect("json");
-        tokio::spawn(async move {
+        let open = CancellationToken::new();
+        let closed = open.clone();
+        tokio::spawn(closed.clone().run_until_cancelled_owned(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(serve(stream, asks.clone(), status.clone()));
+                let serving = serve(stream, asks.clone(), status.clone());
+                tokio::spawn(closed.clone().run_until_cancelled_owned(serving));
             }
-        });
-        Self { asked, _lock: lock }
+        }));
+        Self { asked, _lock: lock, _open: open.drop_guard() }
     }
 
     /// The next thing it is asked, and where to say what comes of it.
@@ -226,8 +232,8 @@ impl Drop for Room {
 
 impl Room {
     fn open(room: tempfile::TempDir) -> (Self, Work) {
-        // It ends by itself once its directory is gone with the room.
-        let script = "while [ -d \"$1\" ]; do /bin/sleep 0.05; done";
+        // It ends by itself once its directory is gone with the room, or when it is told to.
+        let script = "while [ -d \"$1\" ] && [ ! -e \"$1/../gone\" ]; do /bin/sleep 0.05; done";
         let prefix = vec!["-c".into(), script.into()];
         let exec = Exec { program: "/bin/sh".into(), prefix, cgroups: false };
         let (work_events, mut heard) = mpsc::channel(64);
@@ -448,6 +454,56 @@ async fn a_job_is_stopped_while_its_delegate_is_looked_for() {
     room.jobs.stop(LEASE, EndReason::Released);
     let ended = room.event().await;
     assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::Stopped, _)), "{ended:?}");
+}
+
+/// A job is begun once there is a warden, and its directory stays until its end is kept: before the
+/// one and after the other a node that starts would take it for one that was not begun.
+#[tokio::test]
+async fn a_job_leaves_traces_from_its_warden_until_its_end_is_kept() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let dir = room.room.path().join("jobs").join(LEASE.to_string());
+    room.jobs.start(delegate.claims(vec![delegate.address()]));
+    room.given().await;
+    let early = timeout(MOMENT, room.event()).await;
+    assert!(early.is_err(), "there is no warden yet: {early:?}");
+    let warden = room.warden_arrives();
+    let begun = room.event().await;
+    assert!(matches!(begun, Event::JobBegun(LEASE)) && dir.exists(), "{begun:?}");
+    // The warden is gone, and more jobs end than are kept for late readers.
+    drop(warden);
+    fs::write(room.room.path().join("jobs").join("gone"), b"").expect("written");
+    let ended = room.event().await;
+    assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::Lost, _)), "{ended:?}");
+    let others = |from: u64| (from..=from + MAX_ENDED as u64).map(|n| Hash::of(&n.to_le_bytes()));
+    for other in others(0).map(LeaseId) {
+        room.jobs.remember(other).await;
+    }
+    assert!(dir.exists(), "its end is not kept, and nothing says any more that it was begun");
+    room.jobs.noted(LEASE);
+    let begun = Instant::now();
+    while dir.exists() {
+        assert!(begun.elapsed() < PATIENCE, "it stays although its end is kept");
+        tokio::task::yield_now().await;
+        for other in others(1000).map(LeaseId) {
+            room.jobs.remember(other).await;
+        }
+    }
+}
+
+/// Whoever started may have run something, also if the node never heard of it.
+#[tokio::test]
+async fn a_warden_that_never_answered_leaves_traces() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let dir = room.room.path().join("jobs").join(LEASE.to_string());
+    room.jobs.start(delegate.claims(vec![delegate.address()]));
+    room.given().await;
+    let status = status(Process { pid: 7, start: 0 }, DEADLINE);
+    fs::write(dir.join("status.json"), serde_json::to_vec(&status).expect("json"))
+        .expect("written");
+    fs::write(room.room.path().join("jobs").join("gone"), b"").expect("written");
+    let ended = room.event().await;
+    assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::NotRunnable(_), _)), "{ended:?}");
+    assert!(dir.exists(), "nothing says any more that it was begun");
 }
 
 #[tokio::test]
