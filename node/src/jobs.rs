@@ -6,25 +6,36 @@
 //!                  \--cannot be had, or stopped first--^
 //! ```
 //!
+//! What the core says of a job afterwards (deadline, frozen or not, notice, stop) is written down as
+//! `Wanted`, and one task for each job brings its warden there: one instruction at a time, again
+//! after a pause while it fails, so that the last word is what is in force in the end, whatever
+//! became of those before it.
+//!
 //! Bytes never pass through the core: programs and inputs come over the data plane by root, and
 //! go from here straight into the job's directory; output goes from its log to the lessee.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use leasehold_proto::core::{Event, Notified, Orphan, Orphans, StartJob};
+use leasehold_proto::core::{Command, Event, Notified, Orphan, Orphans, Reply, StartJob};
 use leasehold_proto::words::contract::EndReason;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
 use crate::data::frame::Refusal;
-use crate::data::{Arriving, Data};
+use crate::data::{Arriving, Data, FetchError, LinkError};
+use crate::handle::Asked;
 use crate::payload::{PayloadStore, Root};
 use crate::work::{self, Spec, Stream, Work, WorkEvent};
+
+#[cfg(test)]
+mod tests;
 
 /// How many ended jobs keep their logs for late readers.
 const MAX_ENDED: usize = 256;
@@ -34,10 +45,19 @@ const MAX_FOLLOWING: usize = 16;
 const MAX_KEEPING: usize = 2;
 /// How many processes and threads a program may have.
 const PIDS: u64 = 32;
+/// Between an instruction that a warden did not carry out and the same one again, at first.
+const AGAIN: Duration = Duration::from_millis(500);
+/// The longest pause between two times.
+const MAX_AGAIN: Duration = Duration::from_secs(15);
+/// How long a claim may be here before it is known where its delegate serves the payloads.
+const FIND: Duration = Duration::from_secs(30);
+/// Between two looks whether that is known.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Where a job stands.
 #[derive(Clone, Debug)]
 enum Phase {
+    /// Until its warden answers.
     Fetching,
     Running,
     Ended(Arc<End>),
@@ -47,19 +67,45 @@ enum Phase {
 struct Job {
     delegate: [u8; 32],
     phase: watch::Sender<Phase>,
-    stop: CancellationToken,
-    /// What its warden is to enforce; until there is one it is only written here.
+    /// What its task brings about.
     wanted: watch::Sender<Wanted>,
     /// Room for those who follow it.
     following: Arc<Semaphore>,
 }
 
-/// What a job's warden is to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a job is to be like, by the core's last word about each of these.
+#[derive(Clone, Debug)]
 struct Wanted {
     deadline: Boot,
-    frozen: bool,
-    notice: Option<work::Notice>,
+    /// How often the core wanted to know that the deadline is in force.
+    asked: u64,
+    /// None where nothing was said: then it stays as it is.
+    frozen: Option<bool>,
+    notice: Option<Option<work::Notice>>,
+    stop: Option<EndReason>,
+}
+
+impl Wanted {
+    const fn until(deadline: Boot) -> Self {
+        Self { deadline, asked: 0, frozen: None, notice: None, stop: None }
+    }
+}
+
+/// What a job's warden is known to have in force.
+#[derive(Clone, Debug)]
+struct Known {
+    deadline: Boot,
+    /// As many of the core's questions about the deadline are answered.
+    answered: u64,
+    /// None where that is not known: it was told nothing, or did not say whether it heard.
+    frozen: Option<bool>,
+    notice: Option<Option<work::Notice>>,
+}
+
+impl Known {
+    const fn until(deadline: Boot) -> Self {
+        Self { deadline, answered: 0, frozen: None, notice: None }
+    }
 }
 
 impl Job {
@@ -67,8 +113,7 @@ impl Job {
         Self {
             delegate: delegate.0,
             phase: watch::channel(phase).0,
-            wanted: watch::channel(Wanted { deadline, frozen: false, notice: None }).0,
-            stop: CancellationToken::new(),
+            wanted: watch::channel(Wanted::until(deadline)).0,
             following: Arc::new(Semaphore::new(MAX_FOLLOWING)),
         }
     }
@@ -86,6 +131,8 @@ struct Inner {
     data: Data,
     payloads: PayloadStore,
     events: mpsc::Sender<Event>,
+    /// To ask the core where a delegate is.
+    commands: mpsc::Sender<Asked>,
     jobs: Mutex<BTreeMap<LeaseId, Job>>,
     ended: Mutex<std::collections::VecDeque<LeaseId>>,
     keeping: Semaphore,
@@ -110,25 +157,30 @@ impl Jobs {
         work: Work,
         data: Data,
         payloads: PayloadStore,
-        events: mpsc::Sender<Event>,
+        (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
         isolation: Vec<String>,
     ) -> Self {
         let (jobs, ended) = (Mutex::default(), Mutex::default());
         let keeping = Semaphore::new(MAX_KEEPING);
-        let inner = Inner { work, data, payloads, events, jobs, ended, keeping, isolation };
+        let inner =
+            Inner { work, data, payloads, events, commands, jobs, ended, keeping, isolation };
         Self { inner: Arc::new(inner) }
     }
 
     /// Starts a job: everything that follows is told through the events.
     pub(crate) fn start(&self, start: StartJob) {
         let job = Job::new(start.delegate, Phase::Fetching, start.deadline);
-        let stop = job.stop.clone();
+        let mut wanted = job.wanted.subscribe();
         hold(&self.inner.jobs).insert(start.lease, job);
         let jobs = self.clone();
         tokio::spawn(async move {
             let lease = start.lease;
-            match jobs.begin(&start, &stop).await {
-                Ok(()) => jobs.running(lease, start.deadline).await,
+            match jobs.begin(&start, &mut wanted).await {
+                Ok(known) => {
+                    jobs.set_phase(&lease, Phase::Running);
+                    let _ = jobs.inner.events.send(Event::JobBegun(lease)).await;
+                    jobs.tend(lease, known, wanted).await;
+                }
                 Err(outcome) => {
                     let end = End { outcome, outputs: Vec::new(), dropped: 0 };
                     jobs.finish(lease, end, Usage::default()).await;
@@ -137,77 +189,152 @@ impl Jobs {
         });
     }
 
-    async fn begin(&self, start: &StartJob, stop: &CancellationToken) -> Result<(), Outcome> {
+    async fn begin(
+        &self,
+        start: &StartJob,
+        wanted: &mut watch::Receiver<Wanted>,
+    ) -> Result<Known, Outcome> {
         let fetch_all = async {
+            let mut sources = start.sources.clone();
             for payload in start.job.payloads() {
-                self.fetch(start, payload).await?;
+                self.fetch(start, &mut sources, payload).await?;
             }
             Ok(())
         };
-        tokio::select! {
-            fetched = fetch_all => fetched?,
-            () = stop.cancelled() => return Err(Outcome::Stopped),
-        }
-        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop.
-        let started = self.inner.work.start(self.spec(start)?).await;
-        started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))
-    }
-
-    /// The warden is there. What was decided while it was not is told to it first.
-    async fn running(&self, lease: LeaseId, deadline: Boot) {
-        let mut known = Wanted { deadline, frozen: false, notice: None };
+        tokio::pin!(fetch_all);
+        let mut known = Known::until(start.deadline);
         loop {
-            let wanted = {
-                let jobs = hold(&self.inner.jobs);
-                let Some(job) = jobs.get(&lease) else { return };
-                let wanted = job.wanted.borrow().clone();
-                if wanted == known {
-                    // Under the lock: from here on every change is told at once.
-                    job.phase.send_if_modified(|now| {
-                        let fetching = matches!(now, Phase::Fetching);
-                        if fetching {
-                            *now = Phase::Running;
-                        }
-                        fetching
-                    });
-                    return;
+            tokio::select! {
+                fetched = &mut fetch_all => break fetched?,
+                // Fails only once the job is forgotten, and it is not before it has ended.
+                _ = wanted.changed() => {
+                    let now = wanted.borrow_and_update().clone();
+                    if now.stop.is_some() {
+                        return Err(Outcome::Stopped);
+                    }
+                    // There is nothing yet that it would end: the warden starts with it, below.
+                    known.deadline = now.deadline;
+                    self.answer(&start.lease, &now, &mut known).await;
                 }
-                wanted
-            };
-            if wanted.deadline > known.deadline {
-                self.extend_now(&lease, wanted.deadline).await;
             }
-            if wanted.notice != known.notice {
-                self.notify_now(&lease, wanted.notice.clone()).await;
-            }
-            if wanted.frozen != known.frozen {
-                self.freeze_now(&lease, wanted.frozen).await;
-            }
-            known = wanted;
+        }
+        let now = wanted.borrow().clone();
+        if now.stop.is_some() {
+            return Err(Outcome::Stopped);
+        }
+        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
+        // a deadline is in force once the warden that starts here has taken it.
+        known.deadline = now.deadline;
+        let started = self.inner.work.start(self.spec(start, now.deadline)?).await;
+        started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))?;
+        Ok(known)
+    }
+
+    /// Sees to it that a job's warden does what is wanted, until the job has ended.
+    async fn tend(&self, lease: LeaseId, known: Known, wanted: watch::Receiver<Wanted>) {
+        let Some(mut phase) = self.phase(&lease) else { return };
+        tokio::select! {
+            () = self.bring_about(&lease, known, wanted) => {}
+            _ = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))) => {}
         }
     }
 
-    /// Notes what a job's warden is to know. True when there is a warden to tell.
-    fn want(&self, lease: &LeaseId, change: impl FnOnce(&mut Wanted)) -> Option<bool> {
+    async fn bring_about(
+        &self,
+        lease: &LeaseId,
+        mut known: Known,
+        mut wanted: watch::Receiver<Wanted>,
+    ) {
+        let (mut stopped, mut pause) = (wanted.clone(), AGAIN);
+        loop {
+            let now = wanted.borrow_and_update().clone();
+            if let Some(why) = now.stop {
+                // The end, whatever else is wanted: a warden that does not hear of it is killed.
+                let released = why == EndReason::Released;
+                let why = if released { "released by the lessee" } else { "lease ended" };
+                self.inner.work.stop(&lease.to_string(), why).await;
+                return;
+            }
+            let all = tokio::select! {
+                all = self.tell(lease, &now, &mut known) => all,
+                // It does not wait for a warden that takes its time.
+                stopped = stopped.wait_for(|wanted| wanted.stop.is_some()) => match stopped {
+                    Ok(_) => continue,
+                    Err(_) => return,
+                },
+            };
+            tokio::select! {
+                changed = wanted.changed() => match changed {
+                    Ok(()) => pause = AGAIN,
+                    Err(_) => return,
+                },
+                () = sleep(pause), if !all => pause = (pause * 2).min(MAX_AGAIN),
+            }
+        }
+    }
+
+    /// Tells a warden what it does not have in force yet. Whether it has all of it now. Given up
+    /// half-way, what it was being told counts as not known.
+    async fn tell(&self, lease: &LeaseId, wanted: &Wanted, known: &mut Known) -> bool {
+        // The deadline first: it must not end what is to be frozen or to be told something.
+        if wanted.deadline > known.deadline && self.extend_now(lease, wanted.deadline).await {
+            known.deadline = wanted.deadline;
+        }
+        self.answer(lease, wanted, known).await;
+        if let Some(notice) = &wanted.notice
+            && known.notice.as_ref() != Some(notice)
+        {
+            known.notice = None;
+            if self.notify_now(lease, notice.clone()).await {
+                known.notice = Some(notice.clone());
+            }
+        }
+        if let Some(frozen) = wanted.frozen
+            && known.frozen != Some(frozen)
+        {
+            known.frozen = None;
+            if self.freeze_now(lease, frozen).await {
+                known.frozen = Some(frozen);
+            }
+        }
+        let told = (wanted.notice.is_none() || wanted.notice == known.notice)
+            && (wanted.frozen.is_none() || wanted.frozen == known.frozen);
+        wanted.deadline <= known.deadline && told
+    }
+
+    /// Tells whether the deadline is in force, if that was asked. Also where it is not: who waits
+    /// for it asks again.
+    async fn answer(&self, lease: &LeaseId, wanted: &Wanted, known: &mut Known) {
+        if wanted.asked != known.answered {
+            known.answered = wanted.asked;
+            let in_force = wanted.deadline <= known.deadline;
+            let event = Event::Extended(*lease, wanted.deadline, in_force);
+            let _ = self.inner.events.send(event).await;
+        }
+    }
+
+    /// Writes down what is wanted of a job, and tells where it stood then.
+    fn want(&self, lease: &LeaseId, change: impl FnOnce(&mut Wanted)) -> Option<Phase> {
         let jobs = hold(&self.inner.jobs);
         let job = jobs.get(lease)?;
         job.wanted.send_modify(change);
-        let running = matches!(*job.phase.borrow(), Phase::Running);
-        Some(running)
+        let phase = job.phase.borrow().clone();
+        Some(phase)
     }
 
-    /// Gives a job a later deadline, and tells when that is in force. A job that is still being
-    /// fetched for has nothing to be ended yet: its warden will start with it.
+    /// Gives a job a later deadline, and tells when that is in force.
     pub(crate) fn extend(&self, lease: LeaseId, deadline: Boot) {
-        let later = |wanted: &mut Wanted| wanted.deadline = wanted.deadline.max(deadline);
-        let running = self.want(&lease, later);
+        let phase = self.want(&lease, |wanted| {
+            wanted.deadline = wanted.deadline.max(deadline);
+            wanted.asked += 1;
+        });
+        let done = match phase {
+            Some(Phase::Fetching | Phase::Running) => return,
+            Some(Phase::Ended(_)) => true,
+            None => false,
+        };
         let jobs = self.clone();
         tokio::spawn(async move {
-            let done = match running {
-                Some(true) => jobs.extend_now(&lease, deadline).await,
-                Some(false) => true,
-                None => false,
-            };
             let _ = jobs.inner.events.send(Event::Extended(lease, deadline, done)).await;
         });
     }
@@ -231,19 +358,16 @@ impl Jobs {
 
     /// Freezes a job, or lets it go on.
     pub(crate) fn freeze(&self, lease: LeaseId, frozen: bool) {
-        let running = self.want(&lease, |wanted| wanted.frozen = frozen);
-        if running == Some(true) {
-            let jobs = self.clone();
-            tokio::spawn(async move { jobs.freeze_now(&lease, frozen).await });
-        }
+        let _ = self.want(&lease, |wanted| wanted.frozen = Some(frozen));
     }
 
-    async fn freeze_now(&self, lease: &LeaseId, frozen: bool) {
+    async fn freeze_now(&self, lease: &LeaseId, frozen: bool) -> bool {
         let (work, name) = (&self.inner.work, lease.to_string());
         let done = if frozen { work.freeze(&name).await } else { work.thaw(&name).await };
-        if let Err(error) = done {
-            tracing::warn!(lease = name, frozen, %error, "a job cannot be frozen or thawed");
+        if let Err(error) = &done {
+            tracing::warn!(lease = name, frozen, %error, "a job was not frozen or thawed");
         }
+        done.is_ok()
     }
 
     /// Tells a job that its lease is taken back, or that it is not after all.
@@ -256,41 +380,70 @@ impl Jobs {
             };
             work::Notice { reason: reason.into(), end_boot_ms: end.0 }
         });
-        let running = self.want(&lease, |wanted| wanted.notice.clone_from(&notice));
-        if running == Some(true) {
-            let jobs = self.clone();
-            tokio::spawn(async move { jobs.notify_now(&lease, notice).await });
-        }
+        let _ = self.want(&lease, |wanted| wanted.notice = Some(notice));
     }
 
-    async fn notify_now(&self, lease: &LeaseId, notice: Option<work::Notice>) {
+    async fn notify_now(&self, lease: &LeaseId, notice: Option<work::Notice>) -> bool {
         let (work, name) = (&self.inner.work, lease.to_string());
         let done = match notice {
             Some(notice) => work.notice(&name, notice).await,
             None => work.unnotice(&name).await,
         };
-        if let Err(error) = done {
+        if let Err(error) = &done {
             tracing::debug!(lease = name, %error, "a job was not told of its lease's end");
         }
+        done.is_ok()
     }
 
-    async fn fetch(&self, start: &StartJob, payload: Payload) -> Result<(), Outcome> {
+    /// Fetches a payload from the delegate. A claim may be here before the delegate's record is, or
+    /// before its newest one, above all when this node has just been started: then it is waited
+    /// for. `sources` is where the delegate was found last.
+    async fn fetch(
+        &self,
+        start: &StartJob,
+        sources: &mut Vec<SocketAddr>,
+        payload: Payload,
+    ) -> Result<(), Outcome> {
         let (root, size) = (root_of(&payload), payload.size);
-        let fetched = self
-            .inner
-            .data
-            .fetch(start.delegate.0, start.sources.clone(), root, size, |_| {})
-            .await;
-        match fetched {
-            Ok(stats) => {
-                tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
-                Ok(())
+        let until = Instant::now() + FIND;
+        loop {
+            let from = (start.delegate.0, sources.clone());
+            let fetched = self.inner.data.fetch(from.0, from.1, root, size, |_| {}).await;
+            let error = match fetched {
+                Ok(stats) => {
+                    tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            let unreachable = matches!(error, FetchError::Link(LinkError::Unreachable { .. }));
+            if unreachable
+                && Instant::now() < until
+                && let Ok(Some(found)) =
+                    timeout_at(until, self.elsewhere(start.delegate, sources)).await
+            {
+                *sources = found;
+                continue;
             }
-            Err(error) => Err(Outcome::NoPayload(clip(&error.to_string()))),
+            return Err(Outcome::NoPayload(clip(&error.to_string())));
         }
     }
 
-    fn spec(&self, start: &StartJob) -> Result<Spec, Outcome> {
+    /// Where a node serves its data plane, once that is known; none where it is where it was
+    /// looked for already, or nobody will tell.
+    async fn elsewhere(&self, node: KeyId, tried: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
+        loop {
+            let (reply, answer) = oneshot::channel();
+            self.inner.commands.send((Command::Reach(node), reply)).await.ok()?;
+            let Ok(Ok(Reply::Reached(_, found))) = answer.await else { return None };
+            if !found.is_empty() {
+                return (found != tried).then_some(found);
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    fn spec(&self, start: &StartJob, deadline: Boot) -> Result<Spec, Outcome> {
         let job = &start.job;
         let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
             let path = self.inner.payloads.path(root_of(payload));
@@ -317,7 +470,7 @@ impl Jobs {
             memory: start.shape.memory,
             disk: start.shape.disk,
             pids: PIDS,
-            deadline_boot_ms: start.deadline.0,
+            deadline_boot_ms: deadline.0,
             grace_ms: start.grace.as_millis(),
             log_limit: work::DEFAULT_LOG_LIMIT,
             require: self.inner.isolation.clone(),
@@ -326,25 +479,7 @@ impl Jobs {
 
     /// Ends a job, or what is being fetched for it.
     pub(crate) fn stop(&self, lease: LeaseId, why: EndReason) {
-        let running = {
-            let jobs = hold(&self.inner.jobs);
-            let Some(job) = jobs.get(&lease) else { return };
-            job.stop.cancel();
-            !matches!(*job.phase.borrow(), Phase::Ended(_))
-        };
-        if running {
-            let work = self.inner.work.clone();
-            let why =
-                if why == EndReason::Released { "released by the lessee" } else { "lease ended" };
-            let mut phase = self.phase(&lease);
-            tokio::spawn(async move {
-                // A start under way is waited for: it ends in `Running` or `Ended`.
-                if let Some(phase) = &mut phase {
-                    let _ = phase.wait_for(|phase| !matches!(phase, Phase::Fetching)).await;
-                }
-                work.stop(&lease.to_string(), why).await;
-            });
-        }
+        let _ = self.want(&lease, |wanted| wanted.stop = wanted.stop.or(Some(why)));
     }
 
     fn phase(&self, lease: &LeaseId) -> Option<watch::Receiver<Phase>> {
@@ -367,7 +502,13 @@ impl Jobs {
         let outcome = end.outcome.clone();
         self.set_phase(&lease, Phase::Ended(Arc::new(end)));
         let _ = self.inner.events.send(Event::JobEnded(lease, outcome, usage)).await;
-        self.remember(lease).await;
+    }
+
+    /// How a job ended is kept: what is left of it may go. Not earlier, since a node that starts
+    /// takes a job for one that was not begun where nothing is left of it.
+    pub(crate) fn noted(&self, lease: LeaseId) {
+        let jobs = self.clone();
+        tokio::spawn(async move { jobs.remember(lease).await });
     }
 
     /// Keeps an ended job for late readers, in place of the oldest one.
@@ -487,10 +628,14 @@ impl Jobs {
     pub(crate) fn adopt(&self, running: Vec<(work::Status, KeyId)>) {
         for (status, delegate) in running {
             let Some(lease) = lease_of(&status.lease) else { continue };
-            let job = Job::new(delegate, Phase::Running, Boot(status.deadline_boot_ms));
-            let frozen = status.frozen;
-            job.wanted.send_modify(|wanted| wanted.frozen = frozen);
+            let deadline = Boot(status.deadline_boot_ms);
+            let job = Job::new(delegate, Phase::Running, deadline);
+            // What it was told of its lease's end does not stand in its status.
+            let known = Known { frozen: Some(status.frozen), ..Known::until(deadline) };
+            let wanted = job.wanted.subscribe();
             hold(&self.inner.jobs).insert(lease, job);
+            let jobs = self.clone();
+            tokio::spawn(async move { jobs.tend(lease, known, wanted).await });
         }
     }
 

@@ -317,7 +317,8 @@ impl Node {
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
         let (commands, command_input) = mpsc::channel(QUEUE);
-        let jobs = Jobs::new(work, data.clone(), payloads.clone(), events, isolation);
+        let inputs = (events, commands.clone());
+        let jobs = Jobs::new(work, data.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());
         let shutdown = CancellationToken::new();

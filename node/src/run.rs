@@ -413,6 +413,7 @@ impl Loop {
             Effect::ThawJob(lease) => self.jobs.freeze(lease, false),
             Effect::NotifyJob(lease, notified) => self.jobs.notify(lease, notified),
             Effect::StopJob(lease, why) => self.jobs.stop(lease, why),
+            Effect::JobNoted(lease) => self.jobs.noted(lease),
             Effect::Answer(command, reply) => {
                 if let Some(waiting) = state.waiting.remove(&command) {
                     let _ = waiting.send(reply);

@@ -156,7 +156,8 @@ pub struct OpenError {
     source: io::Error,
 }
 
-/// Why a job did not start. Nothing of it is left, unless it was there before.
+/// Why a job did not start. No process of it is left; its directory is where it was there before,
+/// or where a warden lived: then it is a job that has ended and waits to be forgotten.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The specification breaks a limit.
@@ -338,8 +339,16 @@ impl Work {
         let started = self.start_in(&dir, spec).await;
         if started.is_err() {
             // The lock keeps a late warden from starting it after all.
-            let _buried = bury_until_gone(&lease, &dir).await;
-            let _ = self.remove(&lease).await;
+            let (status, lock) = bury_until_gone(&lease, &dir).await;
+            if status.warden.pid == 0 {
+                let _ = self.remove(&lease).await;
+            } else {
+                // A warden lived, and may have run something: that is to be seen until it is
+                // forgotten, also by the next run of the node.
+                let (_, view) = watch::channel(status);
+                let job = Job { dir, view, _lock: Some(Arc::new(lock)) };
+                hold(&self.inner.jobs).insert(lease, job);
+            }
         }
         started
     }

@@ -22,13 +22,13 @@ use leasehold_node::data::frame::Refusal as Turned;
 use leasehold_node::home::{Allowance, Home, mandate};
 use leasehold_node::net::{Limits, Net, NetCommand, NetConfig, NetError, NetEvent};
 use leasehold_node::node::StartError;
-use leasehold_node::payload::Declared;
+use leasehold_node::payload::{self, Declared, PayloadStore};
 use leasehold_node::work::{Exec, hidden};
 use leasehold_proto::core::{Command, Ended, Failure, Leased, Reply, View};
 use leasehold_proto::proof;
 use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{
-    Authority, Class, EndReason, JobSpec, Order, Reason, Refusal,
+    Authority, Claim, Class, EndReason, JobSpec, Order, Reason, Refusal,
 };
 use leasehold_proto::words::message::{self, Message, RecordName};
 use leasehold_proto::words::object::{Envelope, Extension, Kind, key_subject, order_subject};
@@ -57,6 +57,7 @@ fn main() -> ExitCode {
         ("a_lease_end_to_end", || Box::pin(end_to_end())),
         ("a_full_node_refuses_and_another_is_found", || Box::pin(full_node())),
         ("a_restarted_node_keeps_what_it_granted", || Box::pin(restart())),
+        ("a_job_that_was_not_begun_is_begun_after_a_restart", || Box::pin(not_begun())),
         ("a_node_starts_again_over_hundreds_of_lapsed_leases", || Box::pin(many_lapsed())),
         ("what_cannot_start_says_why", || Box::pin(cannot_start())),
         ("bad_orders_get_signed_refusals", || Box::pin(bad_orders())),
@@ -331,6 +332,59 @@ async fn restart() {
     seller.shutdown().await;
 }
 
+/// A node that has said yes to claims is gone before their jobs are begun. The one of which nothing
+/// was made runs after the restart; where its directory is there something may have run.
+async fn not_begun() {
+    let fabric = Fabric::new();
+    let home = fabric.home("seller");
+    let selling = config("seller", "1", "0.02", &[]);
+    let seller = start(&home, &selling).await;
+    until(&seller, "it offers", |view| view.nodes.iter().any(|node| node.offer.is_some())).await;
+    // The delegate has no host record: where to fetch the program from is not known.
+    let mut peer = Peer::linked_to(&fabric, &seller).await;
+    let mandate = mandate_for(&fabric, peer.secret.id(), Amount(10_000_000_000));
+    let scratch = fabric.room.path().join("scratch");
+    let scratch = PayloadStore::open_dir(scratch, payload::Limits::default()).expect("opens");
+    let program = wat::parse_str(PROGRAM).expect("program");
+    let size = Declared::Exactly(program.len() as u64);
+    let held = scratch.import(program.as_slice(), size).expect("imports");
+    let job = JobSpec {
+        runtime: "wasm".into(),
+        program: Payload { root: Hash(*held.root.as_bytes()), size: held.size },
+        args: Vec::new(),
+        env: Vec::new(),
+        stdin: None,
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+        release_after: false,
+    };
+    let mut leases = Vec::new();
+    for _ in 0..2 {
+        leases.push(peer.lease_and_claim(&seller, &mandate, &job).await);
+    }
+    let (untouched, touched) = (leases[0], leases[1]);
+    peer.net.close().await;
+    seller.shutdown().await;
+    let jobs = home.path("jobs");
+    assert_eq!(std::fs::read_dir(&jobs).expect("listed").count(), 0, "nothing was begun");
+    std::fs::create_dir(jobs.join(touched.to_string())).expect("made");
+    let payloads = PayloadStore::open_dir(home.path("payloads"), payload::Limits::default());
+    payloads.expect("opens").import(program.as_slice(), size).expect("imports");
+
+    let seller = start(&home, &selling).await;
+    let of = |view: &View, lease| {
+        let lent = view.lent.iter().find(|lent| lent.id == lease).expect("known");
+        (lent.end, lent.outcome.clone())
+    };
+    let view = until(&seller, "both have an end", |view| {
+        view.lent.iter().all(|lent| lent.outcome.is_some())
+    })
+    .await;
+    assert_eq!(of(&view, untouched), (None, Some(Outcome::Exited(7))));
+    assert_eq!(of(&view, touched), (Some(EndReason::Lost), Some(Outcome::Lost)));
+    seller.shutdown().await;
+}
+
 async fn many_lapsed() {
     const LEASES: usize = 600;
     let fabric = Fabric::new();
@@ -492,6 +546,28 @@ impl Peer {
 
     async fn ask(&mut self, node: &Node, what: &Message) -> Option<Message> {
         self.ask_raw(node, message::encode(what).expect("encodes")).await
+    }
+
+    /// Takes a lease from `node` and has a job run under it: the node has said yes to both.
+    async fn lease_and_claim(&mut self, node: &Node, mandate: &Signed, job: &JobSpec) -> LeaseId {
+        let order = self.order(node, mandate, |_, _| {}).await;
+        let answer = self.ask(node, &Message::Order(order)).await;
+        let Some(Message::Granted(grant)) = answer else { panic!("{answer:?}") };
+        let lease = LeaseId(grant.id());
+        let claim = Claim { lease, act: RequestId([1; 16]), job: job.clone() };
+        let header = HeaderOf {
+            fabric: self.fabric,
+            signer: self.secret.id(),
+            subject: lease.0,
+            epoch: 1,
+            seq: 0,
+            not_after: leasehold_node::clock::now().wall + Span::secs(30),
+        };
+        let claim = Draft::new(header, &claim).expect("fits");
+        let claim = self.secret.signer().sign(&claim).expect("signs");
+        let answer = self.ask(node, &Message::Claim(claim)).await;
+        assert!(matches!(answer, Some(Message::Accepted(_))), "{answer:?}");
+        lease
     }
 
     /// An order to `node` under its newest offer, changed by `change`, signed by this peer.

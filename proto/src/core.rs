@@ -181,7 +181,8 @@ pub enum Orphan {
     Adopted(Usage, bool),
 }
 
-/// The jobs of an earlier run, by lease.
+/// The jobs of an earlier run, by lease: everything of which so much as a directory was found. A
+/// job that is not in here was never begun, or its end was kept.
 pub type Orphans = BTreeMap<LeaseId, Orphan>;
 
 /// The leases whose jobs may still run in this boot, by what was kept, with the claim that each
@@ -522,6 +523,7 @@ impl Core {
             Event::Extended(lease, deadline, done) => {
                 self.extended(&lease, deadline, done, out);
             }
+            Event::JobBegun(lease) => self.drop_pending(&lease, out),
             Event::JobEnded(lease, outcome, usage) => {
                 self.job_ended(now, &lease, outcome, usage, out);
             }

@@ -270,7 +270,10 @@ struct Node {
     given: Given,
     asked: BTreeMap<u64, String>,
     whole: Option<(u64, Box<View>)>,
-    jobs: BTreeSet<LeaseId>,
+    /// The jobs that it started, with the run in which it last did.
+    jobs: BTreeMap<LeaseId, u64>,
+    /// How often it was started.
+    runs: u64,
 }
 
 impl Node {
@@ -437,6 +440,7 @@ impl Judge<'_> {
         match line.saw {
             Saw::Started { key, boot, epoch, capacity, read, .. } => {
                 self.verdict.starts += 1;
+                node.runs += 1;
                 (node.key, node.running, node.whole) = (key, true, None);
                 node.asked.clear();
                 let entries = read.iter().map(|(Octets(key), hash)| (key.clone(), *hash));
@@ -472,8 +476,9 @@ impl Judge<'_> {
                         Some(Ok(Kept::Lent(id, lent))) => {
                             self.check.see(at, Seen::Lent(id, &lent));
                             let adopts = self.case.adopts.is_some_and(|full| !full.contains(&host));
-                            // A host that dies between its word that a job starts and the job's
-                            // first instruction has nothing to adopt: that lease is lost unused.
+                            // A node that dies between making a job's directory and the job's
+                            // first instruction has nothing to adopt, and cannot know that nothing
+                            // ran: that lease is lost unused. So is a gang's, without a directory.
                             if adopts && lent.outcome == Some(Outcome::Lost) {
                                 if !self.witnessed.contains(&id) {
                                     self.unbegun.insert(id);
@@ -511,8 +516,11 @@ impl Judge<'_> {
                 node.asked.remove(&command);
             }
             Saw::Job(lease, JobStep::Start) => {
-                self.verdict.jobs += 1;
-                if !node.jobs.insert(lease) {
+                // In another run again, if nothing of it had been begun.
+                let earlier = node.jobs.insert(lease, node.runs);
+                self.verdict.jobs += usize::from(earlier.is_none());
+                let anew = earlier.is_none_or(|earlier| earlier != node.runs);
+                if !anew || earlier.is_some() && self.witnessed.contains(&lease) {
                     let what = format!("the job of {lease} is started twice");
                     self.check.found("3 (idempotence)", at, what);
                 }

@@ -143,6 +143,7 @@ enum What {
     },
     LinkDies(LinkId),
     LinkIdles(LinkId),
+    JobBegins(usize, LeaseId),
     JobEnds(usize, LeaseId, u64),
     Meter(usize, LeaseId),
     Fault(usize),
@@ -434,6 +435,7 @@ impl<'a> World<'a> {
                     self.link_dies(link);
                 }
             }
+            What::JobBegins(host, lease) => self.job_begins(host, lease),
             What::JobEnds(host, lease, plan) => self.job_ends(host, lease, plan),
             What::Meter(host, lease) => self.meter(host, lease),
             What::Fault(nth) => self.fault(nth),
@@ -617,7 +619,7 @@ impl<'a> World<'a> {
             Effect::ExtendJob(lease, deadline) => self.extend_job(host, lease, deadline),
             Effect::FreezeJob(lease) => self.freeze_job(host, lease, true),
             Effect::ThawJob(lease) => self.freeze_job(host, lease, false),
-            Effect::NotifyJob(..) => {}
+            Effect::NotifyJob(..) | Effect::JobNoted(_) => {}
             Effect::Answer(command, reply) => {
                 self.counts.replies += 1;
                 let Some(process) = self.process(host) else { return };
@@ -1123,6 +1125,9 @@ impl<'a> World<'a> {
         let mut killed = Vec::new();
         let known = &mut self.hosts[host];
         let adoptable = core::adoptable(kept, known.clock.boot);
+        // What was being fetched for is gone with the process, and has left nothing.
+        let unbegun = |job: &mut Job| job.begins().is_none_or(|at| at > us);
+        let vanished: Vec<_> = known.jobs.extract_if(.., |_, job| unbegun(job)).collect();
         for (lease, job) in &mut known.jobs {
             let theirs = adoptable.get(lease) == Some(&job.claim);
             if job.ended_us.is_none() && (!theirs || self.dice.chance(1, 20)) {
@@ -1135,7 +1140,8 @@ impl<'a> World<'a> {
             };
             orphans.insert(*lease, orphan);
         }
-        for lease in killed {
+        let open = vanished.into_iter().filter(|(_, job)| job.ended_us.is_none());
+        for lease in killed.into_iter().chain(open.map(|(lease, _)| lease)) {
             self.see(host, Seen::JobEnded(lease));
         }
         orphans
@@ -1334,12 +1340,24 @@ impl<'a> World<'a> {
         }
         let endless = self.scenario.load.endless;
         let started = Job::start(us, job, &known.clock, endless, &mut self.dice);
-        let (ends, plan) = (started.ends_us, started.plan);
+        let (begins, ends, plan) = (started.begins(), started.ends_us, started.plan);
         known.jobs.insert(lease, started);
         self.see(host, Seen::JobStarted(lease));
         self.see(host, Seen::JobDeadline(lease));
+        if let Some(begins) = begins {
+            self.push(begins, What::JobBegins(host, lease));
+        }
         self.push(ends, What::JobEnds(host, lease, plan));
         self.push(us + 1_000_000, What::Meter(host, lease));
+    }
+
+    fn job_begins(&mut self, host: usize, lease: LeaseId) {
+        let us = self.now;
+        let begun = self.hosts[host].jobs.get(&lease).is_some_and(|job| job.begins() == Some(us));
+        if let Some(life) = self.life(host).filter(|_| begun) {
+            let event = Input::Event(Box::new(Event::JobBegun(lease)));
+            self.push(us, What::Input(host, life, event));
+        }
     }
 
     fn stop_job(&mut self, host: usize, lease: LeaseId) {
@@ -1643,5 +1661,6 @@ const fn tag(event: &Event) -> u8 {
         Event::Woke => 13,
         Event::Leave => 14,
         Event::Extended(..) => 15,
+        Event::JobBegun(_) => 16,
     }
 }

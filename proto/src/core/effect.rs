@@ -69,6 +69,9 @@ pub enum Effect {
     NotifyJob(LeaseId, Option<Notified>),
     /// End a job; [`super::Event::JobEnded`] must follow.
     StopJob(LeaseId, EndReason),
+    /// How a job ended is kept: what is left of it may go. While that is there it shows, after a
+    /// crash, that the job was begun.
+    JobNoted(LeaseId),
     /// Reply to a command.
     Answer(CommandId, Result<Reply, Failure>),
     /// Something an operator should know.

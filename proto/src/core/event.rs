@@ -87,6 +87,9 @@ pub enum Event {
     /// Whether a job's warden has this deadline in force, or a later one, or there is nothing left
     /// that it would end.
     Extended(LeaseId, Boot, bool),
+    /// A job has a warden, and with it a place on the host that shows as much: it is not to be
+    /// started again, whatever happens.
+    JobBegun(LeaseId),
     /// A job's processes are gone.
     JobEnded(LeaseId, Outcome, Usage),
     /// Whether the disk has room for what new leases would write.

@@ -54,7 +54,8 @@ pub enum Kept {
     Halted(u64),
     /// A lease this node granted.
     Lent(LeaseId, Box<Lent>),
-    /// The claim of a lease this node granted, which waits for the other members of its gang.
+    /// The claim of a lease this node granted: it waits for the other members of its gang, or its
+    /// job is not begun yet.
     Claimed(LeaseId, Signed),
     /// It waits no more.
     DropClaimed(LeaseId),

@@ -186,6 +186,9 @@ impl Core {
                 self.refuse(now, (claim.id(), None), reason, figures, ticket, out);
             }
             Acted::Accepted(answer) => {
+                // Kept until its job is begun: a node that dies before that starts it again.
+                self.book.set_pending(&lease, Some(claim.clone()));
+                out.push(Effect::Keep(Kept::Claimed(lease, claim.signed().clone())));
                 self.keep_lent(&lease, out);
                 reply(Word::Accepted, answer, ticket, out);
                 self.start_job(lease, claim, out);
@@ -495,13 +498,15 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         self.book.report(lease, usage);
-        // There is nothing left that a deadline could end too early.
+        // There is nothing left that a deadline could end too early, or that could be begun.
         self.extended(lease, Boot(u64::MAX), true, out);
+        self.drop_pending(lease, out);
         if self.book.reaped(lease, outcome) || self.book.release_after(now, lease) {
             self.close(now, lease, out);
         } else {
             self.keep_lent(lease, out);
         }
+        out.push(Effect::JobNoted(*lease));
     }
 
     /// Takes up a lease after a restart: its job, if it had one, was adopted or is gone by now.
@@ -531,10 +536,12 @@ impl Core {
         }
         match orphan {
             Some(Orphan::Adopted(usage, frozen)) if running && same_boot => {
+                self.drop_pending(lease, out);
                 self.book.report(lease, *usage);
                 self.adopt(lease, *frozen, out);
                 return;
             }
+            None if running && same_boot && self.begin_anew(now, lease, out) => return,
             _ if running => self.lose_or_end(now, lease, orphan, same_boot),
             _ if !same_boot => self.book.drain_lost(now, lease),
             _ => {}
@@ -543,8 +550,25 @@ impl Core {
         if draining {
             self.close(now, lease, out);
         } else if running {
+            self.drop_pending(lease, out);
             self.keep_lent(lease, out);
         }
+    }
+
+    /// Starts a job that was accepted before a restart and of which nothing is found, while its
+    /// claim waits to be begun: no warden can have run any of it. False where it is not so, or it
+    /// is too late.
+    fn begin_anew(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) -> bool {
+        let Some(known) = self.book.get(lease) else { return false };
+        // Where this directory may be a copy, the job may run elsewhere. What a gang's job is told
+        // of the other members' addresses is not known yet at a start.
+        let sure = self.halted.is_none() && known.terms.gang.is_none();
+        let open = known.kept.stage == Stage::Active && now.boot < known.deadline();
+        let claim = known.pending.clone().filter(|claim| known.kept.claim == Some(claim.id()));
+        let Some(claim) = claim.filter(|_| sure && open) else { return false };
+        self.start_job(*lease, &claim, out);
+        self.adopt(lease, false, out);
+        true
     }
 
     /// The job of an active lease is gone: it came to its own end, or is lost with what it did.

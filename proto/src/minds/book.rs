@@ -189,7 +189,7 @@ pub struct Lease {
     pub gang: Option<Gang>,
     /// The other members' words so far, by lessor.
     pub commits: BTreeMap<KeyId, Signed>,
-    /// The claim that waits for them.
+    /// The claim that waits for them, or whose job is not begun yet.
     pub pending: Option<Verified<Claim>>,
 }
 
@@ -678,7 +678,7 @@ impl Book {
         joined.whole
     }
 
-    /// A claim that came with its gang's certificate waits for the other members.
+    /// A claim waits for the other members of its gang, or for its job to be begun.
     pub fn set_pending(&mut self, id: &LeaseId, claim: Option<Verified<Claim>>) {
         if let Some(lease) = self.leases.get_mut(id) {
             lease.pending = claim;

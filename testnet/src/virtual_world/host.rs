@@ -110,6 +110,8 @@ pub(super) struct Job {
     /// The claim that it was started for.
     pub(super) claim: Hash,
     started_us: u64,
+    /// When it has a warden, and a directory; never where its payloads cannot be had.
+    begins_us: Option<u64>,
     /// When it ends, as things stand.
     pub(super) ends_us: u64,
     /// How.
@@ -147,9 +149,13 @@ impl Job {
         let grace = what.grace.as_millis() * 1000;
         let stubborn = dice.chance(1, 4);
         let late = if stubborn { grace } else { 1_000 + dice.below(300_000) };
-        let fetched = us + 1_000 + dice.below(50_000);
+        // Most programs are small or held already; a few take long to come.
+        let most = if dice.chance(1, 8) { 5_000_000 } else { 50_000 };
+        let fetched = us + 1_000 + dice.below(most);
         let left = (deadline_us - us).max(1);
+        let mut begins_us = Some(fetched);
         let own = if dice.chance(1, 30) {
+            begins_us = None;
             Some((fetched, Outcome::NoPayload("no holder answers".into())))
         } else if dice.chance(endless, 1000) {
             None
@@ -160,9 +166,11 @@ impl Job {
         let mut job = Self {
             claim: what.claim,
             started_us: us,
+            begins_us,
             ends_us: 0,
             outcome: Outcome::Deadline,
-            plan: 0,
+            // Started anew under one lease, it has none of the plans that it had before.
+            plan: us,
             ended_us: None,
             own,
             stopped: None,
@@ -175,6 +183,11 @@ impl Job {
         };
         job.replan();
         job
+    }
+
+    /// When it is begun, if it ends no earlier.
+    pub(super) fn begins(&self) -> Option<u64> {
+        self.begins_us.filter(|at| *at < self.ended_us.unwrap_or(self.ends_us))
     }
 
     /// Finds out when it ends from what is known now.
