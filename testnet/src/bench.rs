@@ -2,11 +2,13 @@
 //!
 //! | file | what it measures |
 //! |---|---|
+//! | `gang` | leases on several hosts, together or not at all, while several lessees compete |
 //! | `lease` | order to verified, durable grant between two nodes |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
 //! | `machine` | the machine that the figures are of |
 //! | `api` | how nodes are asked |
+//! | `load` | clients that ask for one thing after the other |
 //!
 //! Every benchmark starts real processes of this same binary, bounds what it does in count and
 //! time, and leaves nothing running: a process that it starts ends when its standard input does,
@@ -14,12 +16,14 @@
 //! people to judge, see docs/bench.md.
 
 mod api;
+mod gang;
 mod lease;
+mod load;
 mod machine;
 mod membership;
 mod payload;
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -38,6 +42,8 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Leases on several hosts that exist together or not at all, with several lessees competing.
+    Gang(gang::Options),
     /// Order to verified, durable grant between two nodes, with several clients at once.
     Lease(lease::Options),
     /// A fleet finds itself, notices a death, spreads an offer, and stands by.
@@ -65,6 +71,10 @@ impl Bench {
 
     fn run(self) -> anyhow::Result<()> {
         match self.what {
+            What::Gang(options) => {
+                line(&machine::Machine::look())?;
+                gang::run(&options)
+            }
             What::Lease(options) => {
                 line(&machine::Machine::look())?;
                 lease::run(&options)
@@ -87,6 +97,14 @@ fn line(value: &impl Serialize) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     serde_json::to_writer(&mut out, value).context("cannot print a line")?;
     out.write_all(b"\n").and_then(|()| out.flush()).context("cannot print a line")
+}
+
+/// A directory in `base` that is gone in the end.
+fn temporary(base: &Path) -> anyhow::Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("leasehold-bench-")
+        .tempdir_in(base)
+        .with_context(|| format!("cannot make a directory in {}", base.display()))
 }
 
 /// The middle, the least and the most of some figures.

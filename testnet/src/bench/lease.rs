@@ -20,13 +20,15 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use serde::Serialize;
-use tokio::{task::JoinSet, time::sleep};
+use tokio::time::sleep;
 
 use super::{
     api::{Door, Kept, metric},
-    line, machine, percentile, rounded,
+    line,
+    load::{Client, drive},
+    machine, rounded, temporary,
 };
-use crate::fleet::{Fleet, Plan, config};
+use crate::fleet::{Fleet, Member, Plan, config};
 
 /// What comes before it counts: links open, caches warm, the first grants lapsed.
 const WARM_UP: Duration = Duration::from_secs(2);
@@ -34,8 +36,6 @@ const WARM_UP: Duration = Duration::from_secs(2);
 const CLAIM_WITHIN: &str = "250ms";
 /// How long two nodes may take to see each other.
 const MAP: Duration = Duration::from_secs(30);
-/// How many errors a client meets before it gives up.
-const MAX_ERRORS: u64 = 1_000;
 
 /// Options of `bench lease`.
 #[derive(Debug, Args)]
@@ -94,10 +94,7 @@ async fn case(options: &Options, clients: u16) -> anyhow::Result<CaseLine> {
     lessor.offer.memory = "1G".into();
     let mut lessee = config("lessee");
     lessee.offer.sell = false;
-    let room = match &options.dir {
-        Some(dir) => Some(tempfile::Builder::new().prefix("leasehold-bench-").tempdir_in(dir)?),
-        None => None,
-    };
+    let room = options.dir.as_deref().map(temporary).transpose()?;
     let mut plan = Plan::new(vec![lessor, lessee]);
     plan.dir = room.as_ref().map(|room| room.path().to_path_buf());
     let fleet = Fleet::start(plan).await?;
@@ -116,12 +113,12 @@ struct Mark {
     cpu: Duration,
 }
 
-async fn mark(fleet: &Fleet, index: usize, kept: &mut Kept) -> anyhow::Result<Mark> {
-    let text = kept.get("/metrics").await?;
+async fn mark(member: &Member) -> anyhow::Result<Mark> {
+    let text = Door::of(member)?.get("/metrics").await?;
     Ok(Mark {
         grants: metric(&text, "leasehold_grants_total"),
         syncs: metric(&text, "leasehold_store_syncs_total"),
-        cpu: fleet.member(index)?.usage()?.cpu,
+        cpu: member.usage()?.cpu,
     })
 }
 
@@ -132,33 +129,22 @@ async fn measure(fleet: &Fleet, seconds: u64, clients: u16) -> anyhow::Result<Ca
     eprintln!("{clients} clients: lessor is process {}, lessee {}", pids.0, pids.1);
     let want = want(&lessor.file()?.id.to_string());
     let door = Door::of(lessee)?;
-    let mut of_lessor = Door::of(lessor)?.open().await?;
-    let mut of_lessee = door.open().await?;
-    ready(&mut of_lessee, &want).await?;
+    ready(&mut door.open().await?, &want).await?;
+    let mut asking = Vec::new();
+    for _ in 0..clients {
+        asking.push(Lessee { kept: door.open().await?, want: want.clone() });
+    }
 
     // Figures of the nodes are read outside the time that is measured: a look costs them a little.
-    let before = [mark(fleet, 0, &mut of_lessor).await?, mark(fleet, 1, &mut of_lessee).await?];
+    let before = [mark(lessor).await?, mark(lessee).await?];
     let cpu_before = machine::cpu_s();
     let from = Instant::now() + WARM_UP;
     let until = from + Duration::from_secs(seconds);
-    let mut asking = JoinSet::new();
-    for _ in 0..clients {
-        let (door, want) = (door.clone(), want.clone());
-        asking.spawn(async move { client(&door, &want, from, until).await });
-    }
-    let mut all = Asked::default();
-    while let Some(asked) = asking.join_next().await {
-        let Asked { took_ms, granted, errors } = asked??;
-        all.took_ms.extend(took_ms);
-        all.granted += granted;
-        all.errors += errors;
-    }
+    let (_, asked) = drive(asking, from, until).await?;
     let cpu = machine::cpu_s() - cpu_before;
-    let after = [mark(fleet, 0, &mut of_lessor).await?, mark(fleet, 1, &mut of_lessee).await?];
+    let after = [mark(lessor).await?, mark(lessee).await?];
 
-    let Asked { mut took_ms, granted, errors } = all;
-    took_ms.sort_by(f64::total_cmp);
-    let of = |share| percentile(&took_ms, share).map(|ms| rounded(ms, 2));
+    let [p50_ms, p99_ms, max_ms] = asked.percentiles([0.5, 0.99, 1.0]);
     let [lessor_before, lessee_before] = before;
     let [lessor_after, lessee_after] = after;
     let grants = difference(lessor_before.grants, lessor_after.grants);
@@ -166,19 +152,19 @@ async fn measure(fleet: &Fleet, seconds: u64, clients: u16) -> anyhow::Result<Ca
         let syncs = difference(before.syncs, after.syncs)?;
         (syncs > 0.0).then(|| rounded(grants.unwrap_or_default() / syncs, 2))
     };
-    let per_grant = |s: f64| (granted > 0).then(|| rounded(s * 1e3 / granted as f64, 3));
+    let per_grant = |s: f64| (asked.came > 0).then(|| rounded(s * 1e3 / asked.came as f64, 3));
     let used =
         |before: &Mark, after: &Mark| per_grant(after.cpu.saturating_sub(before.cpu).as_secs_f64());
     Ok(CaseLine {
         bench: "lease",
         clients,
-        grants_per_s: rounded(took_ms.len() as f64 / seconds as f64, 1),
-        p50_ms: of(0.5),
-        p99_ms: of(0.99),
-        max_ms: of(1.0),
+        grants_per_s: rounded(asked.took_ms.len() as f64 / seconds as f64, 1),
+        p50_ms,
+        p99_ms,
+        max_ms,
         grants_per_sync: per_sync(&lessor_before, &lessor_after),
         grants_per_lessee_sync: per_sync(&lessee_before, &lessee_after),
-        errors,
+        errors: asked.errors,
         seconds,
         lessor_cpu_ms: used(&lessor_before, &lessor_after),
         lessee_cpu_ms: used(&lessee_before, &lessee_after),
@@ -212,45 +198,20 @@ async fn ready(lessee: &mut Kept, want: &Bytes) -> anyhow::Result<()> {
     }
 }
 
-/// What clients met.
-#[derive(Debug, Default)]
-struct Asked {
-    /// How long each lease took that was asked for and came in the time that counts.
-    took_ms: Vec<f64>,
-    /// All leases.
-    granted: u64,
-    /// All that did not come.
-    errors: u64,
+/// Asks the lessee, on a connection of its own.
+struct Lessee {
+    kept: Kept,
+    want: Bytes,
 }
 
-async fn client(door: &Door, want: &Bytes, from: Instant, until: Instant) -> anyhow::Result<Asked> {
-    let mut kept = door.open().await?;
-    let mut asked = Asked::default();
-    loop {
-        let start = Instant::now();
-        if start >= until {
-            return Ok(asked);
-        }
-        match kept.create("/v1/leases", want).await {
-            Ok(_) => {
-                let end = Instant::now();
-                asked.granted += 1;
-                if start >= from && end <= until {
-                    asked.took_ms.push((end - start).as_secs_f64() * 1e3);
-                }
-            }
-            Err(error) => {
-                asked.errors += 1;
-                if asked.errors == 1 {
-                    eprintln!("a client's first error: {error:#}");
-                }
-                if asked.errors >= MAX_ERRORS {
-                    return Err(error);
-                }
-                sleep(Duration::from_millis(20)).await;
-                kept = door.open().await?;
-            }
-        }
+impl Client for Lessee {
+    async fn ask(&mut self) -> anyhow::Result<Option<Instant>> {
+        self.kept.create("/v1/leases", &self.want).await?;
+        Ok(Some(Instant::now()))
+    }
+
+    async fn again(&mut self) -> anyhow::Result<()> {
+        self.kept.again().await
     }
 }
 
