@@ -3,11 +3,13 @@
 //! | file | what it measures |
 //! |---|---|
 //! | `gang` | leases on several hosts, together or not at all, while several lessees compete |
-//! | `lease` | order to verified, durable grant between two nodes |
+//! | `lease` | order to verified, durable grant between two nodes, beside etcd |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
 //! | `machine` | the machine that the figures are of |
 //! | `api` | how nodes are asked |
+//! | `pair` | a lessor and a lessee, and leases between them |
+//! | `etcd` | the peer of `lease`: starting it, asking it |
 //! | `load` | clients that ask for one thing after the other |
 //!
 //! Every benchmark starts real processes of this same binary, bounds what it does in count and
@@ -16,11 +18,13 @@
 //! people to judge, see docs/bench.md.
 
 mod api;
+mod etcd;
 mod gang;
 mod lease;
 mod load;
 mod machine;
 mod membership;
+mod pair;
 mod payload;
 
 use std::{io::Write as _, path::Path, process::ExitCode};
@@ -44,7 +48,8 @@ pub struct Bench {
 enum What {
     /// Leases on several hosts that exist together or not at all, with several lessees competing.
     Gang(gang::Options),
-    /// Order to verified, durable grant between two nodes, with several clients at once.
+    /// Order to verified, durable grant between two nodes, with several clients at once, and the
+    /// same of etcd.
     Lease(lease::Options),
     /// A fleet finds itself, notices a death, spreads an offer, and stands by.
     Membership(membership::Options),
@@ -53,6 +58,9 @@ enum What {
     /// One side of the payload benchmark, started by it.
     #[command(hide = true)]
     PayloadSide(payload::Side),
+    /// Becomes a peer that ends with this process, started by a benchmark.
+    #[command(hide = true)]
+    Peer(etcd::Peer),
 }
 
 impl Bench {
@@ -88,6 +96,7 @@ impl Bench {
                 payload::run(&options)
             }
             What::PayloadSide(side) => payload::run_side(side),
+            What::Peer(peer) => peer.run(),
         }
     }
 }

@@ -334,7 +334,7 @@ impl Member {
 }
 
 /// What the process `pid` uses, as proc_pid_stat(5) says.
-fn usage(pid: u32) -> Option<Usage> {
+pub(crate) fn usage(pid: u32) -> Option<Usage> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_usage(&text, rustix::param::clock_ticks_per_second(), rustix::param::page_size() as u64)
 }

@@ -26,14 +26,19 @@ const MAX_ANSWER: usize = 64 << 20;
 #[derive(Debug, Clone)]
 pub(super) struct Door {
     at: SocketAddr,
-    bearer: String,
+    bearer: Option<String>,
 }
 
 impl Door {
     pub(super) fn of(member: &Member) -> anyhow::Result<Self> {
         let token = Token::read(&member.dir().join(token::FILE))?;
-        let bearer = format!("Bearer {}", token.reveal());
+        let bearer = Some(format!("Bearer {}", token.reveal()));
         Ok(Self { at: member.file()?.api, bearer })
+    }
+
+    /// One that needs no token.
+    pub(super) const fn open_to_all(at: SocketAddr) -> Self {
+        Self { at, bearer: None }
     }
 
     /// What is at `path`, over a connection of its own: a node closes those on which nothing is
@@ -82,13 +87,15 @@ impl Kept {
         path: &str,
         body: Bytes,
     ) -> anyhow::Result<(StatusCode, Bytes)> {
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(HOST, self.door.at.to_string())
-            .header(AUTHORIZATION, &self.door.bearer)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
+            .header(CONTENT_TYPE, "application/json");
+        if let Some(bearer) = &self.door.bearer {
+            request = request.header(AUTHORIZATION, bearer);
+        }
+        let request = request.body(Full::new(body))?;
         let asked = async {
             self.sender.ready().await?;
             let response = self.sender.send_request(request).await?;
