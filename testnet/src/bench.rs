@@ -6,6 +6,7 @@
 //! | `lease` | order to verified, durable grant between two nodes, beside etcd |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
+//! | `restart` | a killed lessor grants again, its leases and jobs kept |
 //! | `machine` | the machine that the figures are of |
 //! | `api` | how nodes are asked |
 //! | `pair` | a lessor and a lessee, and leases between them |
@@ -26,6 +27,7 @@ mod machine;
 mod membership;
 mod pair;
 mod payload;
+mod restart;
 
 use std::{io::Write as _, path::Path, process::ExitCode};
 
@@ -55,6 +57,8 @@ enum What {
     Membership(membership::Options),
     /// A payload from memory to a verified file on disk, and the same bytes over raw QUIC.
     Payload(payload::Options),
+    /// A lessor is killed and started again, with leases that live and jobs that run.
+    Restart(restart::Options),
     /// One side of the payload benchmark, started by it.
     #[command(hide = true)]
     PayloadSide(payload::Side),
@@ -94,6 +98,10 @@ impl Bench {
             What::Payload(options) => {
                 line(&machine::Machine::look())?;
                 payload::run(&options)
+            }
+            What::Restart(options) => {
+                line(&machine::Machine::look())?;
+                restart::run(&options)
             }
             What::PayloadSide(side) => payload::run_side(side),
             What::Peer(peer) => peer.run(),

@@ -18,6 +18,7 @@
 
 mod guard;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -38,7 +39,7 @@ use leasehold_node::client::{self, Client, ClientError};
 use leasehold_node::clock;
 use leasehold_node::config::{Config, FILE};
 use leasehold_node::home::{Allowance, Founder, Founding, Home, HomeError, mandate};
-use leasehold_node::work::{self, Exec};
+use leasehold_node::work::{self, Exec, Process};
 use leasehold_proto::base::time::Wall;
 use leasehold_proto::words::charter::Role;
 use leasehold_proto::{Amount, Span};
@@ -305,6 +306,13 @@ impl Member {
     pub fn usage(&self) -> Result<Usage, FleetError> {
         let pid = self.file()?.pid;
         usage(pid).ok_or_else(|| FleetError::Down(self.name.clone()))
+    }
+
+    /// The wardens of its jobs by the names of these, as the processes of this host show them,
+    /// whether it runs or not.
+    #[must_use]
+    pub fn wardens(&self) -> BTreeMap<String, Process> {
+        guard::wardens(self.home.dir())
     }
 
     fn said(&self, source: ClientError) -> FleetError {

@@ -2,20 +2,28 @@
 //! leases, not about hosts.
 
 use std::{
+    cell::Cell,
     path::Path,
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use bytes::Bytes;
+use futures::future::try_join_all;
 use leasehold_node::api::body::Leased;
 use tempfile::TempDir;
 use tokio::time::sleep;
 
-use super::{api::Kept, temporary};
+use super::{
+    api::{Door, Kept},
+    temporary,
+};
 use crate::fleet::{Fleet, Member, Plan, config};
 
 /// How long two nodes may take to see each other.
 const MAP: Duration = Duration::from_secs(30);
+/// How many leases are asked for, or given back, at once.
+const AT_ONCE: usize = 32;
 const LESSOR: usize = 0;
 const LESSEE: usize = 1;
 
@@ -56,6 +64,21 @@ impl Pair {
 
     pub(super) fn lessee(&self) -> anyhow::Result<&Member> {
         Ok(self.fleet.member(LESSEE)?)
+    }
+
+    /// Kills the lessor.
+    pub(super) fn kill_lessor(&mut self) -> anyhow::Result<()> {
+        Ok(self.fleet.kill(LESSOR)?)
+    }
+
+    /// Starts the lessor's process; [`Self::lessor_listens`] says when it is up.
+    pub(super) fn spawn_lessor(&mut self) -> anyhow::Result<()> {
+        Ok(self.fleet.spawn(LESSOR)?)
+    }
+
+    /// Whether the lessor, whose process was started at `since`, listens.
+    pub(super) fn lessor_listens(&mut self, since: Instant) -> anyhow::Result<bool> {
+        Ok(self.fleet.listens(LESSOR, since)?)
     }
 
     /// A lease of the lessor: so little that what limits is the protocol, not the host's size.
@@ -102,9 +125,47 @@ pub(super) async fn ready(lessee: &mut Kept, want: &Bytes) -> anyhow::Result<Str
 }
 
 /// One lease; gives its id.
-async fn lease(lessee: &mut Kept, want: &Bytes) -> anyhow::Result<String> {
+pub(super) async fn lease(lessee: &mut Kept, want: &Bytes) -> anyhow::Result<String> {
     let leased: Leased = serde_json::from_slice(&lessee.create("/v1/leases", want).await?)?;
     Ok(leased.lease)
+}
+
+/// So many leases, held; gives their ids.
+pub(super) async fn obtain(
+    lessee: &Door,
+    want: &Bytes,
+    count: usize,
+) -> anyhow::Result<Vec<String>> {
+    let left = Cell::new(count);
+    let some = async || {
+        let mut kept = lessee.open().await?;
+        let mut mine = Vec::new();
+        while left.get() > 0 {
+            left.set(left.get() - 1);
+            mine.push(ready(&mut kept, want).await.context("a lease")?);
+        }
+        anyhow::Ok(mine)
+    };
+    let all = try_join_all((0..AT_ONCE.min(count)).map(|_| some())).await?;
+    Ok(all.into_iter().flatten().collect())
+}
+
+/// Does something about each of these leases by way of the lessee, some at once.
+pub(super) async fn each(
+    lessee: &Door,
+    leases: &[String],
+    does: impl AsyncFn(&mut Kept, &str) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let part = async |leases: &[String]| {
+        let mut kept = lessee.open().await?;
+        for lease in leases {
+            does(&mut kept, lease).await?;
+        }
+        anyhow::Ok(())
+    };
+    let size = leases.len().div_ceil(AT_ONCE).max(1);
+    try_join_all(leases.chunks(size).map(part)).await?;
+    Ok(())
 }
 
 #[cfg(test)]
