@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `gang` | leases on several hosts, together or not at all, while several lessees compete |
 //! | `lease` | order to verified, durable grant between two nodes, beside etcd |
+//! | `memory` | what a node needs for the leases that it knows |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
 //! | `restart` | a killed lessor grants again, its leases and jobs kept |
@@ -25,6 +26,7 @@ mod lease;
 mod load;
 mod machine;
 mod membership;
+mod memory;
 mod pair;
 mod payload;
 mod restart;
@@ -53,6 +55,8 @@ enum What {
     /// Order to verified, durable grant between two nodes, with several clients at once, and the
     /// same of etcd.
     Lease(lease::Options),
+    /// What a node needs for the leases that it knows.
+    Memory(memory::Options),
     /// A fleet finds itself, notices a death, spreads an offer, and stands by.
     Membership(membership::Options),
     /// A payload from memory to a verified file on disk, and the same bytes over raw QUIC.
@@ -98,6 +102,10 @@ impl Bench {
             What::Payload(options) => {
                 line(&machine::Machine::look())?;
                 payload::run(&options)
+            }
+            What::Memory(options) => {
+                line(&machine::Machine::look())?;
+                memory::run(&options)
             }
             What::Restart(options) => {
                 line(&machine::Machine::look())?;

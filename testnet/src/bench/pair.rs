@@ -81,6 +81,16 @@ impl Pair {
         Ok(self.fleet.listens(LESSOR, since)?)
     }
 
+    /// Kills both and starts them again.
+    pub(super) async fn restart(&mut self) -> anyhow::Result<()> {
+        for index in [LESSOR, LESSEE] {
+            self.fleet.kill(index)?;
+        }
+        self.fleet.start_all().await?;
+        self.fleet.map(MAP).await?;
+        Ok(())
+    }
+
     /// A lease of the lessor: so little that what limits is the protocol, not the host's size.
     pub(super) fn want(
         &self,
@@ -99,7 +109,7 @@ impl Pair {
 }
 
 /// Cores that the lessor sells.
-fn cores() -> usize {
+pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
