@@ -2,11 +2,17 @@
 //!
 //! | file | what it measures |
 //! |---|---|
-//! | `lease` | order to verified, durable grant between two nodes |
+//! | `gang` | leases on several hosts, together or not at all, while several lessees compete |
+//! | `lease` | order to verified, durable grant between two nodes, beside etcd |
+//! | `memory` | what a node needs for the leases that it knows |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
+//! | `restart` | a killed lessor grants again, its leases and jobs kept |
 //! | `machine` | the machine that the figures are of |
 //! | `api` | how nodes are asked |
+//! | `pair` | a lessor and a lessee, and leases between them |
+//! | `etcd` | the peer of `lease`: starting it, asking it |
+//! | `load` | clients that ask for one thing after the other |
 //!
 //! Every benchmark starts real processes of this same binary, bounds what it does in count and
 //! time, and leaves nothing running: a process that it starts ends when its standard input does,
@@ -14,12 +20,18 @@
 //! people to judge, see docs/bench.md.
 
 mod api;
+mod etcd;
+mod gang;
 mod lease;
+mod load;
 mod machine;
 mod membership;
+mod memory;
+mod pair;
 mod payload;
+mod restart;
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -38,15 +50,25 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Order to verified, durable grant between two nodes, with several clients at once.
+    /// Leases on several hosts that exist together or not at all, with several lessees competing.
+    Gang(gang::Options),
+    /// Order to verified, durable grant between two nodes, with several clients at once, and the
+    /// same of etcd.
     Lease(lease::Options),
+    /// What a node needs for the leases that it knows.
+    Memory(memory::Options),
     /// A fleet finds itself, notices a death, spreads an offer, and stands by.
     Membership(membership::Options),
     /// A payload from memory to a verified file on disk, and the same bytes over raw QUIC.
     Payload(payload::Options),
+    /// A lessor is killed and started again, with leases that live and jobs that run.
+    Restart(restart::Options),
     /// One side of the payload benchmark, started by it.
     #[command(hide = true)]
     PayloadSide(payload::Side),
+    /// Becomes a peer that ends with this process, started by a benchmark.
+    #[command(hide = true)]
+    Peer(etcd::Peer),
 }
 
 impl Bench {
@@ -65,6 +87,10 @@ impl Bench {
 
     fn run(self) -> anyhow::Result<()> {
         match self.what {
+            What::Gang(options) => {
+                line(&machine::Machine::look())?;
+                gang::run(&options)
+            }
             What::Lease(options) => {
                 line(&machine::Machine::look())?;
                 lease::run(&options)
@@ -77,7 +103,16 @@ impl Bench {
                 line(&machine::Machine::look())?;
                 payload::run(&options)
             }
+            What::Memory(options) => {
+                line(&machine::Machine::look())?;
+                memory::run(&options)
+            }
+            What::Restart(options) => {
+                line(&machine::Machine::look())?;
+                restart::run(&options)
+            }
             What::PayloadSide(side) => payload::run_side(side),
+            What::Peer(peer) => peer.run(),
         }
     }
 }
@@ -87,6 +122,14 @@ fn line(value: &impl Serialize) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     serde_json::to_writer(&mut out, value).context("cannot print a line")?;
     out.write_all(b"\n").and_then(|()| out.flush()).context("cannot print a line")
+}
+
+/// A directory in `base` that is gone in the end.
+fn temporary(base: &Path) -> anyhow::Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("leasehold-bench-")
+        .tempdir_in(base)
+        .with_context(|| format!("cannot make a directory in {}", base.display()))
 }
 
 /// The middle, the least and the most of some figures.

@@ -18,6 +18,7 @@
 
 mod guard;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -38,7 +39,7 @@ use leasehold_node::client::{self, Client, ClientError};
 use leasehold_node::clock;
 use leasehold_node::config::{Config, FILE};
 use leasehold_node::home::{Allowance, Founder, Founding, Home, HomeError, mandate};
-use leasehold_node::work::{self, Exec};
+use leasehold_node::work::{self, Exec, Process};
 use leasehold_proto::base::time::Wall;
 use leasehold_proto::words::charter::Role;
 use leasehold_proto::{Amount, Span};
@@ -307,6 +308,13 @@ impl Member {
         usage(pid).ok_or_else(|| FleetError::Down(self.name.clone()))
     }
 
+    /// The wardens of its jobs by the names of these, as the processes of this host show them,
+    /// whether it runs or not.
+    #[must_use]
+    pub fn wardens(&self) -> BTreeMap<String, Process> {
+        guard::wardens(self.home.dir())
+    }
+
     fn said(&self, source: ClientError) -> FleetError {
         FleetError::Client { name: self.name.clone(), source }
     }
@@ -334,7 +342,7 @@ impl Member {
 }
 
 /// What the process `pid` uses, as proc_pid_stat(5) says.
-fn usage(pid: u32) -> Option<Usage> {
+pub(crate) fn usage(pid: u32) -> Option<Usage> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     parse_usage(&text, rustix::param::clock_ticks_per_second(), rustix::param::page_size() as u64)
 }

@@ -17,8 +17,8 @@ use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
 
 use crate::fleet::Member;
 
-/// How long one answer may take.
-const ANSWER: Duration = Duration::from_secs(20);
+/// How long one answer may take: longer than a node looks for a lease or brings a gang together.
+const ANSWER: Duration = Duration::from_secs(30);
 /// The longest answer that is read.
 const MAX_ANSWER: usize = 64 << 20;
 
@@ -26,13 +26,25 @@ const MAX_ANSWER: usize = 64 << 20;
 #[derive(Debug, Clone)]
 pub(super) struct Door {
     at: SocketAddr,
-    bearer: String,
+    bearer: Option<String>,
 }
 
 impl Door {
     pub(super) fn of(member: &Member) -> anyhow::Result<Self> {
         let token = Token::read(&member.dir().join(token::FILE))?;
-        Ok(Self { at: member.file()?.api, bearer: format!("Bearer {}", token.reveal()) })
+        let bearer = Some(format!("Bearer {}", token.reveal()));
+        Ok(Self { at: member.file()?.api, bearer })
+    }
+
+    /// One that needs no token.
+    pub(super) const fn open_to_all(at: SocketAddr) -> Self {
+        Self { at, bearer: None }
+    }
+
+    /// What is at `path`, over a connection of its own: a node closes those on which nothing is
+    /// asked for some seconds.
+    pub(super) async fn get(&self, path: &str) -> anyhow::Result<Bytes> {
+        self.open().await?.get(path).await
     }
 
     pub(super) async fn open(&self) -> anyhow::Result<Kept> {
@@ -62,6 +74,12 @@ impl Drop for Kept {
 }
 
 impl Kept {
+    /// Opens it anew.
+    pub(super) async fn again(&mut self) -> anyhow::Result<()> {
+        *self = self.door.clone().open().await?;
+        Ok(())
+    }
+
     /// The answer's status and body.
     async fn ask(
         &mut self,
@@ -69,13 +87,15 @@ impl Kept {
         path: &str,
         body: Bytes,
     ) -> anyhow::Result<(StatusCode, Bytes)> {
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(HOST, self.door.at.to_string())
-            .header(AUTHORIZATION, &self.door.bearer)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
+            .header(CONTENT_TYPE, "application/json");
+        if let Some(bearer) = &self.door.bearer {
+            request = request.header(AUTHORIZATION, bearer);
+        }
+        let request = request.body(Full::new(body))?;
         let asked = async {
             self.sender.ready().await?;
             let response = self.sender.send_request(request).await?;
@@ -98,12 +118,29 @@ impl Kept {
 
     /// Sends JSON; what comes back must be that something was created.
     pub(super) async fn create(&mut self, path: &str, json: &Bytes) -> anyhow::Result<Bytes> {
-        let (status, body) = self.ask(Method::POST, path, json.clone()).await?;
+        let (status, body) = self.post(path, json).await?;
         if status == StatusCode::CREATED { Ok(body) } else { Err(refused(path, status, &body)) }
+    }
+
+    /// Sends JSON, and gives whatever comes back.
+    pub(super) async fn post(
+        &mut self,
+        path: &str,
+        json: &Bytes,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
+        self.ask(Method::POST, path, json.clone()).await
+    }
+
+    /// Gives a held lease back.
+    pub(super) async fn release(&mut self, lease: &str) -> anyhow::Result<()> {
+        let path = format!("/v1/leases/{lease}/release");
+        let (status, body) = self.post(&path, &Bytes::new()).await?;
+        if status == StatusCode::OK { Ok(()) } else { Err(refused(&path, status, &body)) }
     }
 }
 
-fn refused(path: &str, status: StatusCode, body: &[u8]) -> anyhow::Error {
+/// An answer that is not the one wanted.
+pub(super) fn refused(path: &str, status: StatusCode, body: &[u8]) -> anyhow::Error {
     let text: String = String::from_utf8_lossy(body).chars().take(300).collect();
     anyhow::anyhow!("{path}: {status}: {text}")
 }

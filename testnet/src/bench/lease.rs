@@ -1,15 +1,20 @@
-//! Order to grant: how many leases a second two nodes make with each other, and how long one
-//! takes.
+//! Order to grant: how many leases a second two nodes make with each other, how long one takes, and
+//! the same of etcd, where that is installed.
 //!
 //! ```text
 //! client --HTTP, kept open--> lessee --order--> lessor
 //!   ^                           |  ^              | judged, kept, synced
 //!   '------- 201 ---------------'  '--grant-------'
 //!        grant verified, kept, synced
+//!
+//! client --gRPC--> etcd       a lease, and one put under it: each kept and synced
 //! ```
 //!
 //! A client asks for the next lease as soon as it has one. Nothing is claimed, so grants lapse and
-//! give their capacity back: that work, too, is done while the next ones are made.
+//! give their capacity back: that work, too, is done while the next ones are made. etcd's leases
+//! outlive the benchmark.
+//!
+//! The two take turns, so that what else happens on the machine hits both alike.
 
 use std::{
     path::PathBuf,
@@ -20,34 +25,45 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use serde::Serialize;
-use tokio::{task::JoinSet, time::sleep};
 
 use super::{
+    Spread,
     api::{Door, Kept, metric},
-    line, machine, percentile, rounded,
+    etcd::{self, Etcd},
+    line,
+    load::{Asked, Client, drive},
+    machine,
+    pair::{Pair, ready},
+    rounded,
 };
-use crate::fleet::{Fleet, Plan, config};
+use crate::fleet::Member;
 
 /// What comes before it counts: links open, caches warm, the first grants lapsed.
 const WARM_UP: Duration = Duration::from_secs(2);
 /// How long a grant waits to be claimed. Short: so much capacity is promised at once.
 const CLAIM_WITHIN: &str = "250ms";
-/// How long two nodes may take to see each other.
-const MAP: Duration = Duration::from_secs(30);
-/// How many errors a client meets before it gives up.
-const MAX_ERRORS: u64 = 1_000;
 
 /// Options of `bench lease`.
 #[derive(Debug, Args)]
 pub(super) struct Options {
-    /// How long each case is measured, in seconds.
+    /// How long each run is measured, in seconds.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
     /// How many clients ask at once, case by case.
     #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=512))]
     clients: Vec<u16>,
-    /// Where the nodes live, and their journals [default: the directory for temporary files].
+    /// Runs of each case; Leasehold and etcd take turns.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    /// How many clients share a connection to etcd.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    etcd_share: u16,
+    /// How long etcd's leases live, in seconds; by default longer than the benchmark.
+    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    etcd_ttl: u64,
+    /// Where the nodes live, their journals and etcd's [default: the directory for temporary
+    /// files].
     #[arg(long)]
     dir: Option<PathBuf>,
 }
@@ -55,8 +71,18 @@ pub(super) struct Options {
 #[derive(Debug, Serialize)]
 struct CaseLine {
     bench: &'static str,
+    /// Who was measured, if not Leasehold, and which version of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<String>,
     clients: u16,
+    /// Median, and the slowest and fastest run; the same for what has no other name below.
     grants_per_s: f64,
+    min: f64,
+    max: f64,
+    runs: usize,
+    /// Of all runs together.
     p50_ms: Option<f64>,
     p99_ms: Option<f64>,
     max_ms: Option<f64>,
@@ -64,6 +90,7 @@ struct CaseLine {
     grants_per_sync: Option<f64>,
     /// Grants for each sync of the lessee's journal.
     grants_per_lessee_sync: Option<f64>,
+    /// Of all runs together.
     errors: u64,
     seconds: u64,
     /// Processor time per grant of each process, lapses included.
@@ -74,35 +101,133 @@ struct CaseLine {
     journal_on: String,
 }
 
+#[derive(Debug, Serialize)]
+struct RatioLine {
+    bench: &'static str,
+    case: &'static str,
+    peer: &'static str,
+    clients: u16,
+    /// How many times as many grants a second: the medians' ratio; the least and most of runs
+    /// next to each other.
+    ratio: f64,
+    min: f64,
+    max: f64,
+    /// How much longer the median grant takes.
+    p50_more_ms: Option<f64>,
+    runs: usize,
+}
+
+/// One run of one case.
+#[derive(Debug)]
+struct Run {
+    asked: Asked,
+    grants_per_s: f64,
+    grants_per_sync: Option<f64>,
+    grants_per_lessee_sync: Option<f64>,
+    lessor_cpu_ms: Option<f64>,
+    lessee_cpu_ms: Option<f64>,
+    client_cpu_ms: Option<f64>,
+    journal_on: String,
+}
+
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let etcd = Etcd::find();
+    if etcd.is_none() {
+        eprintln!("etcd is not installed: measured without it (apt-get install etcd-server)");
+    }
     // One thread: the cores are the nodes'.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for clients in &options.clients {
-            let measured = Box::pin(case(options, *clients)).await;
-            line(&measured.with_context(|| format!("with {clients} clients"))?)?;
+            let measured = Box::pin(compare(options, *clients, etcd.as_ref())).await;
+            measured.with_context(|| format!("with {clients} clients"))?;
         }
         Ok(())
     })
 }
 
-async fn case(options: &Options, clients: u16) -> anyhow::Result<CaseLine> {
-    let mut lessor = config("lessor");
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    lessor.offer.cpu = cores.to_string();
-    lessor.offer.memory = "1G".into();
-    let mut lessee = config("lessee");
-    lessee.offer.sell = false;
-    let room = match &options.dir {
-        Some(dir) => Some(tempfile::Builder::new().prefix("leasehold-bench-").tempdir_in(dir)?),
-        None => None,
+/// Measures both, and prints their lines.
+async fn compare(options: &Options, clients: u16, etcd: Option<&Etcd>) -> anyhow::Result<()> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for turn in 0..options.runs {
+        // Who goes first takes turns, too.
+        for first in [true, false] {
+            if first == (turn % 2 == 0) {
+                ours.push(Box::pin(leasehold(options, clients)).await?);
+            } else if let Some(etcd) = etcd {
+                theirs.push(Box::pin(peer(etcd, options, clients)).await.context("etcd")?);
+            }
+        }
+        let speeds = [&ours, &theirs].map(|runs| runs.last().map(|run| run.grants_per_s));
+        eprintln!("{clients} clients, run {} of {}: grants/s {speeds:?}", turn + 1, options.runs);
+    }
+    let mine = case(options, clients, &ours)?;
+    line(&mine)?;
+    let Some(etcd) = etcd else { return Ok(()) };
+    let mut peer = case(options, clients, &theirs)?;
+    peer.peer = Some(etcd::NAME);
+    peer.version = Some(etcd.version.clone());
+    line(&peer)?;
+    let ratios = ours.iter().zip(&theirs).map(|(a, b)| a.grants_per_s / b.grants_per_s);
+    let ratios = Spread::of(ratios).context("no run")?;
+    line(&RatioLine {
+        bench: "lease",
+        case: "ratio",
+        peer: etcd::NAME,
+        clients,
+        ratio: rounded(mine.grants_per_s / peer.grants_per_s, 3),
+        min: rounded(ratios.min, 3),
+        max: rounded(ratios.max, 3),
+        p50_more_ms: mine.p50_ms.zip(peer.p50_ms).map(|(mine, peer)| rounded(mine - peer, 2)),
+        runs: ours.len(),
+    })
+}
+
+fn case(options: &Options, clients: u16, runs: &[Run]) -> anyhow::Result<CaseLine> {
+    let speeds = Spread::of(runs.iter().map(|run| run.grants_per_s)).context("no run")?;
+    let median = |figure: fn(&Run) -> Option<f64>, digits| {
+        let spread = Spread::of(runs.iter().filter_map(figure));
+        spread.map(|spread| rounded(spread.median, digits))
     };
-    let mut plan = Plan::new(vec![lessor, lessee]);
-    plan.dir = room.as_ref().map(|room| room.path().to_path_buf());
-    let fleet = Fleet::start(plan).await?;
-    let measured = measure(&fleet, options.seconds, clients).await;
-    let stopped = fleet.stop().await;
+    let mut asked = Asked::default();
+    for run in runs {
+        asked.add(&run.asked);
+    }
+    let [p50_ms, p99_ms, max_ms] = asked.percentiles([0.5, 0.99, 1.0]);
+    Ok(CaseLine {
+        bench: "lease",
+        peer: None,
+        version: None,
+        clients,
+        grants_per_s: rounded(speeds.median, 1),
+        min: rounded(speeds.min, 1),
+        max: rounded(speeds.max, 1),
+        runs: runs.len(),
+        p50_ms,
+        p99_ms,
+        max_ms,
+        grants_per_sync: median(|run| run.grants_per_sync, 2),
+        grants_per_lessee_sync: median(|run| run.grants_per_lessee_sync, 2),
+        errors: asked.errors,
+        seconds: options.seconds,
+        lessor_cpu_ms: median(|run| run.lessor_cpu_ms, 3),
+        lessee_cpu_ms: median(|run| run.lessee_cpu_ms, 3),
+        client_cpu_ms: median(|run| run.client_cpu_ms, 3),
+        journal_on: runs.first().map(|run| run.journal_on.clone()).unwrap_or_default(),
+    })
+}
+
+/// How often something was done for each of what clients were given.
+fn per(all: f64, each: u64) -> Option<f64> {
+    (each > 0).then(|| all / each as f64)
+}
+
+/// One run with a fleet of its own.
+async fn leasehold(options: &Options, clients: u16) -> anyhow::Result<Run> {
+    let pair = Pair::start(options.dir.as_deref(), None).await?;
+    let measured = measure(&pair, options.seconds, clients).await;
+    let stopped = pair.stop().await;
     let measured = measured?;
     stopped?;
     Ok(measured)
@@ -116,74 +241,94 @@ struct Mark {
     cpu: Duration,
 }
 
-async fn mark(fleet: &Fleet, index: usize, kept: &mut Kept) -> anyhow::Result<Mark> {
-    let text = kept.get("/metrics").await?;
+impl Mark {
+    /// Milliseconds of processor time from then to `after`, for each of so many.
+    fn used(&self, after: &Self, each: u64) -> Option<f64> {
+        per(after.cpu.saturating_sub(self.cpu).as_secs_f64() * 1e3, each)
+    }
+
+    /// So many grants for each sync from then to `after`.
+    fn per_sync(&self, after: &Self, grants: Option<f64>) -> Option<f64> {
+        let syncs = difference(self.syncs, after.syncs).filter(|syncs| *syncs > 0.0)?;
+        Some(grants? / syncs)
+    }
+}
+
+async fn mark(member: &Member) -> anyhow::Result<Mark> {
+    let text = Door::of(member)?.get("/metrics").await?;
     Ok(Mark {
         grants: metric(&text, "leasehold_grants_total"),
         syncs: metric(&text, "leasehold_store_syncs_total"),
-        cpu: fleet.member(index)?.usage()?.cpu,
+        cpu: member.usage()?.cpu,
     })
 }
 
-async fn measure(fleet: &Fleet, seconds: u64, clients: u16) -> anyhow::Result<CaseLine> {
-    fleet.map(MAP).await?;
-    let (lessor, lessee) = (fleet.member(0)?, fleet.member(1)?);
+async fn measure(pair: &Pair, seconds: u64, clients: u16) -> anyhow::Result<Run> {
+    let (lessor, lessee) = (pair.lessor()?, pair.lessee()?);
     let pids = (lessor.file()?.pid, lessee.file()?.pid);
     eprintln!("{clients} clients: lessor is process {}, lessee {}", pids.0, pids.1);
-    let want = want(&lessor.file()?.id.to_string());
+    let want = pair.want(1, "64K", "60s", CLAIM_WITHIN)?;
     let door = Door::of(lessee)?;
-    let mut of_lessor = Door::of(lessor)?.open().await?;
-    let mut of_lessee = door.open().await?;
-    ready(&mut of_lessee, &want).await?;
+    ready(&mut door.open().await?, &want).await?;
+    let mut asking = Vec::new();
+    for _ in 0..clients {
+        asking.push(Lessee { kept: door.open().await?, want: want.clone() });
+    }
 
     // Figures of the nodes are read outside the time that is measured: a look costs them a little.
-    let before = [mark(fleet, 0, &mut of_lessor).await?, mark(fleet, 1, &mut of_lessee).await?];
+    let before = [mark(lessor).await?, mark(lessee).await?];
     let cpu_before = machine::cpu_s();
+    let asked = load(asking, seconds).await?;
+    let cpu = machine::cpu_s() - cpu_before;
+    let after = [mark(lessor).await?, mark(lessee).await?];
+
+    let ([lessor, lessee], [lessor_after, lessee_after]) = (&before, &after);
+    let grants = difference(lessor.grants, lessor_after.grants);
+    Ok(Run {
+        grants_per_s: asked.took_ms.len() as f64 / seconds as f64,
+        grants_per_sync: lessor.per_sync(lessor_after, grants),
+        grants_per_lessee_sync: lessee.per_sync(lessee_after, grants),
+        lessor_cpu_ms: lessor.used(lessor_after, asked.came),
+        lessee_cpu_ms: lessee.used(lessee_after, asked.came),
+        client_cpu_ms: per(cpu * 1e3, asked.came),
+        journal_on: machine::file_system(pair.fleet.root()),
+        asked,
+    })
+}
+
+/// Lets clients ask: first so that it does not count, then for so many seconds.
+async fn load(clients: Vec<impl Client>, seconds: u64) -> anyhow::Result<Asked> {
     let from = Instant::now() + WARM_UP;
     let until = from + Duration::from_secs(seconds);
-    let mut asking = JoinSet::new();
-    for _ in 0..clients {
-        let (door, want) = (door.clone(), want.clone());
-        asking.spawn(async move { client(&door, &want, from, until).await });
-    }
-    let mut all = Asked::default();
-    while let Some(asked) = asking.join_next().await {
-        let Asked { took_ms, granted, errors } = asked??;
-        all.took_ms.extend(took_ms);
-        all.granted += granted;
-        all.errors += errors;
-    }
-    let cpu = machine::cpu_s() - cpu_before;
-    let after = [mark(fleet, 0, &mut of_lessor).await?, mark(fleet, 1, &mut of_lessee).await?];
+    Ok(drive(clients, from, until).await?.1)
+}
 
-    let Asked { mut took_ms, granted, errors } = all;
-    took_ms.sort_by(f64::total_cmp);
-    let of = |share| percentile(&took_ms, share).map(|ms| rounded(ms, 2));
-    let [lessor_before, lessee_before] = before;
-    let [lessor_after, lessee_after] = after;
-    let grants = difference(lessor_before.grants, lessor_after.grants);
-    let per_sync = |before: &Mark, after: &Mark| {
-        let syncs = difference(before.syncs, after.syncs)?;
-        (syncs > 0.0).then(|| rounded(grants.unwrap_or_default() / syncs, 2))
+/// One run of etcd, with data of its own.
+async fn peer(etcd: &Etcd, options: &Options, clients: u16) -> anyhow::Result<Run> {
+    let base = options.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let member = etcd.start(&base).await?;
+    eprintln!("{clients} clients: etcd is process {}", member.pid());
+    let lessees =
+        member.lessees(clients.into(), options.etcd_ttl, options.etcd_share.into()).await?;
+    let mark = async || {
+        let syncs = member.syncs().await?;
+        let cpu = member.usage().context("it has ended")?.cpu;
+        anyhow::Ok(Mark { grants: None, syncs, cpu })
     };
-    let per_grant = |s: f64| (granted > 0).then(|| rounded(s * 1e3 / granted as f64, 3));
-    let used =
-        |before: &Mark, after: &Mark| per_grant(after.cpu.saturating_sub(before.cpu).as_secs_f64());
-    Ok(CaseLine {
-        bench: "lease",
-        clients,
-        grants_per_s: rounded(took_ms.len() as f64 / seconds as f64, 1),
-        p50_ms: of(0.5),
-        p99_ms: of(0.99),
-        max_ms: of(1.0),
-        grants_per_sync: per_sync(&lessor_before, &lessor_after),
-        grants_per_lessee_sync: per_sync(&lessee_before, &lessee_after),
-        errors,
-        seconds,
-        lessor_cpu_ms: used(&lessor_before, &lessor_after),
-        lessee_cpu_ms: used(&lessee_before, &lessee_after),
-        client_cpu_ms: per_grant(cpu),
-        journal_on: machine::file_system(fleet.root()),
+    let before = mark().await?;
+    let cpu_before = machine::cpu_s();
+    let asked = load(lessees, options.seconds).await?;
+    let cpu = machine::cpu_s() - cpu_before;
+    let after = mark().await?;
+    Ok(Run {
+        grants_per_s: asked.took_ms.len() as f64 / options.seconds as f64,
+        grants_per_sync: before.per_sync(&after, Some(asked.came as f64)),
+        grants_per_lessee_sync: None,
+        lessor_cpu_ms: before.used(&after, asked.came),
+        lessee_cpu_ms: None,
+        client_cpu_ms: per(cpu * 1e3, asked.came),
+        journal_on: machine::file_system(member.data()),
+        asked,
     })
 }
 
@@ -191,80 +336,19 @@ fn difference(before: Option<f64>, after: Option<f64>) -> Option<f64> {
     Some(after? - before?)
 }
 
-/// A thousandth of a core and 64 KiB: what limits is the protocol, not the host's size.
-fn want(lessor: &str) -> Bytes {
-    let want = serde_json::json!({ "want": {
-        "cpu": "1m", "memory": "64K", "disk": "0", "ttl": "60s", "claim_within": CLAIM_WITHIN,
-        "max_price": "1000000", "budget": "1000000", "lessors": [lessor],
-    } });
-    Bytes::from(want.to_string())
+/// Asks the lessee, on a connection of its own.
+struct Lessee {
+    kept: Kept,
+    want: Bytes,
 }
 
-/// Waits until a lease can be had: a map comes before a link, and an offer somewhat later.
-async fn ready(lessee: &mut Kept, want: &Bytes) -> anyhow::Result<()> {
-    let deadline = Instant::now() + MAP;
-    loop {
-        match lessee.create("/v1/leases", want).await {
-            Ok(_) => return Ok(()),
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => sleep(Duration::from_millis(50)).await,
-        }
+impl Client for Lessee {
+    async fn ask(&mut self) -> anyhow::Result<Option<Instant>> {
+        self.kept.create("/v1/leases", &self.want).await?;
+        Ok(Some(Instant::now()))
     }
-}
 
-/// What clients met.
-#[derive(Debug, Default)]
-struct Asked {
-    /// How long each lease took that was asked for and came in the time that counts.
-    took_ms: Vec<f64>,
-    /// All leases.
-    granted: u64,
-    /// All that did not come.
-    errors: u64,
-}
-
-async fn client(door: &Door, want: &Bytes, from: Instant, until: Instant) -> anyhow::Result<Asked> {
-    let mut kept = door.open().await?;
-    let mut asked = Asked::default();
-    loop {
-        let start = Instant::now();
-        if start >= until {
-            return Ok(asked);
-        }
-        match kept.create("/v1/leases", want).await {
-            Ok(_) => {
-                let end = Instant::now();
-                asked.granted += 1;
-                if start >= from && end <= until {
-                    asked.took_ms.push((end - start).as_secs_f64() * 1e3);
-                }
-            }
-            Err(error) => {
-                asked.errors += 1;
-                if asked.errors == 1 {
-                    eprintln!("a client's first error: {error:#}");
-                }
-                if asked.errors >= MAX_ERRORS {
-                    return Err(error);
-                }
-                sleep(Duration::from_millis(20)).await;
-                kept = door.open().await?;
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use leasehold_node::api::body::LeaseRequest;
-
-    use super::*;
-
-    #[test]
-    fn what_is_wanted_is_understood() {
-        let key = leasehold_proto::words::sign::Signer::from_seed(&[3; 32]).id().to_string();
-        let request: LeaseRequest = serde_json::from_slice(&want(&key)).expect("a request");
-        let want = request.want.expect("a want").parse().expect("sound");
-        assert_eq!((want.shape.cpu_milli, want.shape.memory), (1, 64 << 10));
+    async fn again(&mut self) -> anyhow::Result<()> {
+        self.kept.again().await
     }
 }

@@ -27,7 +27,7 @@ use tokio::time::sleep;
 use super::{
     Spread,
     api::{Door, Kept},
-    line, percentile, rounded,
+    line, percentile, rounded, temporary,
 };
 use crate::fleet::{Fleet, Plan, config};
 
@@ -91,10 +91,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 async fn case(options: &Options, nodes: u16) -> anyhow::Result<CaseLine> {
-    let room = match &options.dir {
-        Some(dir) => Some(tempfile::Builder::new().prefix("leasehold-bench-").tempdir_in(dir)?),
-        None => None,
-    };
+    let room = options.dir.as_deref().map(temporary).transpose()?;
     // The last one joins late.
     let configs = (1..nodes).map(|n| config(&format!("n{n:03}"))).collect();
     let mut plan = Plan::new(configs);

@@ -48,7 +48,7 @@ use rustls::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Spread, line, machine, rounded};
+use super::{Spread, line, machine, rounded, temporary};
 
 /// How long one transfer may take before the benchmark gives up: 4 MB/s and half a minute.
 fn limit(size: u64) -> Duration {
@@ -243,13 +243,6 @@ fn in_memory(size: u64) -> Option<PathBuf> {
     let free = leasehold_node::host::disk_free(&dir).ok()?;
     // Half of it stays for whoever else is there.
     (free / 2 > size).then_some(dir)
-}
-
-fn temporary(base: &Path) -> anyhow::Result<tempfile::TempDir> {
-    tempfile::Builder::new()
-        .prefix("leasehold-bench-")
-        .tempdir_in(base)
-        .with_context(|| format!("cannot make a directory in {}", base.display()))
 }
 
 /// Bytes that do not repeat or compress, the same every time.

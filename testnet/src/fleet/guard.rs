@@ -7,6 +7,7 @@
 //!                            closed:  its process is gone: take the lock, end everything
 //! ```
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -51,18 +52,38 @@ fn part_of<'a>(mut args: impl Iterator<Item = &'a [u8]>, root: &Path) -> Option<
     }
 }
 
-/// The processes that work under `root`: this fleet's, since a root has one fleet at a time.
-fn processes(root: &Path) -> Vec<(Process, Part)> {
+/// The processes of this host whose command lines say what is looked for.
+fn scan<T>(look: impl Fn(&[u8]) -> Option<T>) -> Vec<(Process, T)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     pids.filter_map(|pid| {
         // First who it is, then what it does: a pid that changes hands between is not meant.
         let process = Process::of(pid).filter(Process::alive)?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        let part = part_of(line.split(|byte| *byte == 0), root)?;
-        (Process::of(pid) == Some(process)).then_some((process, part))
+        let found = look(&line)?;
+        (Process::of(pid) == Some(process)).then_some((process, found))
     })
     .collect()
+}
+
+/// The processes that work under `root`: this fleet's, since a root has one fleet at a time.
+fn processes(root: &Path) -> Vec<(Process, Part)> {
+    scan(|line| part_of(line.split(|byte| *byte == 0), root))
+}
+
+/// The wardens of the jobs of the node that lives in `node`, by the names of the jobs.
+pub(super) fn wardens(node: &Path) -> BTreeMap<String, Process> {
+    let jobs = scan(|line| warden_of(line.split(|byte| *byte == 0), node));
+    jobs.into_iter().map(|(process, job)| (job, process)).collect()
+}
+
+/// The job whose warden has this command line, if it is one of the node's in `node`.
+fn warden_of<'a>(mut args: impl Iterator<Item = &'a [u8]>, node: &Path) -> Option<String> {
+    if args.nth(1)? != NODE.as_bytes() || args.next()? != b"__warden" {
+        return None;
+    }
+    let dir = Path::new(OsStr::from_bytes(args.next()?));
+    dir.starts_with(node).then(|| dir.file_name()?.to_str().map(str::to_owned)).flatten()
 }
 
 /// Ends whatever works under `root`: nodes first, then what jobs they left. Gives how many jobs.
@@ -235,6 +256,16 @@ mod tests {
             "less /tmp/fleet/a/node.log",
         ] {
             assert_eq!(part(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_warden_names_its_job() {
+        let warden = |line: &str| warden_of(line.split(' ').map(str::as_bytes), Path::new("/t/a"));
+        assert_eq!(warden("testnet node __warden /t/a/jobs/1"), Some("1".into()));
+        for other in ["testnet node __warden /t/ab/jobs/1", "testnet node __runner /t/a/jobs/1", ""]
+        {
+            assert_eq!(warden(other), None, "{other}");
         }
     }
 }
