@@ -544,3 +544,60 @@ fn whom_a_refusal_names_is_asked_next() {
         assert_eq!(*second, keys[next].id(), "after {named:?}");
     }
 }
+
+#[test]
+fn a_grant_that_comes_too_late_for_its_gang_is_given_back_at_once() {
+    let people = People::new();
+    let hosts = [10u8, 11, 12].map(|n| Signer::from_seed(&[n; 32]));
+    let mut lessors: Vec<_> =
+        hosts.iter().map(|key| Shell::start(&people, key, disk([]), 1_000)).collect();
+    let mut node = Shell::start(&people, &people.delegate, disk([]), 1_000);
+    let delegate = people.delegate.id();
+    for lessor in &mut lessors {
+        let (key, name) = (lessor.me.id(), lessor.me.id().short());
+        lessor.met(&delegate, &people.certificate(delegate, "delegate"), None);
+        node.met(&key, &people.certificate(key, &name), None);
+        let records = lessor.own_records();
+        node.hears(key, &Message::Records(records));
+    }
+    let gang = Command::Gang { want: little(), size: 2, job: None, together: true };
+    let out = node.tell(Event::Asked { command: CommandId(1), what: gang });
+    let orders: Vec<_> = out
+        .into_iter()
+        .filter_map(|effect| match effect {
+            Effect::Ask { to, token, what: what @ Utterance::Signs(Word::Order, _) } => {
+                Some((to, token, node.carry(what)))
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(orders.len(), 3, "two and a quarter more");
+    // Two say no: the try is given up before the third has answered.
+    let [no, other_no, late] = &orders[..] else { panic!("three") };
+    for (to, token, order) in [no, other_no] {
+        let Message::Order(order) = order else { panic!("an order") };
+        let refusal = Refusal {
+            of: order.id(),
+            reason: Reason::Capacity,
+            figures: Vec::new(),
+            offer: None,
+            referrals: Vec::new(),
+        };
+        let by = hosts.iter().find(|key| key.id() == *to).expect("one of them");
+        let signed = sign(people.fabric, by, order.id(), &refusal);
+        node.answered(*to, *token, &Message::Refused(signed));
+    }
+    let lessor = lessors.iter_mut().find(|lessor| lessor.me.id() == late.0).expect("it is there");
+    let granted = lessor.hears(delegate, &late.2).into_iter().find_map(|effect| match effect {
+        Effect::Reply { what, .. } => Some(lessor.carry(what)),
+        _ => None,
+    });
+    let granted = granted.expect("it answers");
+    assert!(matches!(granted, Message::Granted(_)), "{granted:?}");
+    let out = node.answered(late.0, late.1, &granted);
+    let released = out.iter().any(|effect| {
+        matches!(effect, Effect::Ask { to, what: Utterance::Signs(Word::Release, _), .. }
+            if *to == late.0)
+    });
+    assert!(released, "{out:?}");
+}

@@ -372,8 +372,7 @@ impl Core {
             return;
         }
         let Some(command) = self.command_of(order) else {
-            // A hedge that came second: it lapses unclaimed and unbilled.
-            self.give_up_order(order, out);
+            self.decline(now, order, grant, out);
             return;
         };
         let Some(lease) = self.holdings.granted(order, grant) else { return };
@@ -396,6 +395,18 @@ impl Core {
             heard: pursuit.heard().to_vec(),
         };
         out.push(Effect::Answer(command, Ok(Reply::Leased(Box::new(leased)))));
+    }
+
+    /// A grant that nobody waits for any more, such as of a hedge that came second: others
+    /// compete for what it holds, so it is given back and not left to lapse. One for an order that
+    /// was signed elsewhere is there for whoever sends that order again.
+    fn decline(&mut self, now: Now, order: &Hash, grant: &Verified<Grant>, out: &mut Vec<Effect>) {
+        let here = |holding: &Holding| matches!(holding.kept.order, Placed::Here(_));
+        if self.holdings.order(order).is_some_and(here)
+            && let Some(lease) = self.holdings.granted(order, grant)
+        {
+            self.release_quietly(now, &lease, out);
+        }
     }
 
     /// Two grants of one order under one version prove that their lessor lies.

@@ -218,7 +218,12 @@ impl<'a> Shell<'a> {
         answer.expect("it is answered at once")
     }
 
-    /// The host records that it signed in this run.
+    /// The records of its own that it signed in this run.
+    pub fn own_records(&self) -> Vec<Signed> {
+        self.own.clone()
+    }
+
+    /// The host records among them.
     pub fn host_records(&self) -> Vec<Signed> {
         let hosts = self.own.iter().filter(|signed| {
             let said = message::verify_record(signed, &self.people.fabric);
