@@ -102,6 +102,12 @@ pub enum NetCommand {
         /// Why, for [`NetEvent::Unlinked`] and the log. The peer is not told.
         why: Cow<'static, str>,
     },
+    /// Closes the connections of a peer but for the newest: its process is another one since, and
+    /// what is said over the others is heard by nobody until they time out.
+    CloseOlder {
+        /// Whose.
+        peer: PeerKey,
+    },
     /// Lifts the limits of an unadmitted peer for as long as it stays linked.
     Admit {
         /// Whom.

@@ -402,6 +402,7 @@ impl Loop {
                 self.send(state, NetCommand::Dial { peer, addresses });
             }
             Effect::Admit(peer) => self.send(state, NetCommand::Admit { peer: peer.0 }),
+            Effect::Restarted(peer) => self.send(state, NetCommand::CloseOlder { peer: peer.0 }),
             Effect::Disconnect(peer, why) => {
                 tracing::debug!(%peer, why, "closing a link");
                 self.send(state, NetCommand::Disconnect { peer: peer.0, why: why.into() });

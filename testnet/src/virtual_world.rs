@@ -595,7 +595,9 @@ impl<'a> World<'a> {
 
     fn perform(&mut self, host: usize, effect: Effect) {
         match effect {
-            Effect::Keep(_) | Effect::Packet { .. } | Effect::Admit(_) => {}
+            Effect::Keep(_) | Effect::Packet { .. } => {}
+            // A link of a dead process is closed by the next start of its host here.
+            Effect::Admit(_) | Effect::Restarted(_) => {}
             Effect::Ask { to, token, what } => self.ask(host, to, token, what),
             Effect::Reply { ticket, what } => self.reply(host, ticket, what),
             Effect::Dial { peer, addresses } => self.dial(host, peer, &addresses),

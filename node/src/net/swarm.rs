@@ -161,6 +161,8 @@ struct Edge {
 struct Link {
     since: Instant,
     admitted: bool,
+    /// Its connections, the newest last.
+    connections: Vec<ConnectionId>,
     /// Why its connections are being closed, if they are.
     leaving: Option<UnlinkReason>,
 }
@@ -291,6 +293,7 @@ impl Edge {
             NetCommand::Disconnect { peer, why } => {
                 self.leave(&peer_of(&peer), UnlinkReason::Disconnected(why));
             }
+            NetCommand::CloseOlder { peer } => self.close_older(&peer_of(&peer)),
             NetCommand::Admit { peer } => self.admit(&peer_of(&peer)),
             NetCommand::AddAddresses { peer, addresses } => {
                 self.book.add(peer_of(&peer), &addresses);
@@ -394,6 +397,15 @@ impl Edge {
         }
     }
 
+    /// Closes the connections of a peer but for the newest.
+    fn close_older(&mut self, peer: &PeerId) {
+        let Some(link) = self.links.get(peer) else { return };
+        let Some((_newest, older)) = link.connections.split_last() else { return };
+        for connection in older {
+            self.swarm.close_connection(*connection);
+        }
+    }
+
     /// Closes all connections of a peer; `Unlinked` follows with the last.
     fn leave(&mut self, peer: &PeerId, why: UnlinkReason) {
         if let Some(link) = self.links.get_mut(peer) {
@@ -434,6 +446,11 @@ impl Edge {
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
                 self.unlinked(&peer_id, cause);
             }
+            SwarmEvent::ConnectionClosed { peer_id, connection_id, .. } => {
+                if let Some(link) = self.links.get_mut(&peer_id) {
+                    link.connections.retain(|known| *known != connection_id);
+                }
+            }
             SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => {
                 self.not_connected(connection_id, &error);
             }
@@ -472,11 +489,15 @@ impl Edge {
         if leaving {
             self.swarm.close_connection(connection);
         }
-        if leaving || self.links.contains_key(&peer) {
+        if leaving {
             return;
         }
-        let since = Instant::now();
-        self.links.insert(peer, Link { since, admitted: false, leaving: None });
+        if let Some(link) = self.links.get_mut(&peer) {
+            link.connections.push(connection);
+            return;
+        }
+        let (since, connections) = (Instant::now(), vec![connection]);
+        self.links.insert(peer, Link { since, admitted: false, connections, leaving: None });
         self.unadmitted.push_back((since + self.shared.limits.unadmitted_time, peer, since));
         self.shared.stats.links.fetch_add(1, Relaxed);
         self.tell(NetEvent::Linked { peer: key, address, outbound });

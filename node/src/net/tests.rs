@@ -501,6 +501,35 @@ async fn a_dial_from_both_ends_makes_one_link() {
 }
 
 #[tokio::test]
+async fn of_two_processes_with_one_key_the_newest_can_be_kept_alone() {
+    let (mut a, mut old) = pair(calm()).await;
+    let mut new = node(2, calm()).await;
+    assert_eq!(new.key(), old.key());
+    new.dial(&a);
+    new.linked(a.key()).await;
+    new.admit(a.key());
+    // A frame over it: from here on both ends have it.
+    new.ask(a.key(), 1, "here I am");
+    let (ticket, _) = a.asked().await;
+    a.reply(ticket, "welcome");
+    assert!(matches!(new.next().await, NetEvent::Answered { token: 1, .. }));
+    a.send(NetCommand::CloseOlder { peer: new.key() });
+    old.unlinked(a.key()).await;
+    for token in 2..22 {
+        a.ask(new.key(), token, "ping");
+        let (ticket, _) = new.asked().await;
+        new.reply(ticket, "pong");
+        assert!(matches!(a.next().await, NetEvent::Answered { token: of, .. } if of == token));
+    }
+    // With one connection there is none to be closed, with none there is nothing.
+    a.send(NetCommand::CloseOlder { peer: new.key() });
+    a.send(NetCommand::CloseOlder { peer: [9; 32] });
+    a.ask(new.key(), 22, "ping");
+    new.asked().await;
+    assert_eq!(a.net.stats().snapshot().links, 1);
+}
+
+#[tokio::test]
 async fn a_dial_that_meets_another_key_fails() {
     let (mut a, b) = (node(1, calm()).await, node(2, calm()).await);
     let wrong = [9; 32];

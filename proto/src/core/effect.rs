@@ -45,6 +45,9 @@ pub enum Effect {
     },
     /// The peer has shown its certificate: it may say more.
     Admit(KeyId),
+    /// The peer runs in a later epoch than before: what is said over its older connections is
+    /// heard by nobody.
+    Restarted(KeyId),
     /// Close a link.
     Disconnect(KeyId, &'static str),
     /// Sign and send a liveness packet; exempt from the barrier.

@@ -244,6 +244,9 @@ impl Core {
         link.epoch = link.epoch.max(epoch);
         if !std::mem::replace(&mut link.admitted, true) || restarted {
             out.push(Effect::Admit(from));
+            if restarted {
+                out.push(Effect::Restarted(from));
+            }
             self.spread.linked(from);
             // One side starts the comparison; it goes both ways.
             if self.config.me < from || restarted {
