@@ -17,7 +17,7 @@ use leasehold_proto::core::{
 use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{Message, Utterance, Word};
-use leasehold_proto::words::object::key_subject;
+use leasehold_proto::words::object::{Kind, key_subject};
 use leasehold_proto::words::record::Offer;
 use leasehold_proto::words::sign::{Hand, Signed, Signer};
 use leasehold_proto::words::usage::{Outcome, Usage};
@@ -57,6 +57,12 @@ fn a_halt_outlives_every_start_until_the_organisation_lifts_it() {
         let record = (seen > 0).then(|| Shell::record(&people, me, seen, 40, 7));
         node.met(&peer, &people.delegate_certificate, record.as_ref());
         assert!(node.halted().is_some(), "{what}");
+        // Where there is another one, it is told: by an offer above everything that it can say.
+        let last_word = node.own_records().into_iter().any(|record| {
+            let header = record.header().expect("a header");
+            header.kind == Kind::Offer && header.epoch == seen && header.seq > 1 << 32
+        });
+        assert_eq!(last_word, seen > 0, "{what}");
         let above = seen.max(noted_epoch);
         for _ in 0..3 {
             node = node.again();

@@ -224,12 +224,13 @@ impl Core {
             out.push(Effect::Disconnect(from, "it is not admitted to this fabric"));
             return false;
         }
-        if let Some(RecordSaid::Host(record, _)) = seen
+        if let Some(said @ RecordSaid::Host(record, _)) = seen
             && record.signer() == self.config.me
         {
-            let (epoch, mine) = (record.header().epoch, self.hand.epoch);
-            if epoch > mine || epoch == mine && self.is_foreign(record.header().seq, record.id()) {
-                self.twin(epoch, out);
+            let (name, mine) = (said.name(), self.hand.epoch);
+            let foreign = || self.is_foreign(name.seq, record.id());
+            if name.epoch > mine || name.epoch == mine && foreign() {
+                self.found_twin(now, name, out);
             }
         }
         self.admit(from, certificate, out);
@@ -403,7 +404,14 @@ impl Core {
         if key == self.config.me && !self.config.plant.is("ignore-twin") {
             self.halt(epoch, CONVICTED.into(), out);
         }
-        self.pass_on(from, &Message::Conduct(vec![proof], Vec::new()), out);
+        let what = Message::Conduct(vec![proof], Vec::new());
+        self.pass_on(from, &what, out);
+        // Two nodes may be linked under the one name: each is to hear it.
+        if self.links.get(&key).is_some_and(|link| link.admitted) {
+            for _ in 1..LAST_WORDS {
+                self.ask(key, Pending::Conduct, Utterance::Plain(what.clone()), out);
+            }
+        }
     }
 
     /// An organisation lets a key be believed again. False when it is not its own to say, or
@@ -687,11 +695,16 @@ impl Core {
             _ => self.is_foreign(name.seq, id),
         };
         if ahead || same && foreign {
-            self.twin(name.epoch, out);
-            self.last_word(now, name, out);
-            if self.halted.is_some() {
-                self.membership.mute();
-            }
+            self.found_twin(now, name, out);
+        }
+    }
+
+    /// A record of this key that this run never said: the other one is told, too.
+    fn found_twin(&mut self, now: Now, name: RecordName, out: &mut Vec<Effect>) {
+        self.twin(name.epoch, out);
+        self.last_word(now, name, out);
+        if self.halted.is_some() {
+            self.membership.mute();
         }
     }
 
