@@ -26,6 +26,8 @@ use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
 use crate::data::frame::Refusal;
@@ -51,8 +53,9 @@ const AGAIN: Duration = Duration::from_millis(500);
 const MAX_AGAIN: Duration = Duration::from_secs(15);
 /// How long a claim may be here before it is known where its delegate serves the payloads.
 const FIND: Duration = Duration::from_secs(30);
-/// Between two looks whether that is known.
-const LOOK: Duration = Duration::from_millis(200);
+/// Between two looks whether that is known, at first and at most.
+const LOOK: Duration = Duration::from_millis(100);
+const MAX_LOOK: Duration = Duration::from_secs(2);
 
 /// Where a job stands.
 #[derive(Clone, Debug)]
@@ -108,6 +111,14 @@ impl Known {
     }
 }
 
+/// Where a job's delegate serves its payloads, as far as is known.
+#[derive(Debug)]
+struct Found {
+    sources: Vec<SocketAddr>,
+    /// Until when it is looked for, once it was not there.
+    until: Option<Instant>,
+}
+
 impl Job {
     fn new(delegate: KeyId, phase: Phase, deadline: Boot) -> Self {
         Self {
@@ -134,6 +145,9 @@ struct Inner {
     /// To ask the core where a delegate is.
     commands: mpsc::Sender<Asked>,
     jobs: Mutex<BTreeMap<LeaseId, Job>>,
+    /// The jobs' tasks: they end with the node, before another run takes its jobs up.
+    tasks: TaskTracker,
+    closing: CancellationToken,
     ended: Mutex<std::collections::VecDeque<LeaseId>>,
     keeping: Semaphore,
     /// What confines a job here, as offered: a job that cannot be confined so does not run.
@@ -162,9 +176,28 @@ impl Jobs {
     ) -> Self {
         let (jobs, ended) = (Mutex::default(), Mutex::default());
         let keeping = Semaphore::new(MAX_KEEPING);
-        let inner =
-            Inner { work, data, payloads, events, commands, jobs, ended, keeping, isolation };
+        let inner = Inner {
+            work,
+            data,
+            payloads,
+            events,
+            commands,
+            jobs,
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            ended,
+            keeping,
+            isolation,
+        };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// Lets go of all jobs: no instruction is given any more, and none is begun. Waits for those
+    /// that are being begun right now.
+    pub(crate) async fn close(&self) {
+        self.inner.closing.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
     }
 
     /// Starts a job: everything that follows is told through the events.
@@ -173,9 +206,10 @@ impl Jobs {
         let mut wanted = job.wanted.subscribe();
         hold(&self.inner.jobs).insert(start.lease, job);
         let jobs = self.clone();
-        tokio::spawn(async move {
+        self.inner.tasks.spawn(async move {
             let lease = start.lease;
-            match jobs.begin(&start, &mut wanted).await {
+            let Some(begun) = jobs.begin(&start, &mut wanted).await else { return };
+            match begun {
                 Ok(known) => {
                     jobs.set_phase(&lease, Phase::Running);
                     let _ = jobs.inner.events.send(Event::JobBegun(lease)).await;
@@ -189,15 +223,43 @@ impl Jobs {
         });
     }
 
+    /// Fetches what a job needs and starts its warden. None where the node is closing: what was not
+    /// begun the next run begins.
     async fn begin(
+        &self,
+        start: &StartJob,
+        wanted: &mut watch::Receiver<Wanted>,
+    ) -> Option<Result<Known, Outcome>> {
+        let fetched = self.inner.closing.run_until_cancelled(self.fetch_all(start, wanted)).await?;
+        let mut known = match fetched {
+            Ok(known) => known,
+            Err(outcome) => return Some(Err(outcome)),
+        };
+        let now = wanted.borrow().clone();
+        if now.stop.is_some() {
+            return Some(Err(Outcome::Stopped));
+        }
+        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
+        // a deadline is in force once the warden that starts here has taken it.
+        known.deadline = now.deadline;
+        let spec = match self.spec(start, now.deadline) {
+            Ok(spec) => spec,
+            Err(outcome) => return Some(Err(outcome)),
+        };
+        let started = self.inner.work.start(spec).await;
+        let not_runnable = |error: work::StartError| Outcome::NotRunnable(clip(&error.to_string()));
+        Some(started.map(|()| known).map_err(not_runnable))
+    }
+
+    async fn fetch_all(
         &self,
         start: &StartJob,
         wanted: &mut watch::Receiver<Wanted>,
     ) -> Result<Known, Outcome> {
         let fetch_all = async {
-            let mut sources = start.sources.clone();
+            let mut found = Found { sources: start.sources.clone(), until: None };
             for payload in start.job.payloads() {
-                self.fetch(start, &mut sources, payload).await?;
+                self.fetch(start, &mut found, payload).await?;
             }
             Ok(())
         };
@@ -205,7 +267,7 @@ impl Jobs {
         let mut known = Known::until(start.deadline);
         loop {
             tokio::select! {
-                fetched = &mut fetch_all => break fetched?,
+                fetched = &mut fetch_all => return fetched.map(|()| known),
                 // Fails only once the job is forgotten, and it is not before it has ended.
                 _ = wanted.changed() => {
                     let now = wanted.borrow_and_update().clone();
@@ -218,16 +280,6 @@ impl Jobs {
                 }
             }
         }
-        let now = wanted.borrow().clone();
-        if now.stop.is_some() {
-            return Err(Outcome::Stopped);
-        }
-        // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
-        // a deadline is in force once the warden that starts here has taken it.
-        known.deadline = now.deadline;
-        let started = self.inner.work.start(self.spec(start, now.deadline)?).await;
-        started.map_err(|error| Outcome::NotRunnable(clip(&error.to_string())))?;
-        Ok(known)
     }
 
     /// Sees to it that a job's warden does what is wanted, until the job has ended.
@@ -235,6 +287,7 @@ impl Jobs {
         let Some(mut phase) = self.phase(&lease) else { return };
         tokio::select! {
             () = self.bring_about(&lease, known, wanted) => {}
+            () = self.inner.closing.cancelled() => {}
             _ = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))) => {}
         }
     }
@@ -397,17 +450,16 @@ impl Jobs {
 
     /// Fetches a payload from the delegate. A claim may be here before the delegate's record is, or
     /// before its newest one, above all when this node has just been started: then it is waited
-    /// for. `sources` is where the delegate was found last.
+    /// for, once for all payloads of a job.
     async fn fetch(
         &self,
         start: &StartJob,
-        sources: &mut Vec<SocketAddr>,
+        delegate: &mut Found,
         payload: Payload,
     ) -> Result<(), Outcome> {
         let (root, size) = (root_of(&payload), payload.size);
-        let until = Instant::now() + FIND;
         loop {
-            let from = (start.delegate.0, sources.clone());
+            let from = (start.delegate.0, delegate.sources.clone());
             let fetched = self.inner.data.fetch(from.0, from.1, root, size, |_| {}).await;
             let error = match fetched {
                 Ok(stats) => {
@@ -417,12 +469,13 @@ impl Jobs {
                 Err(error) => error,
             };
             let unreachable = matches!(error, FetchError::Link(LinkError::Unreachable { .. }));
+            let until = *delegate.until.get_or_insert_with(|| Instant::now() + FIND);
             if unreachable
                 && Instant::now() < until
                 && let Ok(Some(found)) =
-                    timeout_at(until, self.elsewhere(start.delegate, sources)).await
+                    timeout_at(until, self.elsewhere(start.delegate, &delegate.sources)).await
             {
-                *sources = found;
+                delegate.sources = found;
                 continue;
             }
             return Err(Outcome::NoPayload(clip(&error.to_string())));
@@ -432,6 +485,7 @@ impl Jobs {
     /// Where a node serves its data plane, once that is known; none where it is where it was
     /// looked for already, or nobody will tell.
     async fn elsewhere(&self, node: KeyId, tried: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
+        let mut pause = LOOK;
         loop {
             let (reply, answer) = oneshot::channel();
             self.inner.commands.send((Command::Reach(node), reply)).await.ok()?;
@@ -439,7 +493,8 @@ impl Jobs {
             if !found.is_empty() {
                 return (found != tried).then_some(found);
             }
-            sleep(LOOK).await;
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_LOOK);
         }
     }
 
@@ -635,7 +690,7 @@ impl Jobs {
             let wanted = job.wanted.subscribe();
             hold(&self.inner.jobs).insert(lease, job);
             let jobs = self.clone();
-            tokio::spawn(async move { jobs.tend(lease, known, wanted).await });
+            self.inner.tasks.spawn(async move { jobs.tend(lease, known, wanted).await });
         }
     }
 

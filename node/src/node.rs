@@ -40,6 +40,7 @@ pub struct Node {
     shutdown: CancellationToken,
     /// None once it has ended.
     main: Option<JoinHandle<()>>,
+    jobs: Jobs,
     data: Data,
 }
 
@@ -337,6 +338,7 @@ impl Node {
                 tell.heard(event).await;
             }
         });
+        let closing_jobs = jobs.clone();
         let serve = jobs.clone();
         tokio::spawn(async move {
             while let Some(arriving) = arrivals.recv().await {
@@ -367,7 +369,7 @@ impl Node {
             shutdown: shutdown.clone(),
         };
         let main = tokio::spawn(Box::pin(node_loop.run(inputs, first)));
-        Self { handle, shutdown, main: Some(main), data }
+        Self { handle, shutdown, main: Some(main), jobs: closing_jobs, data }
     }
 
     /// The way to talk to it.
@@ -392,6 +394,7 @@ impl Node {
         {
             tracing::warn!("the node did not stop in time; what it promised is on disk");
         }
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.jobs.close()).await;
         let _ = tokio::time::timeout(Duration::from_millis(500), self.data.close()).await;
     }
 }

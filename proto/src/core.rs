@@ -300,6 +300,8 @@ pub struct Core {
     /// Renewals that are durable and wait for the job's warden to take a deadline.
     extending: BTreeMap<LeaseId, Vec<Extending>>,
     holdback: Holdback,
+    /// Leases whose jobs were accepted before the start and not begun.
+    unbegun: BTreeSet<LeaseId>,
     /// Members of gangs that wait for the words of the others.
     gathering: BTreeMap<LeaseId, gang::Gathering>,
     /// Gangs that are being brought together here.
@@ -345,6 +347,8 @@ pub struct Core {
     /// Both clocks at the last tick.
     clocks: Now,
     reconcile_at: Boot,
+    /// When a neighbour is told again whose word does not count.
+    conduct_at: Boot,
     expire_at: Boot,
     host_record_at: Boot,
     /// How often this node had come back when it last said so.
@@ -353,13 +357,14 @@ pub struct Core {
     /// Keys whose certificate was shown on a link or in a host record, and judged.
     admitted: BTreeMap<KeyId, Admitted>,
     /// What was heard about the conduct of keys that nobody has vouched for yet.
-    early: VecDeque<links::Early>,
+    early: VecDeque<(Option<KeyId>, links::Early)>,
     /// Rises with every change of who is admitted.
     admissions: u64,
 }
 
 impl Core {
-    /// Starts a node from what was kept, in a new epoch. The epoch is the first thing emitted.
+    /// Starts a node from what was kept, in a new epoch. The epoch is the first thing emitted, but
+    /// for what keeps the node from granting.
     ///
     /// # Errors
     /// When charter, certificate, mandate or what was kept do not hold.
@@ -416,6 +421,7 @@ impl Core {
             renewals: BTreeMap::new(),
             extending: BTreeMap::new(),
             holdback: Holdback::default(),
+            unbegun: BTreeSet::new(),
             gathering: BTreeMap::new(),
             assemblies: BTreeMap::new(),
             certificates: BTreeMap::new(),
@@ -444,6 +450,7 @@ impl Core {
             tick_at: now.boot,
             clocks: now,
             reconcile_at: now.boot + Span::secs(60),
+            conduct_at: now.boot,
             expire_at: now.boot,
             host_record_at: now.boot,
             returns_said: 0,
@@ -453,10 +460,11 @@ impl Core {
             admissions: 1,
             config,
         };
-        out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
+        // Before the epoch, which alone would make an older copy look like the newest.
         if let Some((above, why)) = halted {
             core.halt(above, why, out);
         }
+        out.push(Effect::Keep(Kept::Epoch(core.hand.epoch)));
         core.restore(saved, orphans, now, out)?;
         core.handle(now, Event::Woke, out);
         Ok(core)
@@ -651,7 +659,7 @@ impl Core {
             currency: charter.currency.clone(),
             me: self.config.me,
             epoch: self.hand.epoch,
-            halted: self.halted.clone(),
+            halted: self.halted(),
             joined: self.config.join.is_empty() || self.admitted_links() > 0,
             links: self.admitted_links(),
             records: self.spread.len(),
@@ -745,21 +753,25 @@ impl Saved {
         if config.plant.is("ignore-twin") {
             return None;
         }
-        if let Some(epoch) = conduct.convicted(&config.me) {
-            return Some((epoch, links::CONVICTED.into()));
-        }
         let (noted, saved, floor) = (config.noted_epoch, self.epoch, conduct.floor(&config.me));
-        if noted > saved && noted > floor {
-            let why = format!(
+        let older = || {
+            format!(
                 "this node was in epoch {noted} once, and its data directory says {saved}: the \
                  directory is an older copy"
-            );
-            return Some((noted, why));
-        }
-        let above = self.halted;
-        let why = "this node was halted in an earlier run: its key, or its data directory, was \
-                   found to be a copy";
-        (above > floor).then(|| (above, why.into()))
+            )
+        };
+        let halted = "this node was halted in an earlier run: its key, or its data directory, was \
+                      found to be a copy";
+        // Of several reasons the one that is hardest to lift counts.
+        [
+            Some((self.halted, halted.to_string())),
+            (noted > saved).then(|| (noted, older())),
+            conduct.convicted(&config.me).map(|epoch| (epoch, links::CONVICTED.to_string())),
+        ]
+        .into_iter()
+        .flatten()
+        .filter(|(above, _)| *above > floor)
+        .max_by_key(|(above, _)| *above)
     }
 
     /// Whose word does not count, by what was kept.

@@ -13,7 +13,7 @@ use crate::base::time::{Span, Wall};
 use crate::minds::admission::{
     Admission, CharterError, NotAdmitted, NotEntitled, NotTimely, departure,
 };
-use crate::words::chain::{Chain, credit};
+use crate::words::chain::Chain;
 use crate::words::charter::Role;
 use crate::words::contract::{EndReason, Grant, Renew, Renewal, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
@@ -206,8 +206,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     let term = check_renewals(proof, &fabric, lease, &grant)?;
     let (chain, hashes) = check_receipts(proof, &fabric, (lease, term), &grant)?;
     let acknowledged = check_acknowledgements(proof, &fabric, lease, given.delegate, &hashes)?;
-    let last = hashes.last().and_then(|known| known.2);
-    let ended = check_termination(proof, &fabric, (lease, term), &grant, &chain, last)?;
+    let ended = check_termination(proof, &fabric, (lease, term), &grant, &chain)?;
     let (end, credit) = ended.map_or((None, Amount::ZERO), |(end, credit)| (Some(end), credit));
     Ok(Verdict {
         fabric,
@@ -231,8 +230,8 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     })
 }
 
-/// What a checked receipt is remembered by: its hash, its charge, and the end it names.
-type Checked = (Hash, Amount, Option<EndReason>);
+/// What a checked receipt is remembered by: its hash and its charge.
+type Checked = (Hash, Amount);
 
 /// The longest term that the parties agreed on. The lessee's act alone is its consent to be billed
 /// for it, and a receipt over it is the lessor's.
@@ -293,7 +292,7 @@ fn check_receipts(
             .check(grant.body(), term, receipt.body())
             .map_err(|reason| ProofError::Receipt { number, reason })?;
         chain.advance(receipt.body(), receipt.id());
-        hashes.push((receipt.id(), receipt.body().charge, receipt.body().end));
+        hashes.push((receipt.id(), receipt.body().charge));
     }
     Ok((chain, hashes))
 }
@@ -317,8 +316,8 @@ fn check_acknowledgements(
             return Err(ProofError::Parties { what: "acknowledgement", number: nth });
         }
         let index = usize::try_from(body.number).ok().and_then(|n| n.checked_sub(1));
-        let receipt = index.and_then(|i| receipts.get(i)).map(|known| (known.0, known.1));
-        if receipt != Some((body.receipt, body.charge)) {
+        let receipt = index.and_then(|i| receipts.get(i));
+        if receipt != Some(&(body.receipt, body.charge)) {
             return Err(ProofError::Acknowledgement(nth));
         }
         best = best.max((body.number, body.charge));
@@ -332,7 +331,6 @@ fn check_termination(
     (lease, term): (LeaseId, Span),
     grant: &Verified<Grant>,
     chain: &Chain,
-    last: Option<EndReason>,
 ) -> Result<Option<(EndReason, Amount)>, ProofError> {
     let Some(signed) = &proof.termination else { return Ok(None) };
     let termination: Verified<Termination> = of("termination", signed.verify(fabric))?;
@@ -340,21 +338,6 @@ fn check_termination(
     if termination.signer() != grant.signer() || body.lease != lease {
         return Err(ProofError::Termination("it is not by the lessor about this lease"));
     }
-    if (body.receipt, body.charge) != (chain.last, chain.charge) {
-        return Err(ProofError::Termination("it does not close at the last receipt"));
-    }
-    if body.billed != chain.usage.billed {
-        return Err(ProofError::Termination("it bills another time than the last receipt"));
-    }
-    // One that was never claimed has no receipts: it lapsed, was given back or lost unused.
-    if chain.number > 0 && last != Some(body.reason) {
-        return Err(ProofError::Termination("the last receipt is not final, for the same reason"));
-    }
-    if body.missed > term.saturating_sub(body.billed) {
-        return Err(ProofError::Termination("more of the term is missing than was left"));
-    }
-    if body.credit != credit(grant.body(), body.charge, body.missed, body.reason) {
-        return Err(ProofError::Termination("the credit does not follow from the lease's terms"));
-    }
+    chain.closes(grant.body(), term, body).map_err(ProofError::Termination)?;
     Ok(Some((body.reason, body.credit)))
 }

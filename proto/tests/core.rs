@@ -5,15 +5,16 @@ mod common {
     pub mod shell;
 }
 
-use common::people::{People, WALL, body_of, job, sign, want};
+use common::people::{People, WALL, body_of, job, sign, sign_until, want};
 use common::shell::{Disk, Net, Shell, config};
 use leasehold_proto::base::id::{KeyId, LeaseId};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
-use leasehold_proto::base::time::Span;
+use leasehold_proto::base::time::{Span, Wall};
 use leasehold_proto::core::{
     Command, CommandId, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
 };
+use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{Message, Utterance, Word};
@@ -78,6 +79,64 @@ fn a_halt_outlives_every_start_until_the_organisation_lifts_it() {
         assert_eq!(node.halted(), None, "{what}");
         assert!(node.core.hand().epoch > above, "{what}");
     }
+}
+
+#[test]
+fn of_several_reasons_for_a_halt_the_one_that_is_hardest_to_lift_counts() {
+    let people = People::new();
+    let me = &people.lessor;
+    // Convicted of what it did in epoch 2, and a copy from epoch 3, while it is in 9 elsewhere.
+    let [first, second] = [1, 2].map(|returns| Shell::record(&people, me, 2, 9, returns));
+    let kept = disk([Kept::Epoch(3), Kept::Equivocation(first, second)]);
+    let config = leasehold_proto::core::Config { noted_epoch: 9, ..config(&people, me) };
+    let mut node = Shell::start_with(&people, me, config, kept, 0);
+    assert!(node.halted().is_some_and(|why| why.contains("above epoch 9")), "{:?}", node.halted());
+    lift(&mut node, 2);
+    let mut node = node.again();
+    assert!(node.halted().is_some_and(|why| why.contains("above epoch 9")), "{:?}", node.halted());
+    // What is seen later may be harder to lift.
+    let seen = Shell::record(&people, me, 70, 1, 0);
+    node.met(&people.delegate.id(), &people.delegate_certificate, Some(&seen));
+    assert!(node.halted().is_some_and(|why| why.contains("above epoch 70")), "{:?}", node.halted());
+}
+
+#[test]
+fn a_halt_is_kept_before_the_epoch_that_would_hide_it() {
+    use leasehold_proto::core::Core;
+    let people = People::new();
+    let me = &people.lessor;
+    let config = leasehold_proto::core::Config { noted_epoch: 9, ..config(&people, me) };
+    let (mut out, now) = (Vec::new(), common::people::now(0));
+    Core::new(config, [Kept::Epoch(3)], &Orphans::new(), now, &mut out).expect("it starts");
+    let kept: Vec<_> = out
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Keep(kept) => Some(kept.clone()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(kept[..2], [Kept::Halted(9), Kept::Epoch(10)]);
+}
+
+#[test]
+fn a_halted_node_begins_nothing() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = leased(&mut net, &little());
+    // Another of its key was seen: it may have begun the job.
+    let seen = Shell::record(&people, &people.lessor, 70, 1, 0);
+    net.nodes[LESSOR].met(&people.delegate.id(), &people.delegate_certificate, Some(&seen));
+    let claimed = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert_eq!(claimed.err(), Some(Failure::Act(Reason::NotReady)));
+    assert_eq!(started(&net), []);
+    // What it had begun goes on, and a repeat of that claim gets its answer.
+    let mut net = pair(&people);
+    let lease = working(&mut net, false);
+    net.nodes[LESSOR].met(&people.delegate.id(), &people.delegate_certificate, Some(&seen));
+    let claimed = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    assert_eq!(started(&net), [lease]);
+    assert_eq!(lent(&net, &lease), LentStage::Active);
 }
 
 #[test]
@@ -232,6 +291,44 @@ fn what_a_job_did_itself_while_no_node_watched_is_not_the_lessors_fault() {
 }
 
 #[test]
+fn the_time_in_which_no_node_watched_is_not_billed_where_the_lease_goes_with_its_job() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = working(&mut net, true);
+    for node in &mut net.nodes {
+        node.at += 40_000;
+    }
+    let ended = Orphan::Ended(Outcome::Exited(0), Usage::default());
+    net.restart(LESSOR, &Orphans::from([(lease, ended)]));
+    let ended = end_of(&mut net, lease);
+    assert_eq!(ended.reason, EndReason::Released);
+    let rate = People::rates().hourly(&little().shape).expect("it has a price");
+    assert!(ended.charge <= rate.per_hour_over(Span::secs(11)), "{}", ended.charge);
+}
+
+/// A lease that its lessee released after 15 s, while its lessor's host goes down.
+#[test]
+fn a_reboot_leaves_the_bill_of_an_ending_lease_as_it_was() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = working(&mut net, false);
+    net.pass(Span::secs(5));
+    net.lost = |_, said| matches!(said, Message::Receipt(_) | Message::Terminated(_));
+    net.pass(Span::secs(3));
+    assert!(matches!(net.ask(LESSEE, Command::Release(lease)), Ok(Reply::Released)));
+    for node in &mut net.nodes {
+        node.at += 300_000;
+    }
+    net.lost = |_, _| false;
+    net.reboot(LESSOR, Span::secs(1));
+    let ended = end_of(&mut net, lease);
+    assert_eq!((ended.reason, ended.credit), (EndReason::Released, Amount::ZERO));
+    let rate = People::rates().hourly(&little().shape).expect("it has a price");
+    let (least, most) = (rate.per_hour_over(Span::secs(17)), rate.per_hour_over(Span::secs(19)));
+    assert!((least..=most).contains(&ended.charge), "{least} to {most}: {}", ended.charge);
+}
+
+#[test]
 fn a_lease_that_was_ending_ends_as_it_was_whatever_became_of_its_job() {
     let people = People::new();
     for orphan in [None, Some(Orphan::Ended(Outcome::Stopped, Usage::default()))] {
@@ -314,6 +411,47 @@ fn what_is_heard_of_a_key_before_its_certificate_counts_once_that_is_there() {
         node.hears(peer, &lifting(&lifted(&people, by[0], key, 1)));
     }
     assert_eq!(node.disk.len(), 1, "only its epoch is kept");
+    // And they do not push out what another one says.
+    let mut node = start();
+    let honest = Signer::from_seed(&[8; 32]).id();
+    node.met(&honest, &people.certificate(honest, "honest"), None);
+    node.hears(honest, &proven());
+    for n in 0..100 {
+        let key = Signer::from_seed(&[n + 100; 32]).id();
+        node.hears(peer, &lifting(&lifted(&people, by[0], key, 1)));
+    }
+    node.hears(peer, &Message::Records(vec![record(5, 1, 0)]));
+    assert_eq!(node.view().quarantine.len(), 1);
+}
+
+#[test]
+fn a_key_is_reinstated_by_whose_certificate_it_carries_now() {
+    let people = People::new();
+    let peer = people.lessor.id();
+    let third = Signer::from_seed(&[6; 32]);
+    let hand = Hand { fabric: people.fabric, me: third.id(), epoch: 4 };
+    let given = |by: (&Signer, &str), hours: u64, seq: u64| {
+        let (organisation, name) = (by.1.to_string(), "third".to_string());
+        let (role, key, not_before) = (Role::Node, third.id(), Wall(0));
+        let body = Certificate { organisation, name, role, key, not_before };
+        let until = WALL + Span::secs(hours * 3600);
+        let certificate = sign_until(people.fabric, by.0, key_subject(&key), until, &body);
+        let mut body = config(&people, &people.lessor).host_record(0);
+        (body.name, body.certificate) = ("third".into(), certificate);
+        let draft = hand.draft(key_subject(&key), seq, WALL + Span::secs(3600), &body);
+        third.sign(&draft.expect("it fits")).expect("its own")
+    };
+    let [acme, emca] = [(&people.root, "acme"), (&people.other_root, "emca")];
+    let mut node = Shell::start(&people, &people.delegate, disk([]), 0);
+    node.met(&peer, &people.lessor_certificate, None);
+    node.hears(peer, &Message::Records(vec![given(acme, 1, 1)]));
+    node.hears(peer, &Message::Records(vec![given(emca, 2, 2)]));
+    let mut lift = |by| {
+        let signed = lifted(&people, by, third.id(), 1);
+        node.ask(Command::Reinstate(Box::new(signed))).is_ok()
+    };
+    assert!(!lift(acme), "it has passed to another organisation");
+    assert!(lift(emca));
 }
 
 #[test]

@@ -231,7 +231,7 @@ impl Core {
     /// The gang is whole: the claim that came with it is carried out.
     fn carry_out(&mut self, now: Now, lease: LeaseId, out: &mut Vec<Effect>) {
         let pending = self.book.get(&lease).and_then(|known| known.pending.clone());
-        let Some(claim) = pending else { return };
+        let Some(claim) = pending.filter(|_| self.halted.is_none()) else { return };
         let runs = self.pricing.runs(&claim.body().job.runtime);
         if let Acted::Accepted(_) = self.book.claim(now, &claim, runs) {
             self.drop_pending(&lease, out);

@@ -1048,7 +1048,11 @@ impl Core {
             let same_boot = kept.boot == boot;
             if let (Some((lease, terms)), Some(release)) = (&holding.terms, &kept.release)
                 && kept.stage != Stage::Ended
-                && terms.decided + kept.term + SKEW > now.wall
+                && if same_boot {
+                    kept.sent + kept.term + SKEW > now.boot
+                } else {
+                    terms.decided + kept.term + SKEW > now.wall
+                }
             {
                 returns.push((*lease, kept.lessor, release.clone()));
             }

@@ -179,6 +179,11 @@ impl Core {
             self.refuse(now, (claim.id(), None), Reason::BadJob, figures, ticket, out);
             return;
         }
+        // One of two copies of a node must not begin what the other one may have begun.
+        if self.halted.is_some() && !self.book.has_act(&lease, &claim.body().act) {
+            self.refuse(now, (claim.id(), None), Reason::NotReady, Vec::new(), ticket, out);
+            return;
+        }
         let runs = self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
@@ -236,7 +241,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let (lease, act) = (renew.body().lease, renew.body().act);
-        let known = self.book.get(&lease).is_some_and(|l| l.kept.acts.iter().any(|a| a.id == act));
+        let known = self.book.has_act(&lease, &act);
         // One that was refused once must not come true long after.
         let expired = renew.header().not_after + SKEW < now.wall;
         let quarantined = self.conduct.is_quarantined(&renew.signer());
@@ -290,7 +295,7 @@ impl Core {
             let Extending { ticket, deadline, answer } = waits;
             if done && deadline <= taken {
                 reply(Word::Renewed, answer, ticket, out);
-            } else if deadline == taken {
+            } else if deadline <= taken {
                 out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
             } else {
                 let waits = Extending { ticket, deadline, answer };
@@ -353,6 +358,9 @@ impl Core {
         why: EndReason,
         out: &mut Vec<Effect>,
     ) {
+        if self.unbegun.remove(lease) {
+            self.book.reaped(lease, Outcome::Stopped);
+        }
         let running = self.book.get(lease).is_some_and(|known| known.running);
         if running {
             out.push(Effect::StopJob(*lease, why));
@@ -541,7 +549,10 @@ impl Core {
                 self.adopt(lease, *frozen, out);
                 return;
             }
-            None if running && same_boot && self.begin_anew(now, lease, out) => return,
+            None if running && same_boot && self.is_unbegun(now, lease) => {
+                self.unbegun.insert(*lease);
+                return;
+            }
             _ if running => self.lose_or_end(now, lease, orphan, same_boot),
             _ if !same_boot => self.book.drain_lost(now, lease),
             _ => {}
@@ -555,20 +566,36 @@ impl Core {
         }
     }
 
-    /// Starts a job that was accepted before a restart and of which nothing is found, while its
-    /// claim waits to be begun: no warden can have run any of it. False where it is not so, or it
-    /// is too late.
-    fn begin_anew(&mut self, now: Now, lease: &LeaseId, out: &mut Vec<Effect>) -> bool {
-        let Some(known) = self.book.get(lease) else { return false };
-        // Where this directory may be a copy, the job may run elsewhere. What a gang's job is told
-        // of the other members' addresses is not known yet at a start.
-        let sure = self.halted.is_none() && known.terms.gang.is_none();
-        let open = known.kept.stage == Stage::Active && now.boot < known.deadline();
-        let claim = known.pending.clone().filter(|claim| known.kept.claim == Some(claim.id()));
-        let Some(claim) = claim.filter(|_| sure && open) else { return false };
-        self.start_job(*lease, &claim, out);
-        self.adopt(lease, false, out);
-        true
+    /// Whether a job that was accepted before a restart, and of which nothing is found, was not
+    /// begun: its claim waits for that still, so no warden can have run any of it. What a gang's
+    /// job is told of the other members' addresses is not known at a start.
+    fn is_unbegun(&self, now: Now, lease: &LeaseId) -> bool {
+        self.book.get(lease).is_some_and(|known| {
+            let claim = known.pending.as_ref().map(Verified::id);
+            let open = known.kept.stage == Stage::Active && now.boot < known.deadline();
+            open && known.terms.gang.is_none() && claim.is_some() && claim == known.kept.claim
+        })
+    }
+
+    /// Begins what was accepted before a restart and not begun, once nobody is left to say that
+    /// this is a copy of a node whose other one did: then it is lost.
+    fn begin_unbegun(&mut self, now: Now, out: &mut Vec<Effect>) {
+        if self.unbegun.is_empty() || !self.vouched && self.halted.is_none() {
+            return;
+        }
+        for lease in std::mem::take(&mut self.unbegun) {
+            let claim = self.book.get(&lease).and_then(|known| known.pending.clone());
+            match claim.filter(|_| self.halted.is_none()) {
+                Some(claim) => {
+                    self.start_job(lease, &claim, out);
+                    self.adopt(&lease, false, out);
+                }
+                None => {
+                    self.lose_or_end(now, &lease, None, true);
+                    self.close(now, &lease, out);
+                }
+            }
+        }
     }
 
     /// The job of an active lease is gone: it came to its own end, or is lost with what it did.
@@ -587,8 +614,13 @@ impl Core {
         self.book.reaped(lease, outcome);
         if lost || !same_boot {
             self.book.drain_lost(now, lease);
-        } else if self.book.get(lease).is_some_and(|known| now.boot < known.term_end()) {
-            self.book.release_after(now, lease);
+            return;
+        }
+        // Where its own end came first, the lease ends by that.
+        let over = |known: &Lease| known.term_end().min(known.spent()) <= now.boot;
+        if !self.book.get(lease).is_some_and(over) && self.book.release_after(now, lease) {
+            // It ended while nobody was there to see when.
+            self.book.stop_at_last_receipt(lease);
         }
     }
 
@@ -611,6 +643,7 @@ impl Core {
     }
 
     pub(super) fn wake_lessor(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.begin_unbegun(now, out);
         for turn in self.book.due(now.boot) {
             match turn {
                 Turn::Lapsed(lease) => {

@@ -9,6 +9,7 @@ use super::{
 use crate::base::id::{Hash, KeyId};
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Now, SKEW, Span};
+use crate::minds::conduct::Conduct;
 use crate::minds::member::{Peer, Sign};
 use crate::minds::spread::{Spread, Taken};
 use crate::minds::{book, holdings};
@@ -19,7 +20,7 @@ use crate::words::message::{
     MAX_CONDUCT, MAX_NAMES, Message, RecordName, RecordSaid, Said, Utterance,
 };
 use crate::words::object::{Kind, key_subject};
-use crate::words::sign::{Hand, Verified};
+use crate::words::sign::{Hand, Signed, Verified};
 
 /// How often everything known is compared with one neighbour.
 const RECONCILE: Span = Span::secs(60);
@@ -30,8 +31,12 @@ const HOST_REFRESH: Span = Span::secs(30 * 60);
 const HOST_LIFE: Span = Span::secs(90 * 60);
 /// How many host records of this run are remembered, to tell them from another's.
 const MAX_SAID: usize = 256;
-/// How much is remembered of what was heard about keys that nobody has vouched for.
-const MAX_EARLY: usize = 64;
+/// How many proofs one message holds: two objects of up to 24 KiB each.
+const PROOFS_AT_ONCE: usize = 4;
+/// How much is remembered of what was heard about keys that nobody has vouched for, and how much
+/// of it by one peer. A proof takes up to 48 KiB.
+const MAX_EARLY: usize = 256;
+const MAX_EARLY_OF: usize = 16;
 /// What a node says whose key was convicted.
 pub(super) const CONVICTED: &str = "this node's key was convicted of saying two different things";
 /// After how many comings back of this node its record says so.
@@ -65,6 +70,21 @@ impl Early {
         match self {
             Self::Convicted(conviction) => conviction.signer(),
             Self::Reinstated(lifted) => lifted.body().key,
+        }
+    }
+
+    fn is_like(&self, other: &Self) -> bool {
+        self.of() == other.of() && std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    /// Whether it changes nothing.
+    fn is_known(&self, conduct: &Conduct) -> bool {
+        let (key, floor) = (self.of(), conduct.floor(&self.of()));
+        match self {
+            Self::Convicted(said) => {
+                conduct.is_quarantined(&key) || floor > 0 && said.header().epoch <= floor
+            }
+            Self::Reinstated(lifted) => lifted.body().above <= floor,
         }
     }
 }
@@ -264,17 +284,18 @@ impl Core {
 
     fn admit(&mut self, key: KeyId, certificate: &Verified<Certificate>, out: &mut Vec<Effect>) {
         let until = certificate.header().not_after;
+        let organisation = certificate.body().organisation.clone();
         match self.admitted.get_mut(&key) {
             // Of two certificates the longer one counts.
-            Some(known) => known.until = until.max(known.until),
+            Some(known) if known.until >= until => {}
+            Some(known) => *known = Admitted { until, organisation },
             None => {
-                let organisation = certificate.body().organisation.clone();
                 self.admitted.insert(key, Admitted { until, organisation });
                 self.admissions += 1;
                 let all = std::mem::take(&mut self.early).into_iter();
-                let (known, early): (Vec<_>, _) = all.partition(|early| early.of() == key);
+                let (known, early): (Vec<_>, _) = all.partition(|(_, early)| early.of() == key);
                 self.early = early.into();
-                for early in known {
+                for (_, early) in known {
                     match early {
                         Early::Convicted(conviction) => self.convict(*conviction, None, out),
                         Early::Reinstated(lifted) => {
@@ -287,12 +308,20 @@ impl Core {
     }
 
     /// Keeps for later what was heard about a key that nobody has vouched for: of a joiner's
-    /// neighbours the word about conduct may come before the map.
-    fn hear_early(&mut self, early: Early) {
-        if self.early.len() == MAX_EARLY {
-            self.early.pop_front();
+    /// neighbours the word about conduct may come before the map. Of each who says so a few are
+    /// kept, so that nobody can push out what others say.
+    fn hear_early(&mut self, from: Option<KeyId>, early: Early) {
+        if early.is_known(&self.conduct) {
+            return;
         }
-        self.early.push_back(early);
+        self.early.retain(|(by, known)| *by != from || !known.is_like(&early));
+        let theirs = self.early.iter().filter(|(by, _)| *by == from).count();
+        if theirs >= MAX_EARLY_OF || self.early.len() >= MAX_EARLY {
+            let theirs = |(by, _): &(Option<KeyId>, Early)| *by == from || theirs < MAX_EARLY_OF;
+            let oldest = self.early.iter().position(theirs);
+            oldest.and_then(|oldest| self.early.remove(oldest));
+        }
+        self.early.push_back((from, early));
     }
 
     /// Whose certificate has expired belongs to the fabric no more.
@@ -355,17 +384,19 @@ impl Core {
             self.halted_above = above;
             out.push(Effect::Keep(Kept::Halted(above)));
         }
-        if self.halted.is_none() {
-            let above = self.halted_above;
-            self.halted = Some(format!(
-                "{why}. Until its organisation reinstates its key above epoch {above}, it grants \
-                 nothing"
-            ));
-        }
+        self.halted.get_or_insert(why);
         self.pricing.set_policy(crate::minds::pricing::Policy {
             selling: false,
             ..self.pricing.policy().clone()
         });
+    }
+
+    /// Why nothing is granted, and what would change that.
+    pub(super) fn halted(&self) -> Option<String> {
+        let (why, above) = (self.halted.as_ref()?, self.halted_above);
+        Some(format!(
+            "{why}. Until its organisation reinstates its key above epoch {above}, it grants nothing"
+        ))
     }
 
     /// Whether enough peers were met since the start to know of a later life of this node: each
@@ -392,7 +423,7 @@ impl Core {
         let (key, proof) = (conviction.signer(), conviction.proof().clone());
         let epoch = conviction.header().epoch;
         if !self.is_admitted(&key) {
-            return self.hear_early(Early::Convicted(Box::new(conviction)));
+            return self.hear_early(from, Early::Convicted(Box::new(conviction)));
         }
         if !self.conduct.convict(conviction) {
             return;
@@ -429,7 +460,7 @@ impl Core {
         match self.admitted.get(&key) {
             // Whose key it is its certificate says, which may come later.
             None => {
-                self.hear_early(Early::Reinstated(Box::new(lifted)));
+                self.hear_early(from, Early::Reinstated(Box::new(lifted)));
                 return false;
             }
             Some(by) if by.organisation != lifted.body().organisation => return false,
@@ -454,17 +485,34 @@ impl Core {
 
     /// A neighbour that was just met learns whose word does not count.
     fn tell_conduct(&mut self, to: KeyId, out: &mut Vec<Effect>) {
-        let proofs = self.conduct.convictions().map(|known| known.proof().clone());
-        let proofs: Vec<_> = proofs.collect();
-        let lifted: Vec<_> = self.conduct.reinstatements().cloned().collect();
-        let mut messages: Vec<Message> = lifted
-            .chunks(MAX_CONDUCT)
-            .map(|chunk| Message::Conduct(Vec::new(), chunk.to_vec()))
-            .collect();
-        // Two objects of up to 24 KiB each: a few fit one message.
-        messages.extend(proofs.chunks(4).map(|few| Message::Conduct(few.to_vec(), Vec::new())));
-        for what in messages {
-            self.ask(to, Pending::Conduct, Utterance::Plain(what), out);
+        let proofs = self.conduct.convictions().map(|known| known.proof().clone()).collect();
+        let lifted = self.conduct.reinstatements().cloned().collect();
+        self.tell_of(to, proofs, lifted, out);
+    }
+
+    /// A neighbour is told a part of it again: another one each time.
+    fn tell_some_conduct(&mut self, to: KeyId, out: &mut Vec<Effect>) {
+        let mut proofs: Vec<_> = self.conduct.convictions().map(|c| c.proof().clone()).collect();
+        let mut lifted: Vec<_> = self.conduct.reinstatements().cloned().collect();
+        self.dice.shuffle(&mut proofs);
+        self.dice.shuffle(&mut lifted);
+        proofs.truncate(PROOFS_AT_ONCE);
+        lifted.truncate(MAX_CONDUCT);
+        self.tell_of(to, proofs, lifted, out);
+    }
+
+    fn tell_of(
+        &mut self,
+        to: KeyId,
+        proofs: Vec<Equivocation>,
+        lifted: Vec<Signed>,
+        out: &mut Vec<Effect>,
+    ) {
+        let lifted = lifted.chunks(MAX_CONDUCT).map(|chunk| (Vec::new(), chunk.to_vec()));
+        let proofs = proofs.chunks(PROOFS_AT_ONCE).map(|few| (few.to_vec(), Vec::new()));
+        for (proofs, lifted) in lifted.chain(proofs) {
+            let what = Utterance::Plain(Message::Conduct(proofs, lifted));
+            self.ask(to, Pending::Conduct, what, out);
         }
     }
 
@@ -819,8 +867,11 @@ impl Core {
                 self.links.iter().filter(|(_, link)| link.admitted).map(|(key, _)| *key).collect();
             if let Some(peer) = self.dice.pick(&admitted).copied() {
                 self.reconcile_with(peer, out);
-                // What was said about conduct may have gone astray.
-                self.tell_conduct(peer, out);
+                // What was said about conduct may have gone astray, too.
+                if self.conduct_at <= now.boot {
+                    self.conduct_at = now.boot + RECONCILE;
+                    self.tell_some_conduct(peer, out);
+                }
             }
         }
         self.tick_lessor(now, out);

@@ -576,12 +576,25 @@ impl Book {
     pub fn rebase(&mut self, id: &LeaseId, boot: BootId, now: Boot) {
         let Some(lease) = self.leases.get_mut(id) else { return };
         lease.kept.boot = boot;
-        lease.kept.decided = now;
-        if lease.kept.claimed.is_some() {
-            lease.kept.claimed = Some(now - lease.kept.chain.usage.billed);
-            lease.kept.paused = Span::ZERO;
-            lease.kept.frozen = None;
+        match (lease.kept.claimed, lease.kept.stopped) {
+            // Billing stopped before: for how long it was billed, and how much of the term was
+            // left then, stays as it was.
+            (Some(claimed), Some(stopped)) => {
+                let billed = lease.billed(claimed, stopped);
+                let left = lease.term_end().since(stopped);
+                let begun = now - billed;
+                lease.kept.claimed = Some(begun);
+                lease.kept.stopped = Some(begun + billed);
+                lease.kept.decided = begun + billed + left - lease.kept.term;
+            }
+            (Some(_), None) => {
+                lease.kept.claimed = Some(now - lease.kept.chain.usage.billed);
+                lease.kept.decided = now;
+            }
+            (None, _) => lease.kept.decided = now,
         }
+        lease.kept.paused = Span::ZERO;
+        lease.kept.frozen = None;
         lease.kept.holds.clear();
         self.reschedule(*id);
     }
@@ -594,6 +607,12 @@ impl Book {
         if !self.drain(now, id, EndReason::Lost, me) {
             return;
         }
+        self.stop_at_last_receipt(id);
+    }
+
+    /// A lease that is ending is billed up to its last receipt and no further: nobody can say how
+    /// much longer what ran was there.
+    pub fn stop_at_last_receipt(&mut self, id: &LeaseId) {
         let Some(lease) = self.leases.get_mut(id) else { return };
         if let Some(claimed) = lease.kept.claimed {
             let billed = lease.kept.chain.usage.billed;

@@ -97,15 +97,10 @@ impl Held {
     /// spoil the proof of what it did agree to.
     #[must_use]
     pub fn closing(&self) -> Option<&Signed> {
-        let chain = &self.chain;
+        let grant = body_in::<Grant>(&self.grant.as_ref()?.envelope)?;
         self.termination.as_ref().filter(|signed| {
             let end = body_in::<Termination>(&signed.envelope);
-            end.is_some_and(|end| {
-                let figures = (end.receipt, end.charge, end.billed);
-                let unused = chain.number == 0;
-                figures == (chain.last, chain.charge, chain.usage.billed)
-                    && (unused || chain.end == Some(end.reason))
-            })
+            end.is_some_and(|end| self.chain.closes(&grant, self.term, &end).is_ok())
         })
     }
 }

@@ -12,7 +12,7 @@
 use crate::base::id::{Hash, LeaseId};
 use crate::base::money::Amount;
 use crate::base::time::{Span, Wall};
-use crate::words::contract::{EndReason, Grant};
+use crate::words::contract::{EndReason, Grant, Termination};
 use crate::words::usage::{ObjectionReason, Receipt, Usage};
 
 /// How long grants, receipts and terminations stay valid as evidence after they were signed.
@@ -89,6 +89,31 @@ impl Chain {
     #[must_use]
     pub const fn closed(&self) -> bool {
         self.end.is_some()
+    }
+
+    /// Whether `end` closes a lease with these terms, and a term of at most `term`, where its
+    /// receipts end.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn closes(&self, terms: &Grant, term: Span, end: &Termination) -> Result<(), &'static str> {
+        if (end.receipt, end.charge) != (self.last, self.charge) {
+            return Err("it does not close at the last receipt");
+        }
+        if end.billed != self.usage.billed {
+            return Err("it bills another time than the last receipt");
+        }
+        // One that was never claimed has no receipts: it lapsed, was given back or lost unused.
+        if self.number > 0 && self.end != Some(end.reason) {
+            return Err("the last receipt is not final, for the same reason");
+        }
+        if end.missed > term.saturating_sub(end.billed) {
+            return Err("more of the term is missing than was left");
+        }
+        if end.credit != credit(terms, end.charge, end.missed, end.reason) {
+            return Err("the credit does not follow from the lease's terms");
+        }
+        Ok(())
     }
 
     /// Takes `receipt` with hash `id` as the latest, after it was checked or made here.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use leasehold_proto::base::id::KeyId;
 use leasehold_proto::base::plant::Plant;
 use leasehold_proto::base::resource::Resources;
-use leasehold_proto::base::time::{Boot, Span};
+use leasehold_proto::base::time::{Boot, BootId, Now, Span};
 use leasehold_proto::core::kept::Kept;
 use leasehold_proto::core::{
     Command, CommandId, Config, Core, Effect, Event, Failure, Orphans, Reply, Ticket, Token, View,
@@ -18,7 +18,7 @@ use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::words::sign::{Signed, Signer};
 
-use super::people::{BOOT, People, now};
+use super::people::{BOOT, People, WALL};
 
 /// What a core keeps, by key, as a disk would.
 pub type Disk = BTreeMap<Vec<u8>, Kept>;
@@ -30,6 +30,9 @@ pub struct Shell<'a> {
     pub disk: Disk,
     /// The boot clock, in milliseconds.
     pub at: u64,
+    /// By how much the wall clock is ahead of that, beyond the usual.
+    pub ahead: u64,
+    boot: BootId,
     /// The records of its own that it signed in this run.
     own: Vec<Signed>,
     asked: u64,
@@ -91,7 +94,7 @@ impl<'a> Shell<'a> {
         disk: Disk,
         at: u64,
     ) -> Self {
-        Self::begin(people, me, config, disk, at, &Orphans::new()).0
+        Self::begin(people, me, config, disk, (at, 0), &Orphans::new()).0
     }
 
     /// Starts a node, with what it wants of others at once.
@@ -100,13 +103,15 @@ impl<'a> Shell<'a> {
         me: &'a Signer,
         config: Config,
         disk: Disk,
-        at: u64,
+        (at, ahead): (u64, u64),
         orphans: &Orphans,
     ) -> (Self, Vec<Effect>) {
         let mut out = Vec::new();
         let saved: Vec<_> = disk.values().cloned().collect();
-        let core = Core::new(config, saved, orphans, now(at), &mut out).expect("it starts");
-        let mut shell = Self { people, me, core, disk, at, own: Vec::new(), asked: 0 };
+        let boot = config.boot;
+        let time = Now { boot: Boot(at), wall: WALL + Span::millis(at + ahead) };
+        let core = Core::new(config, saved, orphans, time, &mut out).expect("it starts");
+        let mut shell = Self { people, me, core, disk, at, ahead, boot, own: Vec::new(), asked: 0 };
         let outward = shell.carry_out(out);
         (shell, outward)
     }
@@ -136,7 +141,7 @@ impl<'a> Shell<'a> {
                     self.own.push(signed);
                     let mut more = Vec::new();
                     let own = Event::Own(said.expect("it holds"));
-                    self.core.handle(now(self.at), own, &mut more);
+                    self.core.handle(self.now(), own, &mut more);
                     todo.extend(more);
                 }
                 other => outward.push(other),
@@ -147,7 +152,7 @@ impl<'a> Shell<'a> {
 
     pub fn tell(&mut self, event: Event) -> Vec<Effect> {
         let mut out = Vec::new();
-        self.core.handle(now(self.at), event, &mut out);
+        self.core.handle(self.now(), event, &mut out);
         self.carry_out(out)
     }
 
@@ -161,8 +166,8 @@ impl<'a> Shell<'a> {
         out
     }
 
-    pub fn boot(&self) -> Boot {
-        now(self.at).boot
+    pub fn now(&self) -> Now {
+        Now { boot: Boot(self.at), wall: WALL + Span::millis(self.at + self.ahead) }
     }
 
     pub fn said(&self, message: &Message) -> Said {
@@ -204,7 +209,7 @@ impl<'a> Shell<'a> {
         use leasehold_proto::words::sign::Hand;
         let hand = Hand { fabric: people.fabric, me: me.id(), epoch };
         let body = config(people, me).host_record(returns);
-        let until = super::people::WALL + Span::secs(3600);
+        let until = WALL + Span::secs(3600);
         let draft = hand.draft(key_subject(&me.id()), seq, until, &body).expect("it fits");
         me.sign(&draft).expect("its own")
     }
@@ -238,7 +243,7 @@ impl<'a> Shell<'a> {
     }
 
     pub fn view(&self) -> View {
-        self.core.view(now(self.at))
+        self.core.view(self.now())
     }
 
     pub fn halted(&self) -> Option<String> {
@@ -367,13 +372,26 @@ impl<'a> Net<'a> {
 
     /// A process ends, and the next one starts from what was kept.
     pub fn restart(&mut self, node: usize, orphans: &Orphans) {
-        let (people, me, at) = (self.nodes[node].people, self.nodes[node].me, self.nodes[node].at);
+        let Shell { at, ahead, boot, .. } = self.nodes[node];
+        self.start_again(node, (at, ahead), boot, orphans);
+    }
+
+    /// A host goes down, and is up again after so long: its boot clock begins anew.
+    pub fn reboot(&mut self, node: usize, after: Span) {
+        let Shell { at, ahead, boot, .. } = self.nodes[node];
+        let (up, boot) = (3_000, BootId(boot.0.map(|byte| byte + 1)));
+        self.start_again(node, (up, at + ahead + after.as_millis() - up), boot, &Orphans::new());
+    }
+
+    fn start_again(&mut self, node: usize, clocks: (u64, u64), boot: BootId, orphans: &Orphans) {
+        let (people, me) = (self.nodes[node].people, self.nodes[node].me);
         let disk = std::mem::take(&mut self.nodes[node].disk);
         let peers: Vec<_> = self.nodes.iter().map(|node| node.me.id()).collect();
         for (other, _) in peers.iter().enumerate().filter(|(other, _)| *other != node) {
             self.tell(other, Event::Unlinked(me.id()));
         }
-        let (shell, effects) = Shell::begin(people, me, config(people, me), disk, at, orphans);
+        let config = Config { boot, ..config(people, me) };
+        let (shell, effects) = Shell::begin(people, me, config, disk, clocks, orphans);
         self.nodes[node] = shell;
         for effect in effects {
             self.carry(node, effect);

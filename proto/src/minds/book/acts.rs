@@ -12,6 +12,12 @@ use crate::words::contract::{
 use crate::words::sign::Verified;
 
 impl Book {
+    /// Whether an act was accepted before: then a repeat of it is answered.
+    #[must_use]
+    pub fn has_act(&self, id: &LeaseId, act: &ActId) -> bool {
+        self.get(id).is_some_and(|lease| lease.kept.acts.iter().any(|known| known.id == *act))
+    }
+
     /// Decides about a claim.
     pub fn claim(&mut self, now: Now, claim: &Verified<Claim>, runs: bool) -> Acted {
         let (id, body) = (claim.body().lease, claim.body());

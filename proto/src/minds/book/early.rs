@@ -177,8 +177,8 @@ impl Lease {
             None => (self.term_end(), self.term_end()),
         };
         let credit = self.kept.claimed.filter(|_| theirs).map_or(Amount::ZERO, |claimed| {
-            let stops = self.kept.frozen.unwrap_or(stops);
-            let charge = chain::charge(&self.terms, self.billed(claimed, stops));
+            let billed = self.billed(claimed, self.kept.frozen.unwrap_or(stops));
+            let charge = chain::charge(&self.terms, billed);
             chain::credit(&self.terms, charge, self.term_end().since(stops), why)
         });
         let within = ends.since(now) + self.terms.grace;

@@ -252,7 +252,10 @@ impl Lease {
         match self.kept.stopped {
             Some(stopped) if theirs => {
                 let left = self.kept.term.saturating_sub(self.kept.chain.usage.billed);
-                self.term_end().since(stopped).min(left)
+                // Before its notice was over it may have stood still for want of a countersignature.
+                let hold = self.kept.holds.iter().find(|hold| hold.why == reason);
+                let from = hold.map_or(stopped, |hold| stopped.max(hold.freeze));
+                self.term_end().since(from).min(left)
             }
             _ => Span::ZERO,
         }
@@ -301,7 +304,7 @@ impl Lease {
         if self.term_end() <= now {
             // One that stood still to be taken back was not there for the rest of its term.
             let taken = self.taken_back_by().filter(|_| self.kept.frozen.is_some());
-            let taken = taken.filter(|hold| hold.freeze <= now);
+            let taken = taken.filter(|hold| hold.freeze < self.term_end());
             return taken.map_or(Next::End(EndReason::Term, me), |h| Next::End(h.why, h.by));
         }
         if self.spent() <= now {
