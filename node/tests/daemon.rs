@@ -279,7 +279,7 @@ fn signed_by_stranger(request: &Path, stranger: &Secret) -> Signed {
         leasehold_proto::words::object::Envelope::decode(&draft.envelope).expect("an envelope");
     envelope.header.signer = stranger.id();
     let envelope = leasehold_proto::words::wire::encode::<65_536>(&envelope).expect("it fits");
-    let draft = leasehold_proto::words::sign::Draft { envelope };
+    let draft = leasehold_proto::words::sign::Draft { envelope: envelope.into() };
     stranger.signer().sign(&draft).expect("signs")
 }
 

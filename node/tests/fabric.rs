@@ -987,7 +987,7 @@ fn sign_anything(secret: &Secret, envelope: Vec<u8>) -> Signed {
     }
     let key = ed25519_dalek::SigningKey::from_bytes(secret.seed());
     let signature = Signature(ed25519_dalek::Signer::sign(&key, &text).to_bytes());
-    Signed { envelope, signature }
+    Signed { envelope: envelope.into(), signature }
 }
 
 async fn twins() {

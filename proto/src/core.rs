@@ -480,10 +480,15 @@ impl Core {
         let Saved { lent, held, mut receipts, mut claimed, holdback, gangs, .. } = saved;
         self.book.withhold(holdback.withheld.clone());
         self.holdback = holdback;
-        for (id, kept) in lent {
+        let mut offers: BTreeMap<Hash, Draft> = BTreeMap::new();
+        for (id, mut kept) in lent {
             let receipts = receipts.remove(&id).unwrap_or_default();
             if book::is_past(&kept, now.wall) {
                 continue;
+            }
+            // What many leases hold they share.
+            if let Some(offer) = &mut kept.offer {
+                *offer = offers.entry(offer.id()).or_insert_with(|| offer.clone()).clone();
             }
             let restored = self.book.restore(now.boot, kept, receipts);
             restored.ok_or(StartError::Kept(id))?;

@@ -715,7 +715,10 @@ fn two_things_under_one_version_prove_it_and_nothing_else_does() {
         Err(NotEquivocation::Differ("their epoch"))
     );
     assert!(matches!(tampered(|s| s.signature.0[0] ^= 1), Err(NotEquivocation::Object(_))));
-    assert!(matches!(tampered(|s| s.envelope.truncate(9)), Err(NotEquivocation::Object(_))));
+    assert!(matches!(
+        tampered(|s| s.envelope = s.envelope[..9].into()),
+        Err(NotEquivocation::Object(_))
+    ));
     let zero = leasehold_proto::base::id::FabricId::default();
     assert!(matches!(good.check(&zero), Err(NotEquivocation::Object(_))), "of another fabric");
     // A lessee may word a request anew: both orders are its own affair.

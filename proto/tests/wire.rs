@@ -132,11 +132,11 @@ fn what_is_cut_or_continued_is_refused() {
     for (name, signed) in story.objects() {
         let Signed { envelope, signature } = signed;
         for length in 0..envelope.len() {
-            let cut = Signed { envelope: envelope[..length].to_vec(), signature };
+            let cut = Signed { envelope: envelope[..length].into(), signature };
             assert!(Object::verify(&cut).is_err(), "{name} cut at {length}");
             assert!(draft_json(&cut.envelope).is_err(), "{name} cut at {length}");
         }
-        let longer = Signed { envelope: [&envelope[..], &[0]].concat(), signature };
+        let longer = Signed { envelope: [&envelope[..], &[0]].concat().into(), signature };
         let trailing = VerifyError::Decode(DecodeError::Trailing(1));
         assert_eq!(Object::verify(&longer).err(), Some(trailing), "{name}");
     }
@@ -155,7 +155,7 @@ fn a_signed_body_with_a_trailing_byte_is_refused() {
             .expect("one of the four");
         let resign = |envelope: &Envelope| {
             let envelope = wire::encode::<MAX_OBJECT>(envelope).expect("it fits");
-            Signer::from_seed(&seed).sign(&Draft { envelope }).expect("signed")
+            Signer::from_seed(&seed).sign(&Draft { envelope: envelope.into() }).expect("signed")
         };
         assert_eq!(resign(&envelope), signed, "{name}: signing is deterministic");
         envelope.body.push(0);
@@ -213,7 +213,9 @@ fn unknown_kinds_are_relayed_unread_but_not_unsigned() {
     envelope.header.kind = Kind::Unknown(700);
     envelope.body = b"of a later version".to_vec();
     let envelope = wire::encode::<MAX_OBJECT>(&envelope).expect("it fits");
-    let mut signed = Signer::from_seed(&story::LESSOR).sign(&Draft { envelope }).expect("signed");
+    let mut signed = Signer::from_seed(&story::LESSOR)
+        .sign(&Draft { envelope: envelope.into() })
+        .expect("signed");
     let opaque = signed.verify_opaque(&story.fabric).expect("it verifies");
     assert_eq!(opaque.body(), b"of a later version");
     assert!(message::verify_record(&signed, &story.fabric).is_ok());
@@ -263,7 +265,7 @@ fn a_kind_has_a_bound_that_no_padding_passes() {
 #[test]
 fn lists_have_bounds_of_their_own() {
     let name = RecordName { key: KeyId([0; 32]), kind: Kind::Offer, epoch: 0, seq: 0, tag: 0 };
-    let small = Signed { envelope: vec![], signature: Signature([0; 64]) };
+    let small = Signed { envelope: [].into(), signature: Signature([0; 64]) };
     let round = |message: Message| {
         message::decode(&message::encode(&message).expect("it fits")).map(|_| ())
     };
@@ -292,7 +294,7 @@ fn promised_lengths_are_not_believed() {
             let bytes = [&variant.to_le_bytes()[..], &length.to_le_bytes()].concat();
             assert!(message::decode(&bytes).is_err());
         }
-        let mut envelope = Story::new().grant.envelope;
+        let mut envelope = Story::new().grant.envelope.to_vec();
         for at in [124, 132] {
             envelope[at..at + 8].copy_from_slice(&length.to_le_bytes());
             assert!(Envelope::decode(&envelope).is_err());
@@ -316,7 +318,7 @@ fn read_everything(bytes: &[u8]) {
         let _ = proof::check(&proof);
     }
     let signature = Signature([3; 64]);
-    let _ = Object::verify(&Signed { envelope: bytes.to_vec(), signature });
+    let _ = Object::verify(&Signed { envelope: bytes.into(), signature });
 }
 
 proptest! {
@@ -336,7 +338,7 @@ proptest! {
         let mut words: Vec<Vec<u8>> = Vec::new();
         words.extend(story.messages().iter().map(|(_, m)| message::encode(m).expect("it fits")));
         for (_, signed) in story.objects() {
-            words.extend([bytes_of(&signed), signed.envelope]);
+            words.extend([bytes_of(&signed), signed.envelope.to_vec()]);
         }
         words.push(wire::encode::<MAX_PROOF>(&story.proof()).expect("it fits"));
         let mut bytes = which.get(&words).clone();
@@ -366,7 +368,7 @@ proptest! {
         envelope.body[at] = value;
         envelope.header.signer = Signer::from_seed(&story::LESSOR).id();
         let envelope = wire::encode::<MAX_OBJECT>(&envelope).expect("it fits");
-        let signed = Signer::from_seed(&story::LESSOR).sign(&Draft { envelope }).expect("signed");
+        let signed = Signer::from_seed(&story::LESSOR).sign(&Draft { envelope: envelope.into() }).expect("signed");
         if let Ok(object) = Object::verify(&signed) {
             prop_assert!(object.body_json().is_object());
         }

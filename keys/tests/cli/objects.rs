@@ -26,7 +26,7 @@ fn changed(signed: &Signed, seed: &[u8; 32], change: impl FnOnce(&mut Envelope))
     change(&mut envelope);
     envelope.header.signer = Signer::from_seed(seed).id();
     let envelope = wire::encode::<MAX_OBJECT>(&envelope).expect("it fits");
-    Signer::from_seed(seed).sign(&Draft { envelope }).expect("signed")
+    Signer::from_seed(seed).sign(&Draft { envelope: envelope.into() }).expect("signed")
 }
 
 #[test]

@@ -178,7 +178,11 @@ impl Book {
         let id = LeaseId(kept.grant.id());
         let order_envelope = Envelope::decode(&kept.order.envelope).ok()?;
         let order: Order = order_envelope.read().ok()?;
-        let terms: Grant = body_in(&kept.grant.envelope)?;
+        let mut terms: Grant = body_in(&kept.grant.envelope)?;
+        // What many leases hold they share.
+        if terms.certificate == self.certificate {
+            terms.certificate = self.certificate.clone();
+        }
         let request = (order.lessee, order.request);
         // A receipt beyond the kept chain was cut off from it by a crash: it never left.
         let number = kept.chain.number;

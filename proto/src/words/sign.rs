@@ -36,9 +36,9 @@ pub struct Signature(pub [u8; 64]);
 /// A signed object as it travels: the exact envelope bytes and the signature over them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Signed {
-    /// The encoded envelope.
+    /// The encoded envelope, shared by all who hold it.
     #[serde(with = "wire::octets")]
-    pub envelope: Vec<u8>,
+    pub envelope: Arc<[u8]>,
     /// The signer's signature.
     pub signature: Signature,
 }
@@ -46,9 +46,9 @@ pub struct Signed {
 /// An object that a mind has decided on and that the shell signs once it is durable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draft {
-    /// The encoded envelope.
+    /// The encoded envelope, shared by all who hold it.
     #[serde(with = "wire::octets")]
-    pub envelope: Vec<u8>,
+    pub envelope: Arc<[u8]>,
 }
 
 /// An object whose signature holds. Whether its signer is admitted is judged in the core.
@@ -241,7 +241,7 @@ impl Draft {
         if got > limit {
             return Err(wire::EncodeError { limit, why: format!("it takes {got}") });
         }
-        Ok(Self { envelope })
+        Ok(Self { envelope: envelope.into() })
     }
 
     /// The object's identity.
@@ -538,7 +538,7 @@ mod tests {
         assert_eq!(verify(&forged, &mut papers), Err(VerifyError::Signature));
         let mut changed = sound.clone();
         let last = changed.envelope.len() - 1;
-        changed.envelope[last] ^= 1;
+        Arc::make_mut(&mut changed.envelope)[last] ^= 1;
         assert_eq!(verify(&changed, &mut papers), Err(VerifyError::Signature));
         let other = FabricId(Hash([8; 32]));
         let elsewhere = sound.verify_among::<Acceptance>(&other, &mut papers);

@@ -120,7 +120,13 @@ pub mod octets {
     ///
     /// # Errors
     /// When the text is not hex, or those of the deserializer.
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<T, D::Error> {
+        read(deserializer).map(T::from)
+    }
+
+    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         if !deserializer.is_human_readable() {
             return deserializer.deserialize_byte_buf(Bytes);
         }
