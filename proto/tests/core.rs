@@ -44,6 +44,8 @@ fn lift(shell: &mut Shell<'_>, above: u64) {
     }
 }
 
+// --- halts ---
+
 #[test]
 fn a_halt_outlives_every_start_until_the_organisation_lifts_it() {
     let people = People::new();
@@ -165,6 +167,8 @@ fn what_a_peer_saw_in_this_epoch_is_known_again_or_foreign() {
         assert_eq!(node.halted(), None, "it is this node's own");
     }
 }
+
+// --- leases of two nodes that talk ---
 
 /// Nodes that know each other.
 fn known<'a>(people: &'a People, keys: &[&'a Signer]) -> Net<'a> {
@@ -348,6 +352,8 @@ fn a_lease_that_was_ending_ends_as_it_was_whatever_became_of_its_job() {
     }
 }
 
+// --- conduct ---
+
 #[test]
 fn what_is_heard_of_a_key_before_its_certificate_counts_once_that_is_there() {
     let people = People::new();
@@ -502,6 +508,8 @@ fn a_delegate_that_was_convicted_gets_nothing_new() {
     assert!(matches!(net.ask(LESSEE, Command::Release(lease)), Ok(Reply::Released)));
 }
 
+// --- early ends ---
+
 #[test]
 fn a_job_that_starts_under_a_notice_finds_it() {
     let people = People::new();
@@ -547,6 +555,8 @@ fn what_is_quoted_for_taking_back_is_paid_also_where_the_term_ends_first() {
         ended.credit
     );
 }
+
+// --- gangs ---
 
 /// A gang of two, whole at its delegate, whose members cannot hear of each other.
 fn ganged<'a>(people: &'a People, third: &'a Signer) -> (Net<'a>, Vec<LeaseId>) {
@@ -631,6 +641,8 @@ fn a_claim_that_went_with_a_gang_is_not_there_for_another_job() {
     let same = net.ask(LESSEE, Command::Claim { lease, job: job() });
     assert!(matches!(same, Ok(Reply::Claimed(_))), "{same:?}");
 }
+
+// --- refusals, and grants that come too late ---
 
 /// A node's offer of all it has, at this many times the usual price.
 fn offer(people: &People, by: &Signer, times: u64) -> Signed {
