@@ -20,7 +20,7 @@
 //! ```
 //!
 //! Node, warden and runner are one executable that starts itself with the hidden arguments
-//! `__warden DIR` and `__runner DIR`; its `main` must hand these to [`warden_main`] and
+//! `__warden DIR START` and `__runner DIR`; its `main` must hand these to [`warden_main`] and
 //! [`runner_main`] before it starts any thread, [`hidden`] does that.
 
 mod adopt;
@@ -81,12 +81,14 @@ const MAX_CHUNK: usize = 1 << 20;
 /// If this process was started as a warden or a runner, does that work and returns its exit code;
 /// otherwise returns none. `args` are the process's arguments after the leading ones of [`Exec`].
 pub fn hidden(mut args: impl Iterator<Item = OsString>) -> Option<ExitCode> {
-    let run = match args.next()?.to_str()? {
-        "__warden" => warden_main,
-        "__runner" => runner_main,
+    let what = args.next()?;
+    let (dir, more) = (args.next(), args.next());
+    Some(match (what.to_str()?, dir, more) {
+        ("__warden", Some(dir), Some(start)) => warden_main(Path::new(&dir), &start),
+        ("__runner", Some(dir), None) => runner_main(Path::new(&dir)),
+        ("__warden" | "__runner", ..) => ExitCode::from(2),
         _ => return None,
-    };
-    Some(args.next().map_or(ExitCode::from(2), |dir| run(Path::new(&dir))))
+    })
 }
 
 /// The levels of isolation that this host gives to a job, each found by doing it: see the table
@@ -360,7 +362,9 @@ impl Work {
             prefix: self.inner.exec.prefix.clone(),
             node: self.inner.node.clone(),
             cgroups: self.inner.exec.cgroups,
+            start: format!("{}-{}", std::process::id(), crate::clock::boot_us()),
         };
+        let start = job.start.clone();
         let filled = dir.to_owned();
         tokio::task::spawn_blocking(move || fill(&filled, &job).map(|()| job.spec.lease))
             .await
@@ -375,6 +379,7 @@ impl Work {
             .args(&self.inner.exec.prefix)
             .arg("__warden")
             .arg(dir)
+            .arg(start)
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())

@@ -332,8 +332,8 @@ async fn restart() {
     seller.shutdown().await;
 }
 
-/// A node that has said yes to claims is gone before their jobs are begun. The one of which nothing
-/// was made runs after the restart; where its directory is there something may have run.
+/// A node that has said yes to claims is gone before their jobs are begun. Those that no warden had
+/// taken up run after the restart; where a warden has said so something may have run.
 async fn not_begun() {
     let fabric = Fabric::new();
     let home = fabric.home("seller");
@@ -359,15 +359,19 @@ async fn not_begun() {
         release_after: false,
     };
     let mut leases = Vec::new();
-    for _ in 0..2 {
+    for _ in 0..3 {
         leases.push(peer.lease_and_claim(&seller, &mandate, &job).await);
     }
-    let (untouched, touched) = (leases[0], leases[1]);
+    let (untouched, made, touched) = (leases[0], leases[1], leases[2]);
     peer.net.close().await;
     seller.shutdown().await;
     let jobs = home.path("jobs");
     assert_eq!(std::fs::read_dir(&jobs).expect("listed").count(), 0, "nothing was begun");
-    std::fs::create_dir(jobs.join(touched.to_string())).expect("made");
+    for lease in [made, touched] {
+        std::fs::create_dir(jobs.join(lease.to_string())).expect("made");
+    }
+    let status = jobs.join(touched.to_string()).join("status.json");
+    std::fs::write(status, "what cannot be read any more").expect("written");
     let payloads = PayloadStore::open_dir(home.path("payloads"), payload::Limits::default());
     payloads.expect("opens").import(program.as_slice(), size).expect("imports");
 
@@ -376,11 +380,13 @@ async fn not_begun() {
         let lent = view.lent.iter().find(|lent| lent.id == lease).expect("known");
         (lent.end, lent.outcome.clone())
     };
-    let view = until(&seller, "both have an end", |view| {
+    let view = until(&seller, "all have an end", |view| {
         view.lent.iter().all(|lent| lent.outcome.is_some())
     })
     .await;
-    assert_eq!(of(&view, untouched), (None, Some(Outcome::Exited(7))));
+    for lease in [untouched, made] {
+        assert_eq!(of(&view, lease), (None, Some(Outcome::Exited(7))));
+    }
     assert_eq!(of(&view, touched), (Some(EndReason::Lost), Some(Outcome::Lost)));
     seller.shutdown().await;
 }

@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         }),
         ("a_killed_node_leaves_the_deadline_in_force", |room| Box::pin(killed_node(room))),
         ("orphans_are_found_and_reaped", |room| Box::pin(orphans(room))),
+        ("a_late_warden_leaves_a_later_start_alone", |room| Box::pin(late_warden(room))),
         ("an_orphan_that_ended_keeps_its_outcome", |room| Box::pin(ended_orphan(room))),
         ("a_running_job_is_adopted_whole", |room| Box::pin(adopted(room))),
         ("a_frozen_job_is_adopted_frozen", |room| Box::pin(adopted_frozen(room))),
@@ -1091,7 +1092,9 @@ async fn orphans(room: Room) {
     assert_eq!(found, expected.map(|(lease, live)| (lease.to_owned(), live)));
     assert!(work.forget("000000d0").await.is_err(), "an orphan is no job that has ended");
     let reaped = work.reap_orphans().await.expect("reaped");
-    assert_eq!(reaped.len(), 3);
+    let leases: Vec<_> = reaped.iter().map(|one| one.lease.as_str()).collect();
+    assert_eq!(leases, ["000000d0", "000000d2"]);
+    assert!(!dir.join("jobs/000000d1").exists(), "no warden had taken it up");
     assert!(reaped.iter().all(|one| matches!(one.outcome, Outcome::Lost { .. })), "{reaped:?}");
     assert!(reaped.first().is_some_and(|one| one.usage.memory_peak > 0), "{reaped:?}");
     assert!(work.orphans().is_empty());
@@ -1104,6 +1107,30 @@ async fn orphans(room: Room) {
         work.forget(&lease).await.expect("forgotten");
     }
     assert_eq!(fs::read_dir(dir.join("jobs")).expect("listed").count(), 0);
+}
+
+/// A warden whose node was killed before it came to life finds that its job was started anew: it
+/// leaves that alone, although the directory has the same name.
+async fn late_warden(mut room: Room) {
+    let lease = "000000d8";
+    room.work.start(room.spec(lease, &tick_forever())).await.expect("started");
+    room.spoke(lease).await;
+    let dir = room.root.path().join("x".repeat(120)).join("jobs").join(lease);
+    let before: Status = serde_json::from_slice(&fs::read(dir.join("status.json")).expect("read"))
+        .expect("a status");
+    let late = Command::new(std::env::current_exe().expect("this"))
+        .args(["__warden", dir.to_str().expect("text"), "1-1"])
+        .output()
+        .expect("runs");
+    assert!(!late.status.success());
+    let said = String::from_utf8_lossy(&late.stderr);
+    assert!(said.contains("started anew"), "{said}");
+    let after: Status = serde_json::from_slice(&fs::read(dir.join("status.json")).expect("read"))
+        .expect("a status");
+    assert_eq!(after.warden, before.warden);
+    room.work.stop(lease, "enough").await;
+    let (outcome, _) = room.end(lease).await;
+    assert_eq!(outcome, Outcome::Stopped { why: "enough".into() });
 }
 
 async fn ended_orphan(room: Room) {
@@ -1316,19 +1343,15 @@ async fn adopted_or_reaped(room: Room) {
             other => panic!("{other:?}"),
         })
         .collect();
-    let expected = [
-        ("000001a1", None),
-        ("000001a2", None),
-        ("000001a3", None),
-        ("000001a4", Some("enough")),
-        ("000001a6", None),
-    ];
+    let expected =
+        [("000001a1", None), ("000001a2", None), ("000001a3", None), ("000001a4", Some("enough"))];
     assert_eq!(reaped, expected);
+    assert!(!room.orphan_dir("000001a6").exists(), "nothing is left of what was never started");
     // Only those are asked about that could be kept.
     let asked = asked.into_inner().expect("whole");
     assert_eq!(asked, ["000001a0", "000001a1", "000001a2", "000001a5"]);
     // Of those that are not adopted nothing runs, and what they said can be read.
-    for (lease, _) in &expected[..4] {
+    for (lease, _) in &expected {
         let known = statuses.iter().find(|status| status.lease == *lease).expect("started");
         assert!(!known.warden.alive() && !known.runner.is_some_and(|runner| runner.alive()));
         nothing_left(&room.work.status(lease).expect("known"));

@@ -344,6 +344,7 @@ pub struct Core {
     tokens: u64,
     host_seq: u64,
     tick_at: Boot,
+    started: Boot,
     /// Both clocks at the last tick.
     clocks: Now,
     reconcile_at: Boot,
@@ -448,6 +449,7 @@ impl Core {
             tokens: 0,
             host_seq: 0,
             tick_at: now.boot,
+            started: now.boot,
             clocks: now,
             reconcile_at: now.boot + Span::secs(60),
             conduct_at: now.boot,

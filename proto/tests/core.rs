@@ -642,6 +642,35 @@ fn a_claim_that_went_with_a_gang_is_not_there_for_another_job() {
     assert!(matches!(same, Ok(Reply::Claimed(_))), "{same:?}");
 }
 
+#[test]
+fn a_gangs_job_that_was_not_begun_is_begun_once_it_is_known_where_the_others_are() {
+    let people = People::new();
+    let third = Signer::from_seed(&[6; 32]);
+    for begun in [false, true] {
+        let (mut net, leases) = ganged(&people, &third);
+        net.lost = |_, _| false;
+        net.pass(Span::secs(3));
+        assert_eq!(started(&net).len(), leases.len());
+        let lent = net.nodes[LESSOR].view().lent;
+        let lease = lent.iter().find(|lent| leases.contains(&lent.id)).expect("a member").id;
+        if begun {
+            net.tell(LESSOR, Event::JobBegun(lease));
+        }
+        net.wanted.clear();
+        net.restart(LESSOR, &Orphans::new());
+        net.pass(Span::secs(5));
+        let again = net.wanted.iter().find_map(|(_, effect)| match effect {
+            Effect::StartJob(start) if start.lease == lease => Some(start.job.env.clone()),
+            _ => None,
+        });
+        let hosts = |env: Vec<(String, String)>| {
+            env.into_iter().find(|(name, _)| name == "LEASEHOLD_HOSTS").map(|(_, hosts)| hosts)
+        };
+        let expected = (!begun).then_some("127.0.0.1,127.0.0.1");
+        assert_eq!(again.and_then(hosts).as_deref(), expected, "begun: {begun}");
+    }
+}
+
 // --- refusals, and grants that come too late ---
 
 /// A node's offer of all it has, at this many times the usual price.

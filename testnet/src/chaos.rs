@@ -276,8 +276,8 @@ fn say(summary: &Summary) {
     }
     println!(
         "seed {seed}, {nodes} nodes: {leases} leases, {gangs} gangs ({partial_gangs} not whole at \
-         work), {jobs} jobs ({witnessed} seen at work, {unbegun} lost before \
-         they began), {starts} starts, {violations} violations"
+         work), {jobs} jobs ({witnessed} seen at work, {unbegun} lost since \
+         their node came back too late to begin them), {starts} starts, {violations} violations"
     );
 }
 

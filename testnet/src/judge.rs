@@ -24,6 +24,10 @@ use std::path::{Path, PathBuf};
 use leasehold_node::history::{JobStep, Line, MAX_SIGNED, Octets, Saw};
 use leasehold_proto::base::time::{Boot, Span};
 use leasehold_proto::core::{Kept, View};
+use leasehold_proto::minds::book::Lent;
+use leasehold_proto::words::chain;
+use leasehold_proto::words::contract::Grant;
+use leasehold_proto::words::object::body_in;
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::usage::Outcome;
 use leasehold_proto::words::wire;
@@ -116,7 +120,7 @@ pub struct Verdict {
     pub gangs: (usize, usize),
     /// How many of them were seen at work from outside.
     pub witnessed: usize,
-    /// How many were lost with their node before they were seen at work: it died in between.
+    /// How many were lost unseen, since their node came back too late to begin them.
     pub unbegun: usize,
     /// How many starts of nodes there were.
     pub starts: usize,
@@ -287,12 +291,19 @@ impl Node {
     }
 }
 
+/// When the job of a claimed lease must be over: by its term or its cap.
+fn deadline(lent: &Lent) -> Option<Boot> {
+    let terms: Grant = body_in(&lent.grant.envelope)?;
+    let capped = lent.claimed? + lent.paused + chain::billable(&terms, lent.term);
+    Some(capped.min(lent.decided + lent.term))
+}
+
 struct Judge<'a> {
     case: &'a Case<'a>,
     check: Check,
     nodes: Vec<Node>,
     witnessed: BTreeSet<LeaseId>,
-    /// Leases whose jobs ended as lost before anybody saw them at work.
+    /// Leases whose jobs were lost unseen, since their node came back too late to begin them.
     unbegun: BTreeSet<LeaseId>,
     /// Leases whose jobs ended as lost although they had been at work.
     lost: BTreeSet<LeaseId>,
@@ -476,14 +487,15 @@ impl Judge<'_> {
                         Some(Ok(Kept::Lent(id, lent))) => {
                             self.check.see(at, Seen::Lent(id, &lent));
                             let adopts = self.case.adopts.is_some_and(|full| !full.contains(&host));
-                            // A node that dies between making a job's directory and the job's
-                            // first instruction has nothing to adopt, and cannot know that nothing
-                            // ran: that lease is lost unused. So is a gang's, without a directory.
+                            // What was not begun when its node died is begun by the next run, if
+                            // that comes in time.
                             if adopts && lent.outcome == Some(Outcome::Lost) {
-                                if !self.witnessed.contains(&id) {
+                                let late = deadline(&lent).is_none_or(|end| end <= at.boot);
+                                if late && !self.witnessed.contains(&id) {
                                     self.unbegun.insert(id);
                                 } else if self.lost.insert(id) {
-                                    let what = format!("the job of {id} was lost, not adopted");
+                                    let what =
+                                        format!("the job of {id} was lost, not adopted or begun");
                                     self.check.found("adoption", at, what);
                                 }
                             }

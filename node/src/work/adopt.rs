@@ -23,7 +23,8 @@ use tokio::time::{sleep, timeout};
 use super::spec::{JobFile, Outcome, State, Status, Usage, file, read_json};
 use super::watched::Watched;
 use super::{
-    Following, Job, OpenError, Orphan, POLL, WARDEN_ANSWERS, Work, bury, follow, hold, knock, lost,
+    Following, Job, OpenError, Orphan, POLL, WARDEN_ANSWERS, Work, bury, disk, follow, hold, knock,
+    lost,
 };
 
 /// How many orphans are buried at once: each takes a thread while it waits for processes to end.
@@ -53,6 +54,8 @@ pub struct Reaped {
 enum Became {
     Running(Box<Status>),
     Reaped(Reaped),
+    /// Nothing: no warden had taken it up, and its directory is gone.
+    Nothing,
 }
 
 impl Work {
@@ -87,7 +90,7 @@ impl Work {
                 }
                 // Never closed, so always granted.
                 let _turn = burying.acquire().await;
-                self.reap(orphan.lease, orphan.dir).await.map(Became::Reaped)
+                self.reap(orphan.lease, orphan.dir).await
             }
         });
         let mut adopted = Adopted::default();
@@ -95,6 +98,7 @@ impl Work {
             match became? {
                 Became::Running(status) => adopted.running.push(*status),
                 Became::Reaped(reaped) => adopted.reaped.push(reaped),
+                Became::Nothing => {}
             }
         }
         adopted.reaped.sort_by(|a, b| a.lease.cmp(&b.lease));
@@ -128,21 +132,38 @@ impl Work {
         Some(status)
     }
 
-    /// Buries an orphan and makes it a job that has ended.
-    async fn reap(&self, lease: String, dir: PathBuf) -> Result<Reaped, OpenError> {
+    /// Buries an orphan and makes it a job that has ended. One that no warden had taken up never
+    /// was a job: its directory goes, and it can be started.
+    async fn reap(&self, lease: String, dir: PathBuf) -> Result<Became, OpenError> {
         let at = dir.clone();
-        let buried = tokio::task::spawn_blocking(move || bury(&at))
+        let bury = move || {
+            // A warden says who it is before it runs anything.
+            let untouched = !at.join(file::STATUS).try_exists()?;
+            let (status, lock) = bury(&at)?;
+            let nothing = untouched && status.warden.pid == 0;
+            if nothing {
+                // While the lock is held: a late warden finds no job here any more.
+                disk::clear(&at)?;
+            }
+            Ok((status, lock, nothing))
+        };
+        let buried = tokio::task::spawn_blocking(bury)
             .await
             .map_err(io::Error::other)
-            .and_then(|buried| buried);
-        let (status, lock) = buried.map_err(|source| OpenError { path: dir.clone(), source })?;
+            .and_then(|buried: io::Result<_>| buried);
+        let (status, lock, nothing) =
+            buried.map_err(|source| OpenError { path: dir.clone(), source })?;
+        if nothing {
+            hold(&self.inner.orphans).remove(&lease);
+            return Ok(Became::Nothing);
+        }
         let outcome = status.outcome.clone().unwrap_or_else(lost);
         let reaped = Reaped { lease: lease.clone(), outcome, usage: status.usage };
         let (_, view) = watch::channel(status);
         let job = Job { dir, view, _lock: Some(Arc::new(lock)) };
         hold(&self.inner.jobs).insert(lease.clone(), job);
         hold(&self.inner.orphans).remove(&lease);
-        Ok(reaped)
+        Ok(Became::Reaped(reaped))
     }
 }
 

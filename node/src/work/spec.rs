@@ -420,6 +420,10 @@ pub(super) struct JobFile {
     pub(super) node: String,
     /// Whether to use cgroups.
     pub(super) cgroups: bool,
+    /// Which start this is, as the warden's command line says: one that comes late must not take a
+    /// later start in a directory of the same name for its own.
+    #[serde(default)]
+    pub(super) start: String,
 }
 
 /// What the node asks a warden, one JSON line each.

@@ -1,7 +1,7 @@
 //! The warden: the process that answers for one job from its start until it is reaped.
 //!
 //! ```text
-//!            __warden DIR                        Confined
+//!         __warden DIR START                     Confined
 //!  (spawned) ------------> Starting ---------------------------> Running
 //!                             |                                     |
 //!                             |  Ended / Interrupted, runner gone,  |
@@ -22,6 +22,7 @@
 //! It can freeze the runner, as a whole where there is a cgroup that does it and by SIGSTOP where
 //! not, and puts notices where the program finds them.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -71,8 +72,8 @@ const RUNNER_THREADS: u64 = 16;
 
 /// Runs the warden of the job in this directory, until the job is reaped. To be called from
 /// `main`, before any thread is started.
-pub fn warden_main(dir: &Path) -> ExitCode {
-    match warden(dir) {
+pub fn warden_main(dir: &Path, start: &OsStr) -> ExitCode {
+    match warden(dir, start) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Standard error is the job's warden.log.
@@ -86,17 +87,23 @@ fn context(what: &str) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
-fn warden(dir: &Path) -> io::Result<()> {
+fn warden(dir: &Path, start: &OsStr) -> io::Result<()> {
     process::close_inherited()?;
     // Already leading a session is no failure: then somebody else detached it.
     let _ = rustix::process::setsid();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let dir = fs::canonicalize(dir)?;
     std::env::set_current_dir(&dir)?;
+    let read_job =
+        || read_json::<JobFile>(Path::new(file::JOB)).map_err(context("cannot read the job"));
+    // Before the lock: who is late must not hold it where the job is started anew.
+    let job = read_job()?;
+    if job.start.as_str() != start {
+        return Err(io::Error::other("the job was started anew since"));
+    }
     // The node made this file; who reaps the job takes its lock, and then nobody starts it.
     let lock = OpenOptions::new().write(true).open(file::LOCK).map_err(context("no lock"))?;
     lock.try_lock().map_err(|_| io::Error::other("the job has a warden already, or is reaped"))?;
-    let job: JobFile = read_json(Path::new(file::JOB)).map_err(context("cannot read the job"))?;
     let me = Process::current().ok_or_else(|| io::Error::other("/proc is not there"))?;
     let status = Status {
         lease: job.spec.lease.clone(),

@@ -234,7 +234,8 @@ impl Core {
         let Some(claim) = pending.filter(|_| self.halted.is_none()) else { return };
         let runs = self.pricing.runs(&claim.body().job.runtime);
         if let Acted::Accepted(_) = self.book.claim(now, &claim, runs) {
-            self.drop_pending(&lease, out);
+            // The claim stays kept until its job is begun.
+            self.gathering.remove(&lease);
             self.keep_lent(&lease, out);
             self.start_job(lease, &claim, out);
         }
@@ -276,6 +277,15 @@ impl Core {
         let gathering = self.gathering.values().map(|gathering| gathering.at);
         let passing = self.passing.values().filter_map(|passing| passing.at);
         gathering.chain(passing).chain(self.assemblies.values().map(Assembly::waits_until)).min()
+    }
+
+    /// Whether it is known where all members of a lease's gang are, if it has one.
+    pub(super) fn knows_members(&self, lease: &LeaseId) -> bool {
+        let gang = self.book.get(lease).and_then(|known| known.gang.as_ref());
+        let mut members = gang.into_iter().flat_map(|gang| &gang.members);
+        members.all(|member| {
+            member.lessor == self.config.me || !self.data_addresses(&member.lessor).is_empty()
+        })
     }
 
     /// What a member's job learns from its environment.

@@ -19,6 +19,9 @@ use super::view::LentView;
 
 /// The longest encoding of a job's description: it is kept with its lease.
 pub(super) const MAX_JOB: usize = 16 * 1024;
+/// How long after a start a gang's job that was not begun waits until it is known where the other
+/// members are.
+const WAIT_FOR_MEMBERS: Span = Span::secs(10);
 /// How many hosts are looked at for referrals.
 const REFERRAL_LOOK: usize = 64;
 /// How long a refusal stays valid as evidence.
@@ -567,23 +570,28 @@ impl Core {
     }
 
     /// Whether a job that was accepted before a restart, and of which nothing is found, was not
-    /// begun: its claim waits for that still, so no warden can have run any of it. What a gang's
-    /// job is told of the other members' addresses is not known at a start.
+    /// begun: its claim waits for that still, so no warden can have run any of it.
     fn is_unbegun(&self, now: Now, lease: &LeaseId) -> bool {
         self.book.get(lease).is_some_and(|known| {
             let claim = known.pending.as_ref().map(Verified::id);
             let open = known.kept.stage == Stage::Active && now.boot < known.deadline();
-            open && known.terms.gang.is_none() && claim.is_some() && claim == known.kept.claim
+            open && claim.is_some() && claim == known.kept.claim
         })
     }
 
     /// Begins what was accepted before a restart and not begun, once nobody is left to say that
-    /// this is a copy of a node whose other one did: then it is lost.
+    /// this is a copy of a node whose other one did: then it is lost. A gang's job is told the
+    /// other members' addresses: it waits a while for these.
     fn begin_unbegun(&mut self, now: Now, out: &mut Vec<Effect>) {
         if self.unbegun.is_empty() || !self.vouched && self.halted.is_none() {
             return;
         }
+        let waits = now.boot < self.started + WAIT_FOR_MEMBERS;
         for lease in std::mem::take(&mut self.unbegun) {
+            if waits && self.halted.is_none() && !self.knows_members(&lease) {
+                self.unbegun.insert(lease);
+                continue;
+            }
             let claim = self.book.get(&lease).and_then(|known| known.pending.clone());
             match claim.filter(|_| self.halted.is_none()) {
                 Some(claim) => {
