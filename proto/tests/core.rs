@@ -17,7 +17,7 @@ use leasehold_proto::core::{
 use leasehold_proto::words::charter::{Certificate, Role};
 use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
-use leasehold_proto::words::message::{Message, Utterance, Word};
+use leasehold_proto::words::message::{self, Message, Utterance, Word};
 use leasehold_proto::words::object::{Kind, key_subject};
 use leasehold_proto::words::record::Offer;
 use leasehold_proto::words::sign::{Hand, Signed, Signer};
@@ -785,4 +785,42 @@ fn a_grant_that_comes_too_late_for_its_gang_is_given_back_at_once() {
             if *to == late.0)
     });
     assert!(released, "{out:?}");
+}
+
+#[test]
+fn a_refused_order_that_was_signed_elsewhere_counts_from_its_first_sending() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lessee = people.tenant.id();
+    let drafted = net.ask(
+        LESSEE,
+        Command::DraftOrder {
+            want: little(),
+            lessee,
+            certificate: people.tenant_certificate.clone(),
+        },
+    );
+    let Ok(Reply::Drafted(draft, _)) = drafted else { panic!("{drafted:?}") };
+    let order = people.tenant.sign(&draft).expect("its own");
+    let papers = || {
+        let papers = message::verify_order(&order, &people.fabric).expect("it holds");
+        Command::LeaseBy(Box::new(papers))
+    };
+    let drained =
+        net.ask(LESSOR, Command::Drain { within: Span::secs(60), revoke: false, dry_run: false });
+    assert!(matches!(drained, Ok(Reply::Reclaim(_))), "{drained:?}");
+    let refused = net.ask(LESSEE, papers());
+    assert!(matches!(refused, Err(Failure::Refused(_))), "{refused:?}");
+    let sent = net.nodes[LESSEE].at;
+    assert!(net.ask(LESSOR, Command::Resume).is_ok());
+    // Somebody else who has seen the order says it again: now it is granted.
+    net.pass(Span::secs(5));
+    net.nodes[LESSOR].hears(people.delegate.id(), &Message::Order(order.clone()));
+    net.pass(Span::secs(5));
+    let leased = net.ask(LESSEE, papers());
+    let Ok(Reply::Leased(leased)) = leased else { panic!("{leased:?}") };
+    let view = net.nodes[LESSEE].view();
+    let held = view.held.iter().find(|held| held.id == Some(leased.lease)).expect("it is held");
+    let until = net.nodes[LESSEE].at + held.left.as_millis();
+    assert!(until <= sent + 60_000, "it relies on it until {until}, it was sent before {sent}");
 }

@@ -473,8 +473,7 @@ impl Core {
         let detail =
             if figures.is_empty() { body.reason.meaning().into() } else { figures.join(", ") };
         self.avoid(now, from, false);
-        self.holdings.drop_order(order);
-        out.push(Effect::Keep(Kept::DropHeld(*order)));
+        self.give_up_order(order, out);
         if let Some(command) = self.command_of(order) {
             let named = self.named(now, &command, &body.referrals);
             if let Some(pursuit) = self.pursuits.get_mut(&command) {
