@@ -57,6 +57,8 @@ pub use adopt::{Adopted, Reaped};
 pub use cgroup::Cgroup;
 pub use process::Process;
 pub use runner::runner_main;
+#[cfg(test)]
+pub(crate) use spec::tests::spec as example;
 pub use spec::{
     DEFAULT_LOG_LIMIT, Input, MAX_ARGUMENT_BYTES, MAX_DEPTH, MAX_FILES, MAX_LOG_LIMIT, MAX_NAME,
     MAX_PROGRAM, MAX_REASON, MAX_TOKEN, MIN_MEMORY, NOTICE, NOTICE_VARIABLE, Notice, Outcome,
@@ -347,12 +349,17 @@ impl Work {
             } else {
                 // A warden lived, and may have run something: that is to be seen until it is
                 // forgotten, also by the next run of the node.
-                let (_, view) = watch::channel(status);
-                let job = Job { dir, view, _lock: Some(Arc::new(lock)) };
-                hold(&self.inner.jobs).insert(lease, job);
+                self.keep_ended(lease, dir, status, lock);
             }
         }
         started
+    }
+
+    /// Makes a buried job one that has ended: its output can be read, and it waits to be forgotten.
+    fn keep_ended(&self, lease: String, dir: PathBuf, status: Status, lock: File) {
+        let (_, view) = watch::channel(status);
+        let job = Job { dir, view, _lock: Some(Arc::new(lock)) };
+        hold(&self.inner.jobs).insert(lease, job);
     }
 
     async fn start_in(&self, dir: &Path, spec: Spec) -> Result<(), StartError> {

@@ -187,12 +187,17 @@ fn payload(node: &Node, bytes: &[u8]) -> Payload {
 }
 
 fn job(node: &Node) -> JobSpec {
+    let program = payload(node, &wat::parse_str(PROGRAM).expect("program"));
+    JobSpec { stdin: Some(payload(node, b"world")), ..job_of(program) }
+}
+
+fn job_of(program: Payload) -> JobSpec {
     JobSpec {
         runtime: "wasm".into(),
-        program: payload(node, &wat::parse_str(PROGRAM).expect("program")),
+        program,
         args: Vec::new(),
         env: Vec::new(),
-        stdin: Some(payload(node, b"world")),
+        stdin: None,
         inputs: Vec::new(),
         outputs: Vec::new(),
         release_after: false,
@@ -348,16 +353,7 @@ async fn not_begun() {
     let program = wat::parse_str(PROGRAM).expect("program");
     let size = Declared::Exactly(program.len() as u64);
     let held = scratch.import(program.as_slice(), size).expect("imports");
-    let job = JobSpec {
-        runtime: "wasm".into(),
-        program: Payload { root: Hash(*held.root.as_bytes()), size: held.size },
-        args: Vec::new(),
-        env: Vec::new(),
-        stdin: None,
-        inputs: Vec::new(),
-        outputs: Vec::new(),
-        release_after: false,
-    };
+    let job = job_of(Payload { root: Hash(*held.root.as_bytes()), size: held.size });
     let mut leases = Vec::new();
     for _ in 0..3 {
         leases.push(peer.lease_and_claim(&seller, &mandate, &job).await);

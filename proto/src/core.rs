@@ -181,8 +181,8 @@ pub enum Orphan {
     Adopted(Usage, bool),
 }
 
-/// The jobs of an earlier run, by lease: everything of which so much as a directory was found. A
-/// job that is not in here was never begun, or its end was kept.
+/// The jobs of an earlier run, by lease: all that a warden had taken up. A job that is not in here
+/// was never begun, or its end was kept.
 pub type Orphans = BTreeMap<LeaseId, Orphan>;
 
 /// The leases whose jobs may still run in this boot, by what was kept, with the claim that each

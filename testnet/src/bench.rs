@@ -124,6 +124,23 @@ fn line(value: &impl Serialize) -> anyhow::Result<()> {
     out.write_all(b"\n").and_then(|()| out.flush()).context("cannot print a line")
 }
 
+/// Runs a benchmark on this thread.
+fn block_on<T>(benchmark: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(benchmark)
+}
+
+/// What was measured, once all that it was measured with has been stopped: of two errors the first
+/// one is told.
+fn settled<T, S>(
+    measured: anyhow::Result<T>,
+    stopped: Result<S, impl Into<anyhow::Error>>,
+) -> anyhow::Result<T> {
+    let measured = measured?;
+    stopped.map_err(Into::into)?;
+    Ok(measured)
+}
+
 /// A directory in `base` that is gone in the end.
 fn temporary(base: &Path) -> anyhow::Result<tempfile::TempDir> {
     tempfile::Builder::new()

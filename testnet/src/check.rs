@@ -36,7 +36,7 @@ use leasehold_proto::minds::book::{self, Lent};
 use leasehold_proto::words::contract::{
     Acceptance, Gang, Grant, Member, Order, Refusal, Renew, Renewal, Termination,
 };
-use leasehold_proto::words::object::{Body, Envelope, Kind, body_in};
+use leasehold_proto::words::object::{Envelope, Kind, body_in};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::usage::{Acknowledgement, Objection, ObjectionReason, Receipt};
 
@@ -275,12 +275,6 @@ fn exposed(grant: &Grant, owed: u64, slack_us: u64) -> bool {
     u128::from(owed) > u128::from(grant.exposure.0) + meanwhile
 }
 
-fn body_of<T: Body>(envelope: &[u8]) -> Option<(Envelope, T)> {
-    let envelope = Envelope::decode(envelope).ok()?;
-    let body = envelope.read().ok()?;
-    Some((envelope, body))
-}
-
 impl Check {
     /// A check of a world in which everybody may be `slack` later than in an ideal one.
     #[must_use]
@@ -424,9 +418,9 @@ impl Check {
         let copied = host.copied || self.copied.contains(&host.key);
         let spared = copied || self.liars.contains(&host.key);
         if !self.leases.contains_key(&id) {
-            let grant = body_of::<Grant>(&lent.grant.envelope);
-            let order = body_of::<Order>(&lent.order.envelope);
-            let (Some((_, grant)), Some((_, order))) = (grant, order) else {
+            let grant = body_in::<Grant>(&lent.grant.envelope);
+            let order = body_in::<Order>(&lent.order.envelope);
+            let (Some(grant), Some(order)) = (grant, order) else {
                 self.found("3 (idempotence)", at, format!("lease {id} does not decode"));
                 return;
             };
@@ -555,8 +549,8 @@ impl Check {
             return self.asked_to_renew(signed);
         }
         if header.kind == Kind::Receipt && self.liars.contains(&header.signer) {
-            let receipt = body_of::<Receipt>(&signed.envelope);
-            self.dubious.extend(receipt.map(|(_, receipt)| (id, receipt)));
+            let receipt = body_in::<Receipt>(&signed.envelope);
+            self.dubious.extend(receipt.map(|receipt| (id, receipt)));
         }
         let Some(evidence) = Evidence::of(header.kind) else {
             if header.kind == Kind::Objection && !spared {
@@ -588,7 +582,8 @@ impl Check {
     }
 
     fn granted(&mut self, at: At, signed: &Signed, answers: Option<Hash>) {
-        let Some((envelope, grant)) = body_of::<Grant>(&signed.envelope) else { return };
+        let Ok(envelope) = Envelope::decode(&signed.envelope) else { return };
+        let Ok(grant) = envelope.read::<Grant>() else { return };
         let id = LeaseId(signed.id());
         if answers.is_some_and(|order| order != grant.order) {
             let what = format!("an order is answered with the grant of another one ({id})");

@@ -16,7 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::data::DataConfig;
 use crate::payload::{Declared, Limits};
-use crate::work::{Exec, Process, Runtime, State, Status};
+use crate::work::{Exec, Process, State, Status};
 
 /// When to give up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,22 +33,9 @@ type Asking = (Value, oneshot::Sender<Option<Value>>);
 fn spec(dir: &Path) -> Spec {
     Spec {
         lease: LEASE.to_string(),
-        token: "c0ffee".into(),
-        runtime: Runtime::Wasm,
         program: dir.join("program"),
-        args: vec!["program".into()],
-        env: vec![],
-        stdin: None,
-        inputs: vec![],
-        outputs: vec![],
-        cpu_milli: 1000,
-        memory: 1 << 20,
-        disk: 1 << 20,
-        pids: 1,
         deadline_boot_ms: DEADLINE,
-        grace_ms: 1000,
-        log_limit: work::DEFAULT_LOG_LIMIT,
-        require: vec![],
+        ..work::example()
     }
 }
 

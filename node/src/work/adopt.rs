@@ -12,7 +12,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use futures::future::join_all;
 use tokio::io::BufReader;
@@ -159,9 +158,7 @@ impl Work {
         }
         let outcome = status.outcome.clone().unwrap_or_else(lost);
         let reaped = Reaped { lease: lease.clone(), outcome, usage: status.usage };
-        let (_, view) = watch::channel(status);
-        let job = Job { dir, view, _lock: Some(Arc::new(lock)) };
-        hold(&self.inner.jobs).insert(lease.clone(), job);
+        self.keep_ended(lease.clone(), dir, status, lock);
         hold(&self.inner.orphans).remove(&lease);
         Ok(Became::Reaped(reaped))
     }

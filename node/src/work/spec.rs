@@ -542,7 +542,7 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     pub(crate) fn spec() -> Spec {

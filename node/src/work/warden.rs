@@ -94,10 +94,8 @@ fn warden(dir: &Path, start: &OsStr) -> io::Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let dir = fs::canonicalize(dir)?;
     std::env::set_current_dir(&dir)?;
-    let read_job =
-        || read_json::<JobFile>(Path::new(file::JOB)).map_err(context("cannot read the job"));
     // Before the lock: who is late must not hold it where the job is started anew.
-    let job = read_job()?;
+    let job: JobFile = read_json(Path::new(file::JOB)).map_err(context("cannot read the job"))?;
     if job.start.as_str() != start {
         return Err(io::Error::other("the job was started anew since"));
     }

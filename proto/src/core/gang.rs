@@ -31,13 +31,11 @@ use crate::words::want::Want;
 
 /// The most gangs that are brought together here at once.
 const MAX_ASSEMBLIES: usize = 256;
-/// How long after it has committed a member asks the others for their words again, at first.
+/// How long after it has committed a member asks the others for their words again, and its delegate
+/// tells it once more if it did not answer, at first.
 const GATHER: Span = Span::millis(250);
 /// The longest pause between two times.
 const MAX_GATHER: Span = Span::secs(2);
-
-/// After how long a member that did not answer is told the words of all again, at first.
-const PASS: Span = GATHER;
 
 /// The words of a gang's members, on their way from the delegate to one of them.
 #[derive(Clone, Debug)]
@@ -554,7 +552,7 @@ impl Core {
         if members.len() > 1 {
             for member in &members {
                 let (lessor, words) = (member.lessor, words.to_vec());
-                let passing = Passing { lessor, words, at: None, pause: PASS };
+                let passing = Passing { lessor, words, at: None, pause: GATHER };
                 self.passing.insert(member.lease, passing);
                 self.pass_words(member.lease, out);
             }

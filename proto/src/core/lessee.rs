@@ -571,15 +571,17 @@ impl Core {
         for (order, holding) in self.holdings.all() {
             let kept = &holding.kept;
             let same_boot = kept.boot == boot;
-            if let (Some((lease, terms)), Some(release)) = (&holding.terms, &kept.release)
+            if let Some((lease, terms)) = &holding.terms
+                && kept.release.is_some()
                 && kept.stage != Stage::Ended
+                && self.is_return_due(now, lease)
                 && if same_boot {
                     kept.sent + kept.term + SKEW > now.boot
                 } else {
                     terms.decided + kept.term + SKEW > now.wall
                 }
             {
-                returns.push((*lease, kept.lessor, release.clone()));
+                returns.push(*lease);
             }
             match (&holding.terms, kept.stage) {
                 (_, Stage::Ended) => {}
@@ -615,8 +617,8 @@ impl Core {
                 out.push(Effect::Keep(Kept::DropHeld(order)));
             }
         }
-        for (lease, lessor, draft) in returns {
-            self.return_again(now, lease, (lessor, draft), out);
+        for lease in returns {
+            self.return_again(now, lease, out);
         }
         for (lease, lessor) in silent {
             let (next, tries) = self.inquiries.get(&lease).copied().unwrap_or_default();

@@ -292,16 +292,21 @@ impl Core {
             None => {
                 self.admitted.insert(key, Admitted { until, organisation });
                 self.admissions += 1;
-                let all = std::mem::take(&mut self.early).into_iter();
-                let (known, early): (Vec<_>, _) = all.partition(|(_, early)| early.of() == key);
-                self.early = early.into();
-                for (_, early) in known {
-                    match early {
-                        Early::Convicted(conviction) => self.convict(*conviction, None, out),
-                        Early::Reinstated(lifted) => {
-                            let _ = self.take_reinstatement(*lifted, None, out);
-                        }
-                    }
+                self.take_early(key, out);
+            }
+        }
+    }
+
+    /// Takes what was heard about a key before anybody vouched for it.
+    fn take_early(&mut self, key: KeyId, out: &mut Vec<Effect>) {
+        let all = std::mem::take(&mut self.early).into_iter();
+        let (known, early): (Vec<_>, _) = all.partition(|(_, early)| early.of() == key);
+        self.early = early.into();
+        for (_, early) in known {
+            match early {
+                Early::Convicted(conviction) => self.convict(*conviction, None, out),
+                Early::Reinstated(lifted) => {
+                    let _ = self.take_reinstatement(*lifted, None, out);
                 }
             }
         }
@@ -315,10 +320,10 @@ impl Core {
             return;
         }
         self.early.retain(|(by, known)| *by != from || !known.is_like(&early));
-        let theirs = self.early.iter().filter(|(by, _)| *by == from).count();
-        if theirs >= MAX_EARLY_OF || self.early.len() >= MAX_EARLY {
-            let theirs = |(by, _): &(Option<KeyId>, Early)| *by == from || theirs < MAX_EARLY_OF;
-            let oldest = self.early.iter().position(theirs);
+        let theirs = self.early.iter().filter(|(by, _)| *by == from).count() >= MAX_EARLY_OF;
+        if theirs || self.early.len() >= MAX_EARLY {
+            // Who says too much loses what it said first.
+            let oldest = self.early.iter().position(|(by, _)| !theirs || *by == from);
             oldest.and_then(|oldest| self.early.remove(oldest));
         }
         self.early.push_back((from, early));

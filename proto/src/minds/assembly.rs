@@ -266,11 +266,7 @@ impl Assembly {
             self.out.iter().any(|asked| asked.choice.lessor == *lessor)
                 || self.granted.iter().any(|granted| granted.choice.lessor == *lessor)
         };
-        let named: Vec<_> = named.into_iter().filter(|choice| !asked(&choice.lessor)).collect();
-        self.ranked.retain(|choice| named.iter().all(|named| named.lessor != choice.lessor));
-        for choice in named.into_iter().rev() {
-            self.ranked.push_front(choice);
-        }
+        Choice::put_first(&mut self.ranked, named, asked);
     }
 
     fn take(&mut self, order: &Hash) -> Option<Asked> {

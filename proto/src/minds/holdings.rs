@@ -3,7 +3,7 @@
 //! ```text
 //! Ordered --grant--> Granted --claim accepted--> Claimed --termination--> Ended
 //!    |                  '----------renewal: a longer term----------'
-//!    \--refused, silent, or another grant was faster--> dropped (a surplus grant lapses, unbilled)
+//!    \--refused, silent, or another grant was faster--> dropped (a surplus grant is given back)
 //! ```
 //!
 //! What the lessee relies on lies inside what the lessor honours: it counts the term from the

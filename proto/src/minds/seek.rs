@@ -10,8 +10,8 @@
 //! One who refuses may name others that have what is wanted: they come next.
 //!
 //! The best is asked first; if it has not answered within the hedge delay the next one is asked
-//! as well. At most two answers are awaited at once. The first grant wins; a surplus one lapses
-//! unclaimed and unbilled.
+//! as well. At most two answers are awaited at once. The first grant wins; a surplus one is
+//! given back.
 
 use std::collections::VecDeque;
 
@@ -112,11 +112,7 @@ impl Pursuit {
             self.heard.iter().any(|heard| heard.lessor == *lessor)
                 || self.out.iter().any(|asked| asked.choice.lessor == *lessor)
         };
-        let named: Vec<_> = named.into_iter().filter(|choice| !asked(&choice.lessor)).collect();
-        self.ranked.retain(|choice| named.iter().all(|named| named.lessor != choice.lessor));
-        for choice in named.into_iter().rev() {
-            self.ranked.push_front(choice);
-        }
+        Choice::put_first(&mut self.ranked, named, asked);
     }
 
     /// The lessor of `order` did not answer.

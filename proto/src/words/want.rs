@@ -1,5 +1,7 @@
 //! What a lessee asks its own node for, and a host that may have it.
 
+use std::collections::VecDeque;
+
 use serde::{Deserialize, Serialize};
 
 use super::contract::{Class, Reason};
@@ -56,6 +58,22 @@ pub struct Choice {
     pub score: u64,
     /// Why it stands where it stands.
     pub why: String,
+}
+
+impl Choice {
+    /// Puts those that somebody named before all others, but for those whose lessor was `asked`
+    /// already.
+    pub fn put_first(
+        ranked: &mut VecDeque<Self>,
+        named: Vec<Self>,
+        asked: impl Fn(&KeyId) -> bool,
+    ) {
+        let named: Vec<_> = named.into_iter().filter(|choice| !asked(&choice.lessor)).collect();
+        ranked.retain(|choice| named.iter().all(|named| named.lessor != choice.lessor));
+        for choice in named.into_iter().rev() {
+            ranked.push_front(choice);
+        }
+    }
 }
 
 /// What one lessor said.

@@ -29,9 +29,9 @@ use tokio::time::sleep;
 
 use super::{
     api::{Door, Kept, metric, refused},
-    line,
+    block_on, line,
     load::{Asked, Client, drive},
-    machine, rounded, temporary,
+    machine, rounded, settled, temporary,
 };
 use crate::fleet::{Fleet, Plan, config};
 
@@ -100,8 +100,7 @@ struct CaseLine {
 
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    block_on(async {
         for room in &options.room {
             let measured = Box::pin(case(options, *room)).await;
             line(&measured.with_context(|| format!("with room for {room}"))?)?;
@@ -121,10 +120,7 @@ async fn case(options: &Options, room: u16) -> anyhow::Result<CaseLine> {
     plan.dir = dir.as_ref().map(|dir| dir.path().to_path_buf());
     let fleet = Fleet::start(plan).await?;
     let measured = measure(&fleet, options, room).await;
-    let stopped = fleet.stop().await;
-    let measured = measured?;
-    stopped?;
-    Ok(measured)
+    settled(measured, fleet.stop().await)
 }
 
 async fn measure(fleet: &Fleet, options: &Options, room: u16) -> anyhow::Result<CaseLine> {

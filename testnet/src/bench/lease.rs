@@ -29,12 +29,13 @@ use serde::Serialize;
 use super::{
     Spread,
     api::{Door, Kept, metric},
+    block_on,
     etcd::{self, Etcd},
     line,
     load::{Asked, Client, drive},
     machine,
     pair::{Pair, ready},
-    rounded,
+    rounded, settled,
 };
 use crate::fleet::Member;
 
@@ -137,8 +138,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         eprintln!("etcd is not installed: measured without it (apt-get install etcd-server)");
     }
     // One thread: the cores are the nodes'.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    block_on(async {
         for clients in &options.clients {
             let measured = Box::pin(compare(options, *clients, etcd.as_ref())).await;
             measured.with_context(|| format!("with {clients} clients"))?;
@@ -227,10 +227,7 @@ fn per(all: f64, each: u64) -> Option<f64> {
 async fn leasehold(options: &Options, clients: u16) -> anyhow::Result<Run> {
     let pair = Pair::start(options.dir.as_deref(), None).await?;
     let measured = measure(&pair, options.seconds, clients).await;
-    let stopped = pair.stop().await;
-    let measured = measured?;
-    stopped?;
-    Ok(measured)
+    settled(measured, pair.stop().await)
 }
 
 /// What a process had done and used at some instant.

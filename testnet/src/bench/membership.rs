@@ -27,7 +27,7 @@ use tokio::time::sleep;
 use super::{
     Spread,
     api::{Door, Kept},
-    line, percentile, rounded, temporary,
+    block_on, line, percentile, rounded, settled, temporary,
 };
 use crate::fleet::{Fleet, Plan, config};
 
@@ -80,8 +80,7 @@ struct CaseLine {
 
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    block_on(async {
         for nodes in &options.nodes {
             let measured = Box::pin(case(options, *nodes)).await;
             line(&measured.with_context(|| format!("with {nodes} nodes"))?)?;
@@ -98,10 +97,7 @@ async fn case(options: &Options, nodes: u16) -> anyhow::Result<CaseLine> {
     plan.dir = room.as_ref().map(|room| room.path().to_path_buf());
     let mut fleet = Fleet::found(plan)?;
     let measured = measure(&mut fleet, options, nodes).await;
-    let stopped = fleet.stop().await;
-    let measured = measured?;
-    stopped?;
-    Ok(measured)
+    settled(measured, fleet.stop().await)
 }
 
 async fn measure(fleet: &mut Fleet, options: &Options, nodes: u16) -> anyhow::Result<CaseLine> {

@@ -20,9 +20,9 @@ use tokio::time::sleep;
 
 use super::{
     api::{Door, Kept, metric},
-    line, machine,
+    block_on, line, machine,
     pair::{Pair, cores, each, obtain},
-    rounded,
+    rounded, settled,
 };
 
 /// How long nothing happens before memory is read.
@@ -70,8 +70,7 @@ struct SideLine {
 
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    block_on(async {
         for side in Box::pin(case(options)).await? {
             line(&side)?;
         }
@@ -82,10 +81,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 async fn case(options: &Options) -> anyhow::Result<[SideLine; 2]> {
     let mut pair = Pair::start(options.dir.as_deref(), Some(LONG)).await?;
     let measured = measure(&mut pair, options).await;
-    let stopped = pair.stop().await;
-    let measured = measured?;
-    stopped?;
-    Ok(measured)
+    settled(measured, pair.stop().await)
 }
 
 async fn measure(pair: &mut Pair, options: &Options) -> anyhow::Result<[SideLine; 2]> {

@@ -36,9 +36,9 @@ use tokio::time::sleep;
 use super::{
     Spread,
     api::{Door, Kept, metric, refused},
-    line, machine,
+    block_on, line, machine,
     pair::{Pair, each, lease, obtain},
-    rounded,
+    rounded, settled,
 };
 
 /// How long everything that comes before the first kill may take, and a start.
@@ -120,8 +120,7 @@ struct CaseLine {
 
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    block_on(async {
         let measured = Box::pin(case(options)).await?;
         line(&measured)
     })
@@ -131,10 +130,7 @@ async fn case(options: &Options) -> anyhow::Result<CaseLine> {
     ensure!(options.jobs <= options.leases, "each job needs a lease");
     let mut pair = Pair::start(options.dir.as_deref(), Some(LONG)).await?;
     let measured = measure(&mut pair, options).await;
-    let stopped = pair.stop().await;
-    let measured = measured?;
-    stopped?;
-    Ok(measured)
+    settled(measured, pair.stop().await)
 }
 
 /// One restart.

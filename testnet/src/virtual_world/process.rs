@@ -69,7 +69,6 @@ pub(super) enum Carried {
 /// A step in the order of effects.
 #[allow(clippy::large_enum_variant)] // few are alive at once, each is moved once
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly every item is an effect")]
 enum Item {
     Keep,
     Out(Effect),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::base::id::{KeyId, LeaseId};
+use crate::base::id::LeaseId;
 use crate::base::time::{BootId, Now, Span};
 use crate::core::event::{Failure, Reply};
 use crate::core::lessee::ORDER_LIFE;
@@ -243,20 +243,29 @@ impl Core {
         Ok(())
     }
 
+    /// Whether a release that nobody has answered is to be sent again.
+    pub(in crate::core) fn is_return_due(&self, now: Now, lease: &LeaseId) -> bool {
+        let waits = match self.returning.get(lease) {
+            None => false,
+            Some(None) => true,
+            Some(Some((at, _))) => *at > now.boot,
+        };
+        !waits && !self.releases.contains_key(lease)
+    }
+
     /// Sends a release again that nobody has answered: until it is, the lease may cost.
     pub(in crate::core) fn return_again(
         &mut self,
         now: Now,
         lease: LeaseId,
-        (lessor, draft): (KeyId, Draft),
         out: &mut Vec<Effect>,
     ) {
-        let entry = self.returning.entry(lease).or_insert(Some((now.boot, 0)));
-        let due = entry.as_mut().filter(|(at, _)| *at <= now.boot);
-        let Some((at, tries)) = due.filter(|_| !self.releases.contains_key(&lease)) else { return };
+        let Some(kept) = self.holdings.get(&lease).map(|holding| &holding.kept) else { return };
+        let (lessor, Some(draft)) = (kept.lessor, kept.release.clone()) else { return };
+        let tries = self.returning.get(&lease).copied().flatten().map_or(0, |(_, tries)| tries);
         // Twice as long after each, up to a minute.
-        *at = now.boot + Span::secs(60).min(Span::secs(1 << (*tries).min(6)));
-        *tries += 1;
+        let pause = Span::secs(60).min(Span::secs(1 << tries.min(6)));
+        self.returning.insert(lease, Some((now.boot + pause, tries + 1)));
         let acting = Acting { commands: Vec::new(), tries: MAX_TRIES };
         self.releases.insert(lease, acting);
         self.ask(lessor, Pending::Release(lease), Utterance::Signs(Word::Release, draft), out);
