@@ -37,6 +37,7 @@ use leasehold_keys::{armor, disk, text};
 use serde_json::{Value, json};
 
 use self::output::{Color, Out};
+use crate::api::body::NodeInfo;
 use crate::api::token::TokenError;
 use crate::client::{Client, ClientError, DEFAULT_API};
 use crate::home::Home;
@@ -242,6 +243,15 @@ pub(crate) struct Session {
 impl Session {
     fn open(global: &Global) -> Result<Self, Failure> {
         Ok(Self { out: global.out(), client: find::client(global)? })
+    }
+
+    /// Says so where the node grants nothing, and why.
+    async fn warn_if_halted(&self) -> Result<(), Failure> {
+        let node: NodeInfo = self.client.get("/v1/node").await?;
+        if let Some(why) = node.halted {
+            self.out.warn(&format!("this node grants nothing: {why}"));
+        }
+        Ok(())
     }
 }
 

@@ -866,7 +866,9 @@ impl Opening<'_> {
             Some(mut tree) => {
                 if tree.seq() < seq {
                     self.sled_space(needed)?;
-                    tree.apply(seq, &changes).map_err(|fault| self.fault(fault, needed))?;
+                    let applied = tree.sums_after(&changes);
+                    let applied = applied.and_then(|sums| tree.apply(seq, &changes, &sums));
+                    applied.map_err(|fault| self.fault(fault, needed))?;
                     tree.sync().map_err(|fault| self.fault(fault, needed))?;
                 }
                 *tree

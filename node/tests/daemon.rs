@@ -735,6 +735,11 @@ fn a_directory_that_is_an_older_copy_grants_nothing_until_its_organisation_says_
     let node = seller.get("/v1/node").json();
     let why = node["halted"].as_str().expect("it says why");
     assert!(why.contains("older copy"), "{why}");
+    for ask in [&["nodes"][..], &["quarantine", "list"]] {
+        let listed = seller.cli(ask);
+        assert_eq!(code(&listed), 0);
+        assert!(stderr(&listed).contains("this node grants nothing"), "{}", stderr(&listed));
+    }
     assert!(node["epoch"].as_u64().expect("an epoch") > epoch, "nothing is signed twice");
     let request = [&["lease", "request", "--on", "seller"], &WANT[..]].concat();
     assert_ne!(code(&seller.cli(&request)), 0);
@@ -758,6 +763,7 @@ fn a_directory_that_is_an_older_copy_grants_nothing_until_its_organisation_says_
     shut(&mut seller);
     let seller = fabric.up(&home, "seller", "1", &[&buyer], api);
     assert_eq!(seller.get("/v1/node").json()["halted"], Value::Null);
+    assert_eq!(stderr(&seller.cli(&["nodes"])), "");
     buyer.sees_offer_of("seller");
     until("it grants again", || buyer.cli(&request).status.success().then_some(()));
 }

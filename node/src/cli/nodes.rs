@@ -21,6 +21,7 @@ impl Nodes {
                 rows,
             )
         })?;
+        session.warn_if_halted().await?;
         Ok(Exit::Ok)
     }
 }

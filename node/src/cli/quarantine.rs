@@ -53,6 +53,7 @@ impl Quarantine {
                     let rows = listed.keys.iter().map(row).collect();
                     session.out.table(&["NAME", "KEY", "TWO OF", "EPOCH", "NUMBER"], rows)
                 })?;
+                session.warn_if_halted().await?;
             }
             Self::Export(args) => args.run(session).await?,
             Self::Reinstate(args) => args.run(session).await?,

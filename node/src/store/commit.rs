@@ -469,7 +469,7 @@ impl Checkpointer {
 
     /// One checkpoint. Until both copies are synced the journal keeps what is in them.
     fn make(&mut self, job: &Job) -> Result<Done, Fault> {
-        let sum = self.tree.sum_after(&job.changes)?;
+        let sums = self.tree.sums_after(&job.changes)?;
         let bytes: usize =
             job.changes.iter().map(|(key, value)| write::encoded_len(key, value.as_deref())).sum();
         loop {
@@ -480,7 +480,7 @@ impl Checkpointer {
             let written = if free < needed {
                 None
             } else {
-                match self.checkpoint.append(job.seq, &job.changes, sum) {
+                match self.checkpoint.append(job.seq, &job.changes, sums.last) {
                     Ok(written) => Some(written),
                     Err(fault) if fault.is_full() => None,
                     Err(fault) => return Err(fault),
@@ -505,7 +505,7 @@ impl Checkpointer {
             }
             std::thread::sleep(FULL_DISK_RETRY);
         }
-        self.tree.apply(job.seq, &job.changes)?;
+        self.tree.apply(job.seq, &job.changes, &sums)?;
         self.tree.sync()?;
         self.counters.starved.store(false, Ordering::Relaxed);
         add(&self.counters.checkpoints, 1);

@@ -35,6 +35,11 @@ const ENTRY: u8 = 1;
 const CHUNK_ENTRIES: usize = 512;
 const CHUNK_BYTES: usize = 256 * 1024;
 
+/// What sled is to keep in memory of what it has read. Little: it is read at the start, and then
+/// what a checkpoint replaces, once each. It keeps more: each of its 256 shards its newest page,
+/// of up to 16 entries, and what was read since the shard last looked, which is every 64 times.
+const CACHE_BYTES: u64 = 2 * 1024 * 1024;
+
 /// How long a database that was just closed in this process may keep its file locked: sled's
 /// threads let go of it a little after the last handle is dropped.
 const LOCKED_FOR: Duration = Duration::from_secs(10);
@@ -51,6 +56,14 @@ pub(super) struct Tree {
     file: File,
     seq: u64,
     sum: Sum,
+}
+
+/// The sum of the state after each of some changes.
+#[derive(Debug)]
+pub(super) struct Sums {
+    each: Vec<Sum>,
+    /// After all of them.
+    pub(super) last: Sum,
 }
 
 /// What a database turned out to be.
@@ -96,7 +109,12 @@ impl Tree {
         let db = open_sled(path).map_err(|error| failed(path, error))?;
         let file = File::open(path.join("db")).map_err(|error| failed(path, error))?;
         let mut tree = Self { path: path.to_owned(), db, file, seq: 0, sum: Sum::default() };
-        tree.write(seq, entries.iter().map(|(key, value)| (key, Some(value))))?;
+        let mut sum = Sum::default();
+        let entries = entries.iter().map(|(key, value)| {
+            sum.add(key, value);
+            (key, Some(value), sum)
+        });
+        tree.write(seq, entries)?;
         tree.sync()?;
         Ok(tree)
     }
@@ -127,32 +145,43 @@ impl Tree {
         self.sum
     }
 
-    /// The sum after `changes`, without making them.
-    pub(super) fn sum_after(&self, changes: &Changes) -> Result<Sum, Fault> {
+    /// The sum after each of `changes`, without making them. It reads what they replace, so it is
+    /// asked for once, and then handed to [`Self::apply`].
+    pub(super) fn sums_after(&self, changes: &Changes) -> Result<Sums, Fault> {
         let mut sum = self.sum;
+        let mut sums = Vec::with_capacity(changes.len());
         for (key, value) in changes {
-            self.move_sum(&mut sum, key, value.as_deref())?;
+            let old = self.db.get(spelled(key)).map_err(|error| failed(&self.path, error))?;
+            if let Some(old) = old {
+                sum.subtract(key, &old);
+            }
+            if let Some(value) = value {
+                sum.add(key, value);
+            }
+            sums.push(sum);
         }
-        Ok(sum)
+        Ok(Sums { each: sums, last: sum })
     }
 
     /// Makes `changes`, after which it holds everything up to batch `seq`. Changes that it has
-    /// already are no harm.
-    pub(super) fn apply(&mut self, seq: u64, changes: &Changes) -> Result<(), Fault> {
-        self.write(seq, changes.iter().map(|(key, value)| (key, value.as_ref())))
+    /// already are no harm. `sums` are those after `changes`, with nothing done in between.
+    pub(super) fn apply(&mut self, seq: u64, changes: &Changes, sums: &Sums) -> Result<(), Fault> {
+        let changes = changes.iter().zip(&sums.each);
+        self.write(seq, changes.map(|((key, value), sum)| (key, value.as_ref(), *sum)))
     }
 
+    /// Writes entries, each with the sum after it.
     fn write<'a>(
         &mut self,
         seq: u64,
-        changes: impl Iterator<Item = (&'a Vec<u8>, Option<&'a Vec<u8>>)>,
+        changes: impl Iterator<Item = (&'a Vec<u8>, Option<&'a Vec<u8>>, Sum)>,
     ) -> Result<(), Fault> {
         let mut batch = sled::Batch::default();
         let (mut entries, mut bytes) = (0, 0);
         let mut sum = self.sum;
-        for (key, value) in changes {
+        for (key, value, after) in changes {
             let value = value.map(Vec::as_slice);
-            self.move_sum(&mut sum, key, value)?;
+            sum = after;
             match value {
                 Some(value) => batch.insert(spelled(key), value),
                 None => batch.remove(spelled(key)),
@@ -172,17 +201,6 @@ impl Tree {
         batch.insert(META, encode_meta(seq, sum));
         self.db.apply_batch(batch).map_err(|error| failed(&self.path, error))?;
         (self.seq, self.sum) = (seq, sum);
-        Ok(())
-    }
-
-    fn move_sum(&self, sum: &mut Sum, key: &[u8], value: Option<&[u8]>) -> Result<(), Fault> {
-        let old = self.db.get(spelled(key)).map_err(|error| failed(&self.path, error))?;
-        if let Some(old) = old {
-            sum.subtract(key, &old);
-        }
-        if let Some(value) = value {
-            sum.add(key, value);
-        }
         Ok(())
     }
 
@@ -242,7 +260,7 @@ fn open_sled(path: &Path) -> sled::Result<sled::Db> {
     let config = sled::Config::new()
         .path(path)
         .mode(sled::Mode::LowSpace)
-        .cache_capacity(16 * 1024 * 1024)
+        .cache_capacity(CACHE_BYTES)
         .flush_every_ms(Some(5_000));
     let started = Instant::now();
     loop {

@@ -157,7 +157,8 @@ pub struct Over {
 /// All leases this node holds.
 #[derive(Debug, Default)]
 pub struct Holdings {
-    orders: BTreeMap<Hash, Holding>,
+    /// Boxed, as the lessor's are.
+    orders: BTreeMap<Hash, Box<Holding>>,
     leases: BTreeMap<LeaseId, Hash>,
 }
 
@@ -185,15 +186,15 @@ impl Holdings {
         });
         let lost = (kept.stage == Stage::Ended).then(|| unheard(&kept));
         let ended = ended.or(lost);
-        self.orders.insert(order, Holding { kept, terms, objected: None, acts: 0, ended });
+        let holding = Holding { kept, terms, objected: None, acts: 0, ended };
+        self.orders.insert(order, Box::new(holding));
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
-        self.orders.insert(
-            kept.order.id(),
-            Holding { kept, terms: None, objected: None, acts: 0, ended: None },
-        );
+        let order = kept.order.id();
+        let holding = Holding { kept, terms: None, objected: None, acts: 0, ended: None };
+        self.orders.insert(order, Box::new(holding));
     }
 
     /// A grant answers an order. `None` when no such order is out.
@@ -222,23 +223,23 @@ impl Holdings {
     /// One held lease.
     #[must_use]
     pub fn get(&self, lease: &LeaseId) -> Option<&Holding> {
-        self.orders.get(self.leases.get(lease)?)
+        self.order(self.leases.get(lease)?)
     }
 
     /// One held lease, to be changed.
     pub fn get_mut(&mut self, lease: &LeaseId) -> Option<&mut Holding> {
-        self.orders.get_mut(self.leases.get(lease)?)
+        self.orders.get_mut(self.leases.get(lease)?).map(AsMut::as_mut)
     }
 
     /// One order.
     #[must_use]
     pub fn order(&self, order: &Hash) -> Option<&Holding> {
-        self.orders.get(order)
+        self.orders.get(order).map(AsRef::as_ref)
     }
 
     /// Every order and lease in memory.
     pub fn all(&self) -> impl Iterator<Item = (&Hash, &Holding)> {
-        self.orders.iter()
+        self.orders.iter().map(|(order, holding)| (order, holding.as_ref()))
     }
 
     /// Judges a receipt and drafts the answer.
