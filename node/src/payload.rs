@@ -40,6 +40,7 @@ use bao_tree::{
     io::{EncodeError, outboard::PreOrderOutboard, sync},
 };
 use bytes::{Bytes, BytesMut};
+use leasehold_proto::base::groups::GROUP_BYTES;
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 use tokio::{
@@ -47,11 +48,6 @@ use tokio::{
     sync::mpsc,
 };
 use tracing::{debug, warn};
-
-/// How many bytes are hashed, verified, written and, one day, resumed together: 256 KiB. It sets
-/// the size of the outboards (64 bytes a group) and what one lie of a sender can waste. The root
-/// of a payload does not depend on it.
-pub const GROUP_BYTES: u64 = 256 * 1024;
 
 /// [`GROUP_BYTES`] in bao-tree's terms: 2^8 chunks of 1024 bytes.
 pub(crate) const GROUP: BlockSize = BlockSize::from_chunk_log(8);

@@ -7,10 +7,10 @@
 //! The layers, each using only those before it (`tests/layers.rs` checks it):
 //!
 //! ```text
-//! base       time, id, money, resource        quantities and names
+//! base       time, id, money, resource, ...   quantities and names
 //! words      wire, sign, object, message, ...   what can be said, and who said it
-//! minds      admission, member, spread, pricing, book (lessor), seek and holdings (lessee)
-//!                                             one state machine each; they do not know each other
+//! minds      admission, member, spread, pricing, book (lessor), seek and holdings (lessee),
+//!            transfer, ...                    one state machine each; they do not know each other
 //! placement  (offers, want) -> ranked choice  a pure function with a reason
 //! core       one Event in, Effects out        hands one mind what it needs of another
 //! ```
@@ -22,6 +22,7 @@ pub mod base {
     //! Quantities and names: the vocabulary that everything else counts in.
     pub mod dice;
     pub mod due;
+    pub mod groups;
     pub mod id;
     pub mod money;
     pub mod plant;
@@ -55,6 +56,7 @@ pub mod minds {
     pub mod pricing;
     pub mod seek;
     pub mod spread;
+    pub mod transfer;
 }
 
 pub mod core;

@@ -13,6 +13,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _, stream};
+use leasehold_proto::base::groups::GROUP_BYTES;
 use serde::Deserialize;
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +23,7 @@ use super::App;
 use super::body::{PayloadLine, Payloads, Uploaded};
 use super::error::{ApiError, ErrorBody};
 use super::guard::Params;
-use crate::payload::{Declared, GROUP_BYTES, Payload, PayloadStore, Root};
+use crate::payload::{Declared, Payload, PayloadStore, Root};
 
 /// An upload that brings nothing for this long is given up.
 const STALL: Duration = Duration::from_secs(30);

@@ -20,9 +20,10 @@
 
 use std::{fmt, ops::Range};
 
+use leasehold_proto::base::groups::GROUP_BYTES;
 use thiserror::Error;
 
-use crate::payload::{GROUP_BYTES, Root};
+use crate::payload::Root;
 
 /// The protocol's name in the TLS handshake. It is also the version of the frames below.
 pub const ALPN: &[u8] = b"leasehold/data/1";

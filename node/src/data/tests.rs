@@ -15,6 +15,7 @@ use bao_tree::{
     BaoTree, ChunkRanges,
     io::{outboard::PreOrderMemOutboard, sync},
 };
+use leasehold_proto::base::groups::GROUP_BYTES;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::Notify,
@@ -28,7 +29,7 @@ use super::{
     tls::Met,
     *,
 };
-use crate::payload::{Declared, GROUP, GROUP_BYTES, Limits, PayloadError};
+use crate::payload::{Declared, GROUP, Limits, PayloadError};
 
 const G: usize = GROUP_BYTES as usize;
 
