@@ -556,6 +556,54 @@ fn what_is_quoted_for_taking_back_is_paid_also_where_the_term_ends_first() {
     );
 }
 
+/// A no to an act is a no for good: it was said over the lessor's signature, and the lessee has gone
+/// on from there. What was refused and comes again, from a slow path or from somebody who kept it,
+/// gets the same no, also once nothing would stand against it any more.
+#[test]
+fn an_act_that_was_refused_does_not_come_true_later() {
+    let people = People::new();
+    for restarts in [false, true] {
+        let mut net = pair(&people);
+        let lease = leased(&mut net, &Want { longest: Span::secs(120), ..little() });
+        let within = Span::secs(600);
+        let drained = net.ask(LESSOR, Command::Drain { within, revoke: false, dry_run: false });
+        assert!(matches!(drained, Ok(Reply::Reclaim(_))), "{drained:?}");
+        net.said.clear();
+        let longer = || Command::Renew { lease, term: Span::secs(90) };
+        let refused = net.ask(LESSEE, longer());
+        assert!(matches!(refused, Err(Failure::Act(Reason::Withdrawn))), "{refused:?}");
+        let said = |net: &Net<'_>, by: usize| {
+            let mut said = net.said.iter().filter(|(who, _)| *who == by);
+            said.find_map(|(_, said)| {
+                matches!(said, Message::Renew(_) | Message::Refused(_)).then(|| said.clone())
+            })
+        };
+        let (renew, refusal) = (said(&net, LESSEE), said(&net, LESSOR));
+        let (renew, refusal) = (renew.expect("it was asked"), refusal.expect("it was refused"));
+        let resumed = net.ask(LESSOR, Command::Resume);
+        assert!(matches!(resumed, Ok(Reply::Resumed { .. })), "{resumed:?}");
+        if restarts {
+            net.restart(LESSOR, &Orphans::new());
+        }
+        // The same bytes once more.
+        let delegate = people.delegate.id();
+        let heard = net.nodes[LESSOR].hears(delegate, &renew);
+        let answer = heard.into_iter().find_map(|effect| match effect {
+            Effect::Reply { what, .. } => Some(net.nodes[LESSOR].carry(what)),
+            _ => None,
+        });
+        assert_eq!(answer, Some(refusal), "restarts: {restarts}");
+        let view = net.nodes[LESSOR].view();
+        let lent = view.lent.iter().find(|lent| lent.id == lease).expect("it is known");
+        assert_eq!((lent.version, lent.term), (0, Span::secs(60)));
+        // Another one is judged anew.
+        if !restarts {
+            let renewed = net.ask(LESSEE, longer());
+            assert!(matches!(renewed, Ok(Reply::Renewed { version: 1, .. })), "{renewed:?}");
+        }
+    }
+}
+
 // --- gangs ---
 
 /// A gang of two, whole at its delegate, whose members cannot hear of each other.

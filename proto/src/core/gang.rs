@@ -118,6 +118,7 @@ impl Core {
         match self.book.join(now, &lease, gang) {
             Acted::Repeat(commit) => Ok((lease, commit, false)),
             Acted::Refused(reason, _) => Err(reason),
+            Acted::Denied(_) => Err(Reason::Conflict),
             Acted::Accepted(commit) => {
                 self.book.set_pending(&lease, claim.cloned());
                 Ok((lease, commit, true))

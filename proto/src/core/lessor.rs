@@ -3,7 +3,7 @@
 use super::{
     Core, Effect, Extending, Kept, Notice, Notified, Orphan, Past, Pending, StartJob, Ticket,
 };
-use crate::base::id::{Hash, KeyId, LeaseId};
+use crate::base::id::{ActId, Hash, KeyId, LeaseId};
 use crate::base::time::{Boot, Now, SKEW, Span};
 use crate::minds::admission::{NotEntitled, NotTimely};
 use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
@@ -146,6 +146,32 @@ impl Core {
         out.push(Effect::Reply { ticket, what });
     }
 
+    /// Says no to an act. The lessee goes on from there, so one that could become a yes is kept: the
+    /// act gets the same answer for as long as it could be repeated.
+    fn deny<T>(
+        &mut self,
+        now: Now,
+        act: &Verified<T>,
+        (lease, id): (LeaseId, ActId),
+        (reason, figures): (Reason, Vec<Figure>),
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let of = act.id();
+        let refusal = Refusal { of, reason, figures, offer: None, referrals: Vec::new() };
+        self.tokens += 1;
+        let until = (act.header().not_after + SKEW + SKEW).max(now.wall + REFUSAL_LIFE);
+        let what = match self.hand.draft(of, self.tokens, until, &refusal) {
+            Ok(draft) if !reason.may_pass() => Utterance::Signs(Word::Refused, draft),
+            Ok(draft) if self.book.deny(now.wall, (&lease, id), (of, act.signer()), &draft) => {
+                self.keep_lent(&lease, out);
+                Utterance::Signs(Word::Refused, draft)
+            }
+            _ => Utterance::Plain(Message::Done),
+        };
+        out.push(Effect::Reply { ticket, what });
+    }
+
     /// Other nodes that seem to have what an order asks for.
     fn referrals(&mut self, now: Now, order: &Order) -> Vec<KeyId> {
         let start = self.dice.number();
@@ -178,20 +204,22 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let (lease, job) = (claim.body().lease, &claim.body().job);
+        let act = (lease, claim.body().act);
         if let Some(figures) = misfit(job, self.book.get(&lease)) {
-            self.refuse(now, (claim.id(), None), Reason::BadJob, figures, ticket, out);
+            self.deny(now, claim, act, (Reason::BadJob, figures), ticket, out);
             return;
         }
         // One of two copies of a node must not begin what the other one may have begun.
-        if self.halted.is_some() && !self.book.has_act(&lease, &claim.body().act) {
-            self.refuse(now, (claim.id(), None), Reason::NotReady, Vec::new(), ticket, out);
+        if self.halted.is_some() && !self.book.has_act(&lease, &act.1) {
+            self.deny(now, claim, act, (Reason::NotReady, Vec::new()), ticket, out);
             return;
         }
         let runs = self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
+            Acted::Denied(answer) => reply(Word::Refused, answer, ticket, out),
             Acted::Refused(reason, figures) => {
-                self.refuse(now, (claim.id(), None), reason, figures, ticket, out);
+                self.deny(now, claim, act, (reason, figures), ticket, out);
             }
             Acted::Accepted(answer) => {
                 // Kept until its job is begun: a node that dies before that starts it again.
@@ -245,7 +273,6 @@ impl Core {
     ) {
         let (lease, act) = (renew.body().lease, renew.body().act);
         let known = self.book.has_act(&lease, &act);
-        // One that was refused once must not come true long after.
         let expired = renew.header().not_after + SKEW < now.wall;
         let quarantined = self.conduct.is_quarantined(&renew.signer());
         let unwilling = self
@@ -253,13 +280,17 @@ impl Core {
             .or(expired.then_some(Reason::Expired))
             .or(quarantined.then_some(Reason::Quarantined));
         if let Some(reason) = unwilling.filter(|_| !known) {
-            self.refuse(now, (renew.id(), None), reason, Vec::new(), ticket, out);
+            self.deny(now, renew, (lease, act), (reason, Vec::new()), ticket, out);
             return;
         }
         let answer = match self.book.renew(now, renew) {
             Acted::Repeat(answer) => answer,
+            Acted::Denied(answer) => {
+                reply(Word::Refused, answer, ticket, out);
+                return;
+            }
             Acted::Refused(reason, figures) => {
-                self.refuse(now, (renew.id(), None), reason, figures, ticket, out);
+                self.deny(now, renew, (lease, act), (reason, figures), ticket, out);
                 return;
             }
             Acted::Accepted(answer) => {
@@ -342,8 +373,10 @@ impl Core {
         let lease = release.body().lease;
         match self.book.release(now, release) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
+            Acted::Denied(answer) => reply(Word::Refused, answer, ticket, out),
             Acted::Refused(reason, figures) => {
-                self.refuse(now, (release.id(), None), reason, figures, ticket, out);
+                let act = (lease, release.body().act);
+                self.deny(now, release, act, (reason, figures), ticket, out);
             }
             Acted::Accepted(answer) => {
                 self.keep_lent(&lease, out);

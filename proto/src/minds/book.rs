@@ -46,6 +46,8 @@ use crate::words::wire;
 /// The most acts remembered per lease: of many renewals the oldest are forgotten, a repeat of those
 /// is refused for its version.
 pub const MAX_ACTS: usize = 24;
+/// How many of them may be refusals.
+const MAX_DENIED: usize = 8;
 /// What one of them takes on disk at most, in bytes: its answer is of fixed size.
 pub const ACT_LEN: usize = 512;
 /// The most leases that may be promised at once.
@@ -106,6 +108,8 @@ pub enum Placed {
 pub enum Acted {
     /// The same act was accepted before: here is the same answer.
     Repeat(Draft),
+    /// The same act was refused before, and stays so: here is the same refusal.
+    Denied(Draft),
     /// It is accepted.
     Accepted(Draft),
     /// It is refused.

@@ -366,6 +366,13 @@ impl Holdings {
 }
 
 impl Holding {
+    /// The id of an act that is drafted now. A repeat is the draft that was kept; another draft, after
+    /// a no, is another act.
+    #[must_use]
+    pub fn act_id(&self, lease: &LeaseId, verb: &str, now: Wall) -> RequestId {
+        act_id(lease, &format!("{verb} {} {}", now.0, self.acts))
+    }
+
     /// Until when the lessee may rely on the lease: from the first sending of the order, less
     /// drift and margin. `None` before the grant.
     #[must_use]
@@ -397,7 +404,7 @@ fn over(kept: &Held, terms: Option<&Grant>, end: &Termination) -> Over {
     Over { reason, outcome, charge, credit }
 }
 
-/// The act id of a claim or release, derived from what it is about so that a repeat is the same.
+/// The act id of a release, derived from what it is about so that a repeat is the same.
 #[must_use]
 pub fn act_id(lease: &LeaseId, verb: &str) -> RequestId {
     RequestId::derive(&[&lease.0.0, verb.as_bytes()])

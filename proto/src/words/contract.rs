@@ -243,6 +243,21 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Whether what stands against an act may pass: then the same act would be taken later, were
+    /// the no not remembered. (A member of a gang that has not committed says so only for now, and
+    /// carries the claim out once the gang is whole.)
+    #[must_use]
+    pub const fn may_pass(self) -> bool {
+        matches!(
+            self,
+            Self::DiskFull
+                | Self::NotReady
+                | Self::NotOffered
+                | Self::Withdrawn
+                | Self::Quarantined
+        )
+    }
+
     /// What it means, for a person who asked.
     #[must_use]
     pub const fn meaning(self) -> &'static str {

@@ -323,6 +323,7 @@ impl Core {
         if self.renewals.contains_key(&lease) {
             return Err(Failure::Busy);
         }
+        let act = holding.act_id(&lease, "renew", now.wall);
         let kept = &mut holding.kept;
         // One that was asked before without an answer is asked again with the same bytes.
         let asked = kept.renew.as_ref().filter(|(_, asked)| *asked > kept.term);
@@ -331,8 +332,7 @@ impl Core {
             Some((draft, _)) => draft.clone(),
             None => {
                 let version = kept.version;
-                let verb = format!("renew {version} {}", term.as_millis());
-                let body = Renew { lease, act: act_id(&lease, &verb), version, term };
+                let body = Renew { lease, act, version, term };
                 let draft = self.hand.draft(lease.0, holding.acts, now.wall + ORDER_LIFE, &body);
                 let draft = draft.map_err(|error| Failure::BadOrder(error.to_string()))?;
                 holding.acts += 1;
@@ -422,7 +422,7 @@ pub(in crate::core) fn draft_claim(
     (lease, job): (LeaseId, &JobSpec),
     life: Span,
 ) -> Result<Draft, EncodeError> {
-    let body = Claim { lease, act: act_id(&lease, "claim"), job: job.clone() };
+    let body = Claim { lease, act: holding.act_id(&lease, "claim", now.wall), job: job.clone() };
     let draft = hand.draft(lease.0, holding.acts, now.wall + life, &body)?;
     holding.acts += 1;
     holding.kept.claim = Some(draft.clone());

@@ -9,10 +9,11 @@ use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::contract::{
     Acceptance, Claim, Commit, EndReason, Figure, Gang, Reason, Release, Renew, Renewal,
 };
-use crate::words::sign::Verified;
+use crate::words::object::Kind;
+use crate::words::sign::{Draft, Verified};
 
 impl Book {
-    /// Whether an act was accepted before: then a repeat of it is answered.
+    /// Whether an act was decided before: then a repeat of it gets the same answer.
     #[must_use]
     pub fn has_act(&self, id: &LeaseId, act: &ActId) -> bool {
         self.get(id).is_some_and(|lease| lease.kept.acts.iter().any(|known| known.id == *act))
@@ -169,6 +170,22 @@ impl Book {
         }
     }
 
+    /// Remembers that the act `of` was refused with `answer`, so that it stays refused. False when
+    /// there is no room for that: then nothing is to be said that binds. An act that could not be
+    /// accepted anyhow, of somebody else or about an unknown lease, need not be remembered.
+    pub fn deny(
+        &mut self,
+        now: Wall,
+        (id, act): (&LeaseId, ActId),
+        (of, by): (Hash, KeyId),
+        answer: &Draft,
+    ) -> bool {
+        let Some(lease) = self.leases.get_mut(id) else { return true };
+        let theirs = by == lease.terms.delegate || by == lease.terms.lessee;
+        let known = lease.kept.acts.iter().any(|known| known.id == act);
+        !theirs || known || lease.deny(now, Act { id: act, of, answer: answer.clone() })
+    }
+
     /// Finds the lease an act is about, unless the act is answered already.
     fn act(&mut self, id: &LeaseId, act: ActId, of: Hash, by: KeyId) -> Result<&mut Lease, Acted> {
         let rewords = self.plant.is("reword-repeats");
@@ -181,6 +198,8 @@ impl Book {
                 let body = Acceptance { lease: *id, act, of };
                 let answer = self.hand.draft(of, 0, Wall(u64::MAX), &body);
                 Acted::Repeat(answer.unwrap_or_else(|_| done.answer.clone()))
+            } else if done.of == of && done.is(Kind::Refusal) {
+                Acted::Denied(done.answer.clone())
             } else if done.of == of {
                 Acted::Repeat(done.answer.clone())
             } else {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::id::{ActId, Hash, KeyId, RequestId};
 use crate::base::money::Amount;
 use crate::base::time::{Boot, BootId, SKEW, Span, Wall};
-use crate::minds::book::{ANSWER, AWAIT, GATHER_FOR, MAX_ACTS, MAX_UNANSWERED};
+use crate::minds::book::{ANSWER, AWAIT, GATHER_FOR, MAX_ACTS, MAX_DENIED, MAX_UNANSWERED};
 use crate::words::chain::{self, Chain};
 use crate::words::contract::{Claim, EndReason, Gang, Grant, MIN_RECEIPT_EVERY, Termination};
 use crate::words::object::{Envelope, Kind, body_in};
@@ -69,7 +69,8 @@ pub struct Lent {
     pub outcome: Option<Outcome>,
     /// Whether it is given back by itself once its job has ended.
     pub release_after: bool,
-    /// The acts that were accepted.
+    /// The acts that were decided: all that were accepted, and those that were refused for what may
+    /// pass.
     pub acts: Vec<Act>,
     /// Where the receipts stand.
     pub chain: Chain,
@@ -103,7 +104,10 @@ pub struct Joined {
     pub whole: bool,
 }
 
-/// An act that was accepted, with the answer that a repeat gets.
+/// An act that was decided, with the answer that a repeat gets: a yes, or a [`Refusal`] that has to
+/// stay one.
+///
+/// [`Refusal`]: crate::words::contract::Refusal
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Act {
     /// Its id.
@@ -112,6 +116,19 @@ pub struct Act {
     pub of: Hash,
     /// The answer.
     pub answer: Draft,
+}
+
+impl Act {
+    /// Whether its answer is of this kind.
+    pub(super) fn is(&self, kind: Kind) -> bool {
+        Envelope::decode(&self.answer.envelope).is_ok_and(|answer| answer.header.kind == kind)
+    }
+
+    /// How long its answer is valid.
+    fn until(&self) -> Wall {
+        let answer = Envelope::decode(&self.answer.envelope);
+        answer.map_or(Wall(u64::MAX), |answer| answer.header.not_after)
+    }
 }
 
 /// A lease in memory.
@@ -219,17 +236,27 @@ impl Lease {
         self.running = true;
     }
 
-    /// Remembers an act; of many the oldest renewal goes first.
+    /// Remembers an act; of many the oldest renewal goes first, whose version is over.
     pub(super) fn remember(&mut self, act: Act) {
         let acts = &mut self.kept.acts;
         if acts.len() >= MAX_ACTS {
-            let is_renewal = |act: &Act| {
-                let envelope = Envelope::decode(&act.answer.envelope);
-                envelope.is_ok_and(|envelope| envelope.header.kind == Kind::Renewal)
-            };
-            acts.remove(acts.iter().position(is_renewal).unwrap_or(0));
+            acts.remove(acts.iter().position(|act| act.is(Kind::Renewal)).unwrap_or(0));
         }
         acts.push(act);
+    }
+
+    /// Remembers a refused act. False where there is no room for that: of many, those go whose
+    /// refusal is over, which is not before the act is.
+    pub(super) fn deny(&mut self, now: Wall, act: Act) -> bool {
+        let refused = |act: &&Act| act.is(Kind::Refusal);
+        if self.kept.acts.iter().filter(refused).count() >= MAX_DENIED {
+            self.kept.acts.retain(|act| !act.is(Kind::Refusal) || act.until() >= now);
+        }
+        let room = self.kept.acts.iter().filter(refused).count() < MAX_DENIED;
+        if room {
+            self.remember(act);
+        }
+        room
     }
 
     pub(super) fn is_held(&self, why: EndReason) -> bool {
