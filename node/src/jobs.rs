@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
+use crate::clock;
 use crate::data::frame::Refusal;
 use crate::data::{Arriving, Data, FetchError, LinkError};
 use crate::handle::Asked;
@@ -238,6 +239,10 @@ impl Jobs {
         let now = wanted.borrow().clone();
         if now.stop.is_some() {
             return Some(Err(Outcome::Stopped));
+        }
+        // This node may have stood still meanwhile, or its host slept.
+        if clock::boot() >= now.deadline {
+            return Some(Err(Outcome::Deadline));
         }
         // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
         // a deadline is in force once the warden that starts here has taken it.

@@ -7,7 +7,7 @@ mod common {
 
 use common::people::{People, WALL, body_of, job, sign, sign_until, want};
 use common::shell::{Disk, Net, Shell, config};
-use leasehold_proto::base::id::{KeyId, LeaseId};
+use leasehold_proto::base::id::{KeyId, LeaseId, RequestId};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Span, Wall};
@@ -15,7 +15,7 @@ use leasehold_proto::core::{
     Command, CommandId, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
 };
 use leasehold_proto::words::charter::{Certificate, Role};
-use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal};
+use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal, Renew};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{self, Message, Utterance, Word};
 use leasehold_proto::words::object::{Kind, key_subject};
@@ -556,22 +556,41 @@ fn what_is_quoted_for_taking_back_is_paid_also_where_the_term_ends_first() {
     );
 }
 
+/// What stands against a renewal for a while.
+#[derive(Clone, Copy, Debug)]
+enum Obstacle {
+    Drained,
+    /// The lessor's wall clock is a minute ahead.
+    Ahead,
+}
+
 /// A no to an act is a no for good: it was said over the lessor's signature, and the lessee has gone
 /// on from there. What was refused and comes again, from a slow path or from somebody who kept it,
 /// gets the same no, also once nothing would stand against it any more.
 #[test]
 fn an_act_that_was_refused_does_not_come_true_later() {
     let people = People::new();
-    for restarts in [false, true] {
+    let cases = [(Obstacle::Drained, false), (Obstacle::Drained, true), (Obstacle::Ahead, false)];
+    for (obstacle, restarts) in cases {
         let mut net = pair(&people);
         let lease = leased(&mut net, &Want { longest: Span::secs(120), ..little() });
-        let within = Span::secs(600);
-        let drained = net.ask(LESSOR, Command::Drain { within, revoke: false, dry_run: false });
-        assert!(matches!(drained, Ok(Reply::Reclaim(_))), "{drained:?}");
+        let reason = match obstacle {
+            Obstacle::Drained => {
+                let within = Span::secs(600);
+                let drain = Command::Drain { within, revoke: false, dry_run: false };
+                net.ask(LESSOR, drain).expect("it drains");
+                Reason::Withdrawn
+            }
+            Obstacle::Ahead => {
+                net.nodes[LESSOR].ahead = 60_000;
+                Reason::Expired
+            }
+        };
         net.said.clear();
         let longer = || Command::Renew { lease, term: Span::secs(90) };
         let refused = net.ask(LESSEE, longer());
-        assert!(matches!(refused, Err(Failure::Act(Reason::Withdrawn))), "{refused:?}");
+        let expected = matches!(&refused, Err(Failure::Act(why)) if *why == reason);
+        assert!(expected, "{obstacle:?}: {refused:?}");
         let said = |net: &Net<'_>, by: usize| {
             let mut said = net.said.iter().filter(|(who, _)| *who == by);
             said.find_map(|(_, said)| {
@@ -580,19 +599,16 @@ fn an_act_that_was_refused_does_not_come_true_later() {
         };
         let (renew, refusal) = (said(&net, LESSEE), said(&net, LESSOR));
         let (renew, refusal) = (renew.expect("it was asked"), refusal.expect("it was refused"));
-        let resumed = net.ask(LESSOR, Command::Resume);
-        assert!(matches!(resumed, Ok(Reply::Resumed { .. })), "{resumed:?}");
+        net.nodes[LESSOR].ahead = 0;
+        if matches!(obstacle, Obstacle::Drained) {
+            net.ask(LESSOR, Command::Resume).expect("it sells again");
+        }
         if restarts {
             net.restart(LESSOR, &Orphans::new());
         }
         // The same bytes once more.
-        let delegate = people.delegate.id();
-        let heard = net.nodes[LESSOR].hears(delegate, &renew);
-        let answer = heard.into_iter().find_map(|effect| match effect {
-            Effect::Reply { what, .. } => Some(net.nodes[LESSOR].carry(what)),
-            _ => None,
-        });
-        assert_eq!(answer, Some(refusal), "restarts: {restarts}");
+        let answer = answer_to(&mut net, people.delegate.id(), &renew);
+        assert_eq!(answer, Some(refusal), "{obstacle:?}, restarts: {restarts}");
         let view = net.nodes[LESSOR].view();
         let lent = view.lent.iter().find(|lent| lent.id == lease).expect("it is known");
         assert_eq!((lent.version, lent.term), (0, Span::secs(60)));
@@ -602,6 +618,52 @@ fn an_act_that_was_refused_does_not_come_true_later() {
             assert!(matches!(renewed, Ok(Reply::Renewed { version: 1, .. })), "{renewed:?}");
         }
     }
+}
+
+/// What the lessor answers to a message.
+fn answer_to(net: &mut Net<'_>, from: KeyId, message: &Message) -> Option<Message> {
+    let heard = net.nodes[LESSOR].hears(from, message);
+    heard.into_iter().find_map(|effect| match effect {
+        Effect::Reply { what, .. } => Some(net.nodes[LESSOR].carry(what)),
+        _ => None,
+    })
+}
+
+/// To remember a no is a write: one that anybody could ask for would be a burden, and so would more
+/// than a few.
+#[test]
+fn a_no_is_kept_for_those_whose_lease_it_is_and_for_a_few_of_their_acts() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let lease = leased(&mut net, &Want { longest: Span::secs(120), ..little() });
+    let drain = Command::Drain { within: Span::secs(600), revoke: false, dry_run: false };
+    net.ask(LESSOR, drain).expect("it drains");
+    let kept = |net: &Net<'_>| format!("{:?}", net.nodes[LESSOR].disk);
+    let renews = |net: &mut Net<'_>, by: &Signer, nth: u8| {
+        let act = RequestId([nth; 16]);
+        let renew = Renew { lease, act, version: 0, term: Span::secs(90) };
+        let until = net.nodes[LESSOR].now().wall + Span::secs(30);
+        let signed = sign_until(people.fabric, by, lease.0, until, &renew);
+        answer_to(net, by.id(), &Message::Renew(signed))
+    };
+    let before = kept(&net);
+    let refused = renews(&mut net, &people.lessor, 1);
+    assert!(matches!(refused, Some(Message::Refused(_))), "{refused:?}");
+    assert!(kept(&net) == before, "a stranger makes it write");
+    let mut binding = 0;
+    for nth in 0..20 {
+        let before = kept(&net);
+        match renews(&mut net, &people.delegate, nth) {
+            Some(Message::Refused(_)) => binding += 1,
+            Some(Message::Done) => assert!(kept(&net) == before, "{nth}: it writes in vain"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(binding, 8);
+    // Once those are over, there is room for others.
+    net.pass(Span::secs(45));
+    let refused = renews(&mut net, &people.delegate, 30);
+    assert!(matches!(refused, Some(Message::Refused(_))), "{refused:?}");
 }
 
 // --- gangs ---

@@ -33,6 +33,7 @@ use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance
 use leasehold_proto::words::object::Kind;
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::words::sign::{Draft, Papers, Signature, Signed, Verified, VerifyError};
+use leasehold_proto::words::usage::{Outcome, Usage};
 
 mod fabric;
 mod host;
@@ -1341,7 +1342,18 @@ impl<'a> World<'a> {
             return self.found(host, "3 (idempotence)", what);
         }
         let endless = self.scenario.load.endless;
-        let started = Job::start(us, job, &known.clock, endless, &mut self.dice);
+        let mut started = Job::start(us, job, &known.clock, endless, &mut self.dice);
+        if known.clock.when(job.deadline) <= us {
+            // Its node stood still since it decided that: nothing is begun whose time is over.
+            started.outcome = Outcome::Deadline;
+            started.ended_us = Some(us);
+            known.jobs.insert(lease, started);
+            if let Some(life) = self.life(host) {
+                let over = Event::JobEnded(lease, Outcome::Deadline, Usage::default());
+                self.push(us, What::Input(host, life, Input::Event(Box::new(over))));
+            }
+            return;
+        }
         let (begins, ends, plan) = (started.begins(), started.ends_us, started.plan);
         known.jobs.insert(lease, started);
         self.see(host, Seen::JobStarted(lease));

@@ -511,6 +511,18 @@ async fn a_warden_starts_with_the_newest_deadline() {
     assert_eq!(room.given().await, later.0, "its warden would end it too early");
 }
 
+/// A node that stood still between the decision and this, or that fetched for long.
+#[tokio::test]
+async fn a_job_whose_time_is_over_is_not_begun() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let over = Boot(work::boot_ms());
+    room.jobs.start(StartJob { deadline: over, ..delegate.claims(vec![delegate.address()]) });
+    let ended = room.event().await;
+    assert!(matches!(ended, Event::JobEnded(LEASE, Outcome::Deadline, _)), "{ended:?}");
+    let jobs = room.room.path().join("jobs").join(LEASE.to_string());
+    assert!(!jobs.exists(), "no warden was given it");
+}
+
 #[tokio::test]
 async fn while_a_warden_starts_no_deadline_is_agreed_to() {
     let (delegate, mut room) = (Delegate::new(), Room::empty());

@@ -241,6 +241,9 @@ impl Warden {
         status.cgroup.clone_from(&cgroup);
         write_json(Path::new(file::STATUS), &status, true)?;
 
+        if boot_ms() >= spec.deadline_boot_ms {
+            return Err(io::Error::other("its time was over before it could begin"));
+        }
         let (control, theirs) = UnixStream::pair()?;
         let (stdout, stdout_in) = io::pipe()?;
         let (stderr, stderr_in) = io::pipe()?;

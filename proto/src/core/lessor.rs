@@ -4,9 +4,10 @@ use super::{
     Core, Effect, Extending, Kept, Notice, Notified, Orphan, Past, Pending, StartJob, Ticket,
 };
 use crate::base::id::{ActId, Hash, KeyId, LeaseId};
-use crate::base::time::{Boot, Now, SKEW, Span};
+use crate::base::time::{Boot, Now, SKEW, Span, Wall};
 use crate::minds::admission::{NotEntitled, NotTimely};
-use crate::minds::book::{Acted, Lease, Placed, Quote, Stage, Turn};
+use crate::minds::book::{Acted, Denied, Lease, Placed, Quote, Stage, Turn};
+use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::contract::{
     Claim, EndReason, Figure, JobSpec, MAX_REFERRALS, Order, Reason, Refusal, Release, Renew,
 };
@@ -147,29 +148,77 @@ impl Core {
     }
 
     /// Says no to an act. The lessee goes on from there, so one that could become a yes is kept: the
-    /// act gets the same answer for as long as it could be repeated.
+    /// act gets the same answer for as long as it could be repeated, which is `until`.
     fn deny<T>(
         &mut self,
         now: Now,
-        act: &Verified<T>,
-        (lease, id): (LeaseId, ActId),
+        act: (&Verified<T>, LeaseId, ActId),
+        (reason, figures): (Reason, Vec<Figure>),
+        until: Option<Wall>,
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let (act, lease, id) = act;
+        let of = act.id();
+        let refusal = Refusal { of, reason, figures, offer: None, referrals: Vec::new() };
+        self.tokens += 1;
+        let valid = until.unwrap_or(now.wall + REFUSAL_LIFE);
+        let Ok(draft) = self.hand.draft(of, self.tokens, valid, &refusal) else {
+            out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+            return;
+        };
+        let denied = match until {
+            Some(_) => self.book.deny(now.wall, (&lease, id), (of, act.signer()), &draft),
+            None => Denied::Needless,
+        };
+        match denied {
+            Denied::Remembered => self.keep_lent(&lease, out),
+            Denied::Needless => {}
+            Denied::NoRoom => {
+                out.push(Effect::Reply { ticket, what: Utterance::Plain(Message::Done) });
+                return;
+            }
+        }
+        reply(Word::Refused, draft, ticket, out);
+    }
+
+    /// Says no to a claim. There is no instant from which one is not taken, but the lease's end.
+    fn deny_claim(
+        &mut self,
+        now: Now,
+        claim: &Verified<Claim>,
         (reason, figures): (Reason, Vec<Figure>),
         ticket: Ticket,
         out: &mut Vec<Effect>,
     ) {
-        let of = act.id();
-        let refusal = Refusal { of, reason, figures, offer: None, referrals: Vec::new() };
-        self.tokens += 1;
-        let until = (act.header().not_after + SKEW + SKEW).max(now.wall + REFUSAL_LIFE);
-        let what = match self.hand.draft(of, self.tokens, until, &refusal) {
-            Ok(draft) if !reason.may_pass() => Utterance::Signs(Word::Refused, draft),
-            Ok(draft) if self.book.deny(now.wall, (&lease, id), (of, act.signer()), &draft) => {
-                self.keep_lent(&lease, out);
-                Utterance::Signs(Word::Refused, draft)
-            }
-            _ => Utterance::Plain(Message::Done),
-        };
-        out.push(Effect::Reply { ticket, what });
+        let lease = claim.body().lease;
+        // One that went with its gang's certificate is carried out once the gang is whole, and its
+        // lessee knows: it is told by how long it is valid.
+        let early = reason == Reason::NotCommitted
+            && claim.header().not_after > now.wall + EVIDENCE_LIFE.scale(1, 2);
+        let longest = self.book.get(&lease).map_or(Span::ZERO, |known| known.terms.longest);
+        let over = now.wall + longest + EVIDENCE_LIFE;
+        let until = (reason.may_pass() && !early).then_some(over);
+        let act = (claim, lease, claim.body().act);
+        self.deny(now, act, (reason, figures), until, ticket, out);
+    }
+
+    /// Says no to a renewal.
+    fn deny_renewal(
+        &mut self,
+        now: Now,
+        renew: &Verified<Renew>,
+        (reason, figures): (Reason, Vec<Figure>),
+        ticket: Ticket,
+        out: &mut Vec<Effect>,
+    ) {
+        let (lease, body) = (renew.body().lease, renew.body());
+        // One about a version that is still to come would fit then.
+        let version = self.book.get(&lease).map_or(u64::MAX, |known| known.kept.version);
+        let ahead = reason == Reason::Version && body.version > version;
+        let over = renew.header().not_after + SKEW + SKEW;
+        let until = (reason.may_pass() || ahead).then_some(over);
+        self.deny(now, (renew, lease, body.act), (reason, figures), until, ticket, out);
     }
 
     /// Other nodes that seem to have what an order asks for.
@@ -204,14 +253,13 @@ impl Core {
         out: &mut Vec<Effect>,
     ) {
         let (lease, job) = (claim.body().lease, &claim.body().job);
-        let act = (lease, claim.body().act);
         if let Some(figures) = misfit(job, self.book.get(&lease)) {
-            self.deny(now, claim, act, (Reason::BadJob, figures), ticket, out);
+            self.deny_claim(now, claim, (Reason::BadJob, figures), ticket, out);
             return;
         }
         // One of two copies of a node must not begin what the other one may have begun.
-        if self.halted.is_some() && !self.book.has_act(&lease, &act.1) {
-            self.deny(now, claim, act, (Reason::NotReady, Vec::new()), ticket, out);
+        if self.halted.is_some() && !self.book.has_act(&lease, &claim.body().act) {
+            self.deny_claim(now, claim, (Reason::NotReady, Vec::new()), ticket, out);
             return;
         }
         let runs = self.pricing.runs(&job.runtime);
@@ -219,7 +267,7 @@ impl Core {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
             Acted::Denied(answer) => reply(Word::Refused, answer, ticket, out),
             Acted::Refused(reason, figures) => {
-                self.deny(now, claim, act, (reason, figures), ticket, out);
+                self.deny_claim(now, claim, (reason, figures), ticket, out);
             }
             Acted::Accepted(answer) => {
                 // Kept until its job is begun: a node that dies before that starts it again.
@@ -275,12 +323,12 @@ impl Core {
         let known = self.book.has_act(&lease, &act);
         let expired = renew.header().not_after + SKEW < now.wall;
         let quarantined = self.conduct.is_quarantined(&renew.signer());
-        let unwilling = self
-            .unwilling()
-            .or(expired.then_some(Reason::Expired))
+        let unwilling = expired
+            .then_some(Reason::Expired)
+            .or(self.unwilling())
             .or(quarantined.then_some(Reason::Quarantined));
         if let Some(reason) = unwilling.filter(|_| !known) {
-            self.deny(now, renew, (lease, act), (reason, Vec::new()), ticket, out);
+            self.deny_renewal(now, renew, (reason, Vec::new()), ticket, out);
             return;
         }
         let answer = match self.book.renew(now, renew) {
@@ -290,7 +338,7 @@ impl Core {
                 return;
             }
             Acted::Refused(reason, figures) => {
-                self.deny(now, renew, (lease, act), (reason, figures), ticket, out);
+                self.deny_renewal(now, renew, (reason, figures), ticket, out);
                 return;
             }
             Acted::Accepted(answer) => {
@@ -375,8 +423,8 @@ impl Core {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
             Acted::Denied(answer) => reply(Word::Refused, answer, ticket, out),
             Acted::Refused(reason, figures) => {
-                let act = (lease, release.body().act);
-                self.deny(now, release, act, (reason, figures), ticket, out);
+                let act = (release, lease, release.body().act);
+                self.deny(now, act, (reason, figures), None, ticket, out);
             }
             Acted::Accepted(answer) => {
                 self.keep_lent(&lease, out);

@@ -116,6 +116,17 @@ pub enum Acted {
     Refused(Reason, Vec<Figure>),
 }
 
+/// What becomes of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// It is remembered, and to be kept before it is said.
+    Remembered,
+    /// It need not be: the act could not be accepted anyhow.
+    Needless,
+    /// There is no room for it: nothing is to be said that binds.
+    NoRoom,
+}
+
 /// What follows from time passing or a job ending.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Turn {

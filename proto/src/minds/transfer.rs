@@ -186,7 +186,8 @@ impl Transfer {
     }
 
     /// A holder is found, or has another part than before.
-    pub fn holds(&mut self, key: KeyId, has: Groups) {
+    pub fn holds(&mut self, key: KeyId, mut has: Groups) {
+        has.remove(self.groups..u64::MAX);
         let holder = self.holders.entry(key).or_insert_with(|| Holder {
             has: Groups::new(),
             rate: None,
@@ -206,13 +207,17 @@ impl Transfer {
         self.count(&after, true);
     }
 
-    /// A holder is gone: its asks are over.
+    /// A holder is gone: its asks are over. That it sent wrong bytes is not forgotten.
     pub fn gone(&mut self, key: &KeyId) {
-        if let Some(holder) = self.holders.remove(key) {
-            self.count(&holder.has, false);
-            for ask in holder.out {
-                self.close(ask);
-            }
+        let Some(holder) = self.holders.get_mut(key) else { return };
+        let (out, has) = (std::mem::take(&mut holder.out), std::mem::take(&mut holder.has));
+        let banned = holder.banned;
+        self.count(&has, false);
+        out.into_iter().for_each(|ask| {
+            self.close(ask);
+        });
+        if !banned {
+            self.holders.remove(key);
         }
     }
 
@@ -260,8 +265,11 @@ impl Transfer {
                 return out.into_iter().map(Do::Cancel).collect();
             }
             End::NotHeld => {
+                // What comes behind the first that it lacks it may have: that is asked for again, as
+                // far as it says so.
                 let before = holder.has.clone();
-                holder.has.remove(left);
+                let piece = left.start / self.piece;
+                holder.has.remove(left.start..(piece + 1) * self.piece);
                 let after = holder.has.clone();
                 holder.rest(now);
                 self.count(&before, false);
@@ -272,9 +280,11 @@ impl Transfer {
         Vec::new()
     }
 
-    /// What to ask for now.
+    /// What to ask for now: when an ask has ended, a holder has come or has more, and when
+    /// [`Self::wake`] says so.
     pub fn next(&mut self, now: Boot) -> Vec<Do> {
         let mut done = Vec::new();
+        let spares = self.spares(now);
         // In turn, the quickest first, so that one is not given everything.
         for turn in 0..OUT_EACH {
             let mut idle: Vec<KeyId> = self.usable(now).map(|(key, _)| *key).collect();
@@ -284,7 +294,8 @@ impl Transfer {
             });
             for key in idle {
                 if self.holders.get(&key).is_some_and(|holder| holder.out.len() == turn)
-                    && let Some(run) = self.choose(now, &key).or_else(|| self.take_over(now, &key))
+                    && let Some(run) =
+                        self.choose(&key, spares).or_else(|| self.take_over(now, &key, spares))
                 {
                     done.push(self.ask(now, key, run));
                 }
@@ -388,9 +399,9 @@ impl Transfer {
     }
 
     /// What this holder is asked for: of what it has and nobody is asked for, the rarest.
-    fn choose(&mut self, now: Boot, key: &KeyId) -> Option<Range<u64>> {
+    fn choose(&mut self, key: &KeyId, spares: bool) -> Option<Range<u64>> {
         let holder = self.holders.get(key)?;
-        let spared = self.is_spared(now, holder);
+        let spared = spares && self.has_all(holder);
         // One of the rarest, each as likely as the other.
         let mut best: Option<(u16, Range<u64>)> = None;
         let mut alike = 0;
@@ -434,39 +445,56 @@ impl Transfer {
         self.some.get(index(group / self.piece)).copied().unwrap_or(0)
     }
 
-    /// Whether a holder that has all is not to be asked for what others have: they alone bring
-    /// that hardly later than all together would bring all that is missing.
-    fn is_spared(&self, now: Boot, holder: &Holder) -> bool {
-        if !self.has_all(holder) {
+    /// Whether holders that have all are not to be asked for what others have: those alone bring
+    /// that hardly later than all together would bring all that is missing. Who rests, or has
+    /// nothing of what is missing, brings nothing.
+    fn spares(&self, now: Boot) -> bool {
+        let awake = |holder: &&Holder| !holder.banned && holder.resting <= now;
+        let rate = |holder: &Holder| u128::from(holder.rate_now(now).unwrap_or(UNKNOWN_RATE));
+        if self.holders.values().filter(awake).all(|holder| self.has_all(holder)) {
             return false;
         }
+        let missing: Groups = self.gaps(&self.here).collect();
         let (mut some, mut all) = (0, 0);
-        for other in self.holders.values().filter(|other| !other.banned && other.resting <= now) {
-            let rate = other.rate_now(now).unwrap_or(UNKNOWN_RATE);
-            all += u128::from(rate);
-            if !self.has_all(other) {
-                some += u128::from(rate);
+        let mut bring = Groups::new();
+        for holder in self.holders.values().filter(awake) {
+            if self.has_all(holder) {
+                all += rate(holder);
+                continue;
+            }
+            if holder.has.runs().any(|run| missing.touches(run)) {
+                all += rate(holder);
+                some += rate(holder);
+                holder.has.runs().for_each(|run| {
+                    bring.insert(run);
+                });
             }
         }
-        let (mut theirs, mut at) = (0, 0);
-        while let Some(gap) = self.taken.gap(at..self.groups) {
-            at = gap.end.min((gap.start / self.piece + 1) * self.piece);
-            if self.rarity(gap.start) > 0 {
-                theirs += at - gap.start;
-            }
+        if some == 0 {
+            return false;
         }
-        let missing = self.groups - self.here.len();
+        let theirs: u64 = self.gaps(&self.taken).map(|gap| bring.count(gap)).sum();
         let (part, of) = SPARE;
-        theirs > 0 && u128::from(theirs) * all * of <= u128::from(missing) * some * part
+        theirs > 0 && u128::from(theirs) * all * of <= u128::from(missing.len()) * some * part
+    }
+
+    /// The runs that are not in `set`.
+    fn gaps<'a>(&'a self, set: &'a Groups) -> impl Iterator<Item = Range<u64>> + 'a {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let gap = set.gap(at..self.groups)?;
+            at = gap.end;
+            Some(gap)
+        })
     }
 
     /// The second half of what is left of the ask that would take longest, if this holder is
     /// quicker.
-    fn take_over(&self, now: Boot, key: &KeyId) -> Option<Range<u64>> {
+    fn take_over(&self, now: Boot, key: &KeyId, spares: bool) -> Option<Range<u64>> {
         let holder = self.holders.get(key)?;
         let mine = holder.rate.unwrap_or(UNKNOWN_RATE).max(1);
         let [bearable, spared] = TAKE_OVER;
-        let bearable = if self.is_spared(now, holder) { spared } else { bearable };
+        let bearable = if spares && self.has_all(holder) { spared } else { bearable };
         let slow = self.asks.values().filter(|ask| ask.holder != *key).filter_map(|ask| {
             let other = self.holders.get(&ask.holder)?;
             // What it was asked for before comes before.
@@ -499,7 +527,7 @@ impl Transfer {
 impl Holder {
     /// Its rate as far as can be said now: of one that has become slow less than was measured.
     fn rate_now(&self, now: Boot) -> Option<u64> {
-        let (since, so_far) = self.window?;
+        let Some((since, so_far)) = self.window else { return self.rate };
         let took = now.since(since).as_millis();
         let most = so_far.saturating_add(GROUP_BYTES).saturating_mul(1_000) / took.max(1);
         if took < 2 * MEASURE.as_millis() {

@@ -243,18 +243,19 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Whether what stands against an act may pass: then the same act would be taken later, were
-    /// the no not remembered. (A member of a gang that has not committed says so only for now, and
-    /// carries the claim out once the gang is whole.)
+    /// Whether what stands against an act may pass, or seem to, as a wall clock that is set back:
+    /// then the same act would be taken later, were the no not remembered.
     #[must_use]
     pub const fn may_pass(self) -> bool {
         matches!(
             self,
             Self::DiskFull
-                | Self::NotReady
+                | Self::Expired
+                | Self::NotCommitted
                 | Self::NotOffered
-                | Self::Withdrawn
+                | Self::NotReady
                 | Self::Quarantined
+                | Self::Withdrawn
         )
     }
 

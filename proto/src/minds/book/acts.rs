@@ -4,7 +4,7 @@
 use crate::base::id::{ActId, Hash, KeyId, LeaseId};
 use crate::base::time::{Now, Wall};
 use crate::minds::book::lease::{Act, Joined, Lease, Stage};
-use crate::minds::book::{Acted, Book};
+use crate::minds::book::{Acted, Book, Denied};
 use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::contract::{
     Acceptance, Claim, Commit, EndReason, Figure, Gang, Reason, Release, Renew, Renewal,
@@ -170,20 +170,22 @@ impl Book {
         }
     }
 
-    /// Remembers that the act `of` was refused with `answer`, so that it stays refused. False when
-    /// there is no room for that: then nothing is to be said that binds. An act that could not be
-    /// accepted anyhow, of somebody else or about an unknown lease, need not be remembered.
+    /// Remembers that the act `of` was refused with `answer`, so that it stays refused. That of
+    /// somebody else, or about an unknown lease, stays so anyhow.
     pub fn deny(
         &mut self,
         now: Wall,
         (id, act): (&LeaseId, ActId),
         (of, by): (Hash, KeyId),
         answer: &Draft,
-    ) -> bool {
-        let Some(lease) = self.leases.get_mut(id) else { return true };
+    ) -> Denied {
+        let Some(lease) = self.leases.get_mut(id) else { return Denied::Needless };
         let theirs = by == lease.terms.delegate || by == lease.terms.lessee;
-        let known = lease.kept.acts.iter().any(|known| known.id == act);
-        !theirs || known || lease.deny(now, Act { id: act, of, answer: answer.clone() })
+        if !theirs || lease.kept.acts.iter().any(|known| known.id == act) {
+            return Denied::Needless;
+        }
+        let remembered = lease.deny(now, Act { id: act, of, answer: answer.clone() });
+        if remembered { Denied::Remembered } else { Denied::NoRoom }
     }
 
     /// Finds the lease an act is about, unless the act is answered already.
