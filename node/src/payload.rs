@@ -3,12 +3,13 @@
 //! ```text
 //! DIR/<root>.data       the bytes
 //! DIR/<root>.outboard   the hash pairs of their BLAKE3 tree in pre-order, one per 256 KiB group
-//! DIR/partial/          what is still arriving; emptied at every start
+//! DIR/partial/          what is still arriving, or had come when its transfer ended
 //! DIR/aside/            what no longer matches its root; kept for whoever wants to look
 //!
 //!   reserve ──> partial ──(all bytes hashed, both files synced)──> rename ──> sync DIR ──> held
 //!      │            │                                                                       │
-//!   NoSpace     dropped: both files go, the room is free again              aside <─ corrupt┘
+//!   NoSpace     dropped: an import's files go; what was verified of a       aside <─ corrupt┘
+//!               transfer rests, until it goes on or its room is wanted
 //! ```
 //!
 //! A payload is held, and said to be held, only after its bytes are on disk under its name: the
@@ -21,8 +22,10 @@
 //! [`PayloadStore::import_stream`]; asynchronous callers wrap them in `spawn_blocking`. A store is used by one process at a time;
 //! the lock is the data directory's.
 
+mod arriving;
+
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
@@ -47,7 +50,9 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::mpsc,
 };
-use tracing::{debug, warn};
+use tracing::warn;
+
+pub(crate) use arriving::Receiving;
 
 /// [`GROUP_BYTES`] in bao-tree's terms: 2^8 chunks of 1024 bytes.
 pub(crate) const GROUP: BlockSize = BlockSize::from_chunk_log(8);
@@ -257,7 +262,15 @@ struct Held {
     reserved: u64,
     /// The part of `reserved` that the file system has not set apart yet.
     unallocated: u64,
+    /// What a transfer has under way.
+    arriving: BTreeSet<arriving::Name>,
+    /// What came of payloads whose transfer ended.
+    resting: AtRest,
+    /// Numbers them.
+    turn: u64,
 }
+
+type AtRest = BTreeMap<arriving::Name, arriving::Resting>;
 
 // Every update of what these locks guard is a few assignments that cannot panic half-way, so a
 // poisoned lock holds nothing broken.
@@ -276,7 +289,7 @@ fn on_disk(size: u64) -> u64 {
 
 impl PayloadStore {
     /// Opens the store in `dir`, creating it where it is missing, removes what was still arriving
-    /// when the last run ended, and sets aside what cannot be whole.
+    /// when the last run ended and cannot be gone on with, and sets aside what cannot be whole.
     pub fn open_dir(dir: impl Into<PathBuf>, limits: Limits) -> Result<Self, PayloadError> {
         let dir = dir.into();
         for path in [dir.clone(), dir.join("partial"), dir.join("aside")] {
@@ -295,8 +308,8 @@ impl PayloadStore {
             set_aside: AtomicU64::new(0),
         };
         let store = Self { inner: Arc::new(inner) };
-        store.clear_partial()?;
         store.scan()?;
+        store.take_up_resting()?;
         Ok(store)
     }
 
@@ -332,7 +345,9 @@ impl PayloadStore {
     pub fn check_room(&self, size: u64) -> Result<(), PayloadError> {
         self.inner.check_payload(size)?;
         let held = lock(&self.inner.held);
-        self.inner.check_room(&held, on_disk(size))
+        // What rests makes room.
+        let rests = held.resting.values().map(|resting| resting.bytes).sum();
+        self.inner.check_room(&held, on_disk(size), rests)
     }
 
     /// Opens a payload for reading. The handle stays good when the payload is removed.
@@ -424,7 +439,7 @@ impl PayloadStore {
     pub fn export(&self, root: Root, path: &Path) -> Result<(), PayloadError> {
         let payload = self.open(root)?;
         let beside = path.with_added_extension(format!("{}.partial", self.inner.number()));
-        let temporary = Unlink(beside.clone());
+        let temporary = Unlink::new(beside.clone());
         let mut file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -462,14 +477,6 @@ impl PayloadStore {
     pub fn verify(&self, root: Root) -> Result<(), PayloadError> {
         let payload = self.open(root)?;
         self.judge(root, payload.check(&ChunkRanges::all()))
-    }
-
-    /// Takes room for a payload that will arrive verified, group by group.
-    pub(crate) fn receive(&self, root: Root, size: u64) -> Result<Receiving, PayloadError> {
-        let mut partial = Partial::new(&self.inner, size)?;
-        partial.allocate(size)?;
-        let outboard = partial.outboard_of(root.hash(), size)?;
-        Ok(Receiving { partial, root, tree: tree(size), outboard, groups: 0 })
     }
 
     fn import_sized(&self, source: impl Read, size: u64) -> Result<Imported, PayloadError> {
@@ -576,16 +583,6 @@ impl PayloadStore {
         sync_dir(&self.inner.dir)
     }
 
-    fn clear_partial(&self) -> Result<(), PayloadError> {
-        let partial = self.inner.dir.join("partial");
-        for entry in fs::read_dir(&partial).map_err(io_error("listing", &partial))? {
-            let path = entry.map_err(io_error("listing", &partial))?.path();
-            debug!(path = %path.display(), "removing what was still arriving");
-            fs::remove_file(&path).map_err(io_error("removing", &path))?;
-        }
-        Ok(())
-    }
-
     fn scan(&self) -> Result<(), PayloadError> {
         let dir = &self.inner.dir;
         let mut outboards = Vec::new();
@@ -674,13 +671,14 @@ impl Inner {
         if size > limit { Err(PayloadError::TooLarge { limit }) } else { Ok(()) }
     }
 
-    /// Whether `need` more bytes fit the quota and the disk.
-    fn check_room(&self, held: &Held, need: u64) -> Result<(), PayloadError> {
-        let under_quota =
-            self.limits.quota.saturating_sub(held.bytes).saturating_sub(held.reserved);
+    /// Whether `need` more bytes fit the quota and the disk, once `less` are gone from there.
+    fn check_room(&self, held: &Held, need: u64, less: u64) -> Result<(), PayloadError> {
+        let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();
+        let taken = held.bytes.saturating_add(held.reserved).saturating_add(rests);
+        let under_quota = self.limits.quota.saturating_sub(taken.saturating_sub(less));
         let disk = rustix::fs::statvfs(&self.dir)
             .map_err(|e| io_error("asking for the free space of", &self.dir)(e.into()))?;
-        let on_disk = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let on_disk = disk.f_bavail.saturating_mul(disk.f_frsize).saturating_add(less);
         let free = on_disk.saturating_sub(self.limits.keep_free).saturating_sub(held.unallocated);
         let available = under_quota.min(free);
         if need > available { Err(PayloadError::NoSpace { need, available }) } else { Ok(()) }
@@ -740,51 +738,6 @@ impl Payload {
     }
 }
 
-/// A payload that is arriving. Its bytes must have been verified against `root` before they are
-/// given here. Dropped before [`Receiving::keep`], it leaves nothing behind.
-#[derive(Debug)]
-pub(crate) struct Receiving {
-    partial: Partial,
-    root: Root,
-    tree: BaoTree,
-    outboard: PreOrderOutboard<File>,
-    groups: u64,
-}
-
-impl Receiving {
-    pub(crate) fn root(&self) -> Root {
-        self.root
-    }
-
-    pub(crate) fn tree(&self) -> BaoTree {
-        self.tree
-    }
-
-    /// Writes a verified group.
-    pub(crate) fn group(&mut self, leaf: &bao_tree::io::Leaf) -> Result<(), PayloadError> {
-        let written = self.partial.data.write_all_at(&leaf.data, leaf.offset);
-        written.map_err(io_error("writing", &self.partial.data_path))?;
-        self.groups += 1;
-        Ok(())
-    }
-
-    /// Writes a verified hash pair.
-    pub(crate) fn pair(&mut self, parent: &bao_tree::io::Parent) -> Result<(), PayloadError> {
-        let written = sync::OutboardMut::save(&mut self.outboard, parent.node, &parent.pair);
-        written.map_err(io_error("writing", &self.partial.outboard_path))
-    }
-
-    /// Makes the payload durable and held, if all groups came.
-    pub(crate) fn keep(self) -> Result<Imported, PayloadError> {
-        let size = self.tree.size();
-        if self.groups != self.tree.blocks() {
-            let actual = self.groups.saturating_mul(GROUP_BYTES).min(size);
-            return Err(PayloadError::WrongSize { expected: size, actual });
-        }
-        self.partial.keep(self.root, size)
-    }
-}
-
 /// Room in the store, given back when dropped.
 #[derive(Debug)]
 struct Reservation {
@@ -820,8 +773,12 @@ impl Reservation {
         }
         let need = on_disk(size);
         let mut held = lock(&self.store.held);
-        if need > self.bytes {
-            self.store.check_room(&held, need - self.bytes)?;
+        let more = need.saturating_sub(self.bytes);
+        while let Err(full) = self.store.check_room(&held, more, 0) {
+            let can_wait = matches!(full, PayloadError::NoSpace { .. });
+            if !can_wait || !self.store.drop_resting(&mut held.resting) {
+                return Err(full);
+            }
         }
         held.reserved = held.reserved.saturating_sub(self.bytes).saturating_add(need);
         held.unallocated = held.unallocated.saturating_sub(self.unallocated).saturating_add(need);
@@ -829,6 +786,16 @@ impl Reservation {
         self.unallocated = need;
         self.size = size;
         Ok(())
+    }
+
+    /// That of what rests under a name, which the file system has set apart.
+    fn of_resting(store: &Arc<Inner>, size: u64, name: &arriving::Name) -> Self {
+        let bytes = on_disk(size);
+        let mut held = lock(&store.held);
+        held.resting.remove(name);
+        held.reserved = held.reserved.saturating_add(bytes);
+        drop(held);
+        Self { store: store.clone(), bytes, unallocated: 0, size }
     }
 
     /// The file system has set the room apart.
@@ -855,26 +822,55 @@ struct Partial {
     outboard: File,
     data_path: PathBuf,
     outboard_path: PathBuf,
-    _unlink: (Unlink, Unlink),
+    unlink: (Unlink, Unlink),
 }
 
 impl Partial {
     fn new(store: &Arc<Inner>, size: u64) -> Result<Self, PayloadError> {
+        let stem = store.dir.join("partial").join(store.number().to_string());
+        Self::named(store, size, &stem)
+    }
+
+    /// Files beside `stem`, in place of what is left there.
+    fn named(store: &Arc<Inner>, size: u64, stem: &Path) -> Result<Self, PayloadError> {
         store.check_payload(size)?;
         let reservation = Reservation::new(store, size)?;
-        let stem = store.dir.join("partial").join(store.number().to_string());
-        let create = |path: &Path| {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(true).mode(0o600);
-            options.open(path).map_err(io_error("creating", path))
-        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        Self::open(reservation, stem, &options)
+    }
+
+    /// What lies beside `stem`, of the sizes that it was made with.
+    fn resume(reservation: Reservation, stem: &Path) -> Result<Self, PayloadError> {
+        let size = reservation.size;
+        let partial = Self::open(reservation, stem, OpenOptions::new().read(true).write(true))?;
+        let len = |file: &File, path| file.metadata().map_err(io_error("inspecting", path));
+        let data = len(&partial.data, &partial.data_path)?.len();
+        let outboard = len(&partial.outboard, &partial.outboard_path)?.len();
+        if (data, outboard) != (size, tree(size).outboard_size()) {
+            return Err(PayloadError::WrongSize { expected: size, actual: data });
+        }
+        Ok(partial)
+    }
+
+    fn open(
+        reservation: Reservation,
+        stem: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self, PayloadError> {
+        let open = |path: &Path| options.open(path).map_err(io_error("opening", path));
         let data_path = stem.with_extension("data");
         let outboard_path = stem.with_extension("outboard");
-        let data = create(&data_path)?;
-        let unlink_data = Unlink(data_path.clone());
-        let outboard = create(&outboard_path)?;
-        let unlink = (unlink_data, Unlink(outboard_path.clone()));
-        Ok(Self { reservation, data, outboard, data_path, outboard_path, _unlink: unlink })
+        let unlink = (Unlink::new(data_path.clone()), Unlink::new(outboard_path.clone()));
+        let data = open(&data_path)?;
+        let outboard = open(&outboard_path)?;
+        Ok(Self { reservation, data, outboard, data_path, outboard_path, unlink })
+    }
+
+    /// The files stay when this is dropped.
+    fn leave(&mut self) {
+        self.unlink.0.leave();
+        self.unlink.1.leave();
     }
 
     /// Has the file system set the room apart now, so that it cannot run out half-way. File
@@ -926,20 +922,9 @@ impl Partial {
     }
 }
 
-/// Removes a file when dropped, if it is still there.
+/// Removes a file when dropped, if it is still there and was not left.
 #[derive(Debug)]
-struct Unlink(PathBuf);
-
-impl Drop for Unlink {
-    fn drop(&mut self) {
-        match fs::remove_file(&self.0) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                warn!(path = %self.0.display(), error = %e, "cannot remove a partial file");
-            }
-            _ => {}
-        }
-    }
-}
+struct Unlink(Option<PathBuf>);
 
 fn sync_dir(dir: &Path) -> Result<(), PayloadError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", dir))

@@ -13,6 +13,9 @@
 //! and names the holder that sent it. What memory a transfer takes is the stream's window and the
 //! queue, whatever the payload's size.
 //!
+//! What was verified stays when a transfer ends early, and the next one, from whomever, asks for the
+//! rest ([`crate::payload`]).
+//!
 //! Those who want the same payload at the same time share one transfer; if it fails, each of the
 //! others tries the holder that it named itself. A transfer that nobody waits for any more is
 //! given up.
@@ -21,6 +24,7 @@ use std::{
     collections::VecDeque,
     io,
     net::SocketAddr,
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -47,8 +51,9 @@ use tracing::{debug, warn};
 use super::{
     Shared,
     dial::{Answered, LinkError, link_error},
-    frame::{Code, Get, Refusal, Refused, Request, Response},
+    frame::{Code, Get, MAX_RANGES, Refusal, Refused, Request, Response},
     lock, name,
+    serve::chunk_ranges,
     stream::{Pace, Stalled},
 };
 use crate::payload::{PayloadError, Receiving, Root};
@@ -70,7 +75,7 @@ pub struct FetchStats {
     pub joined: bool,
 }
 
-/// Why a payload did not come. Nothing of it is kept.
+/// Why a payload did not come. What was verified of it is kept for another try.
 #[derive(Debug, Clone, Error)]
 pub enum FetchError {
     /// The holder could not be asked, or said no.
@@ -317,8 +322,20 @@ async fn transfer(
     let store = shared.store.clone();
     let receiving = spawn_blocking(move || store.receive(root, size)).await;
     let receiving = receiving.map_err(|_| LinkError::Closed)??;
+    let ranges = wanted_of(&receiving);
+    if ranges.as_ref().is_some_and(Vec::is_empty) {
+        // All of it had come when the last transfer ended.
+        let kept = spawn_blocking(move || receiving.keep()).await;
+        kept.map_err(|_| LinkError::Closed)??;
+        return Ok(FetchStats { bytes: 0, took: start.elapsed(), joined: false });
+    }
+    let ranges = ranges.unwrap_or_default();
+    let bytes = if ranges.is_empty() { size } else { ranges.iter().map(|r| r.end - r.start).sum() };
+    if !ranges.is_empty() {
+        debug!(%root, bytes, of = size, "goes on with a payload");
+    }
 
-    let get = Request::Get(Get { root, size, ranges: Vec::new() });
+    let get = Request::Get(Get { root, size, ranges: ranges.clone() });
     let frame = get.encode().map_err(LinkError::Request)?;
     let asked = shared.request(peer, &wanted.addresses, &frame, true).await;
     let Answered { mut send, mut recv, response } = asked.map_err(|e| match e {
@@ -338,10 +355,11 @@ async fn transfer(
     }
 
     let (groups, queue) = mpsc::channel(WRITE_BEHIND);
-    let tree = receiving.tree();
+    let (tree, ranges) = (receiving.tree(), chunk_ranges(&ranges, size));
     let (verifier, progress) = (shared.clone(), state.clone());
+    let verified_ranges = ranges.clone();
     let mut verified = spawn_blocking(move || {
-        let verifying = verify(&verifier, receiving, queue, progress);
+        let verifying = verify(&verifier, receiving, verified_ranges, queue, progress);
         Handle::current().block_on(verifying)
     });
     let mut gather = Gather {
@@ -356,7 +374,7 @@ async fn transfer(
     let (gathered, verified) = tokio::select! {
         biased;
         verified = &mut verified => (Ok(()), verified),
-        gathered = gather.all(tree, groups) => (gathered, verified.await),
+        gathered = gather.all(tree, ranges, groups) => (gathered, verified.await),
     };
     let received = gather.received;
     let outcome = match verified {
@@ -374,7 +392,7 @@ async fn transfer(
                 FetchError::Truncated { peer, root, received }
             }
         }),
-        Ok(Ok(())) => Ok(FetchStats { bytes: size, took: start.elapsed(), joined: false }),
+        Ok(Ok(())) => Ok(FetchStats { bytes, took: start.elapsed(), joined: false }),
     };
     // The verdict, for the holder.
     match &outcome {
@@ -391,6 +409,23 @@ async fn transfer(
         }
     }
     outcome
+}
+
+/// What of a payload is to be asked for: none when that is all of it, an empty list when nothing is.
+fn wanted_of(receiving: &Receiving) -> Option<Vec<Range<u64>>> {
+    if receiving.here().is_empty() {
+        return None;
+    }
+    let mut missing = receiving.missing();
+    if missing.len() > MAX_RANGES {
+        // What lies between the last of them comes again.
+        let end = missing.last().map_or(0, |range| range.end);
+        missing.truncate(MAX_RANGES);
+        if let Some(last) = missing.last_mut() {
+            last.end = end;
+        }
+    }
+    Some(missing)
 }
 
 /// Why not all of a payload's stream was gathered.
@@ -415,11 +450,12 @@ impl Gather<'_> {
     async fn all(
         &mut self,
         tree: BaoTree,
+        ranges: ChunkRanges,
         groups: mpsc::Sender<Gathered>,
     ) -> Result<(), NotGathered> {
         // The tree says what comes: nothing that is sent decides how much is taken.
         let mut len = 0;
-        for item in ResponseIter::new(tree, ChunkRanges::all()) {
+        for item in ResponseIter::new(tree, ranges) {
             match item {
                 BaoChunk::Parent { .. } => len += 64,
                 BaoChunk::Leaf { size, .. } => {
@@ -499,13 +535,14 @@ enum Unverified {
 async fn verify(
     shared: &Shared,
     mut receiving: Receiving,
+    ranges: ChunkRanges,
     queue: mpsc::Receiver<Gathered>,
     progress: watch::Sender<Transfer>,
 ) -> Result<(), Unverified> {
     let root = receiving.root().hash();
     let source = Source { queue, group: Bytes::new() };
-    let mut decoder = ResponseDecoder::new(root, ChunkRanges::all(), receiving.tree(), source);
-    let mut verified = 0;
+    let mut decoder = ResponseDecoder::new(root, ranges, receiving.tree(), source);
+    let mut verified = receiving.bytes();
     let mut source = loop {
         match decoder.next().await {
             ResponseDecoderNext::Done(source) => break source,

@@ -446,13 +446,19 @@ async fn write(
     Ok(())
 }
 
-/// The ranges in bao-tree's terms. None at all is all.
-pub(super) fn chunk_ranges(ranges: &[Range<u64>]) -> ChunkRanges {
+/// The ranges of a payload of `size` bytes in bao-tree's terms. None at all is all. What reaches to
+/// the end has none: with one there bao-tree takes the last group for one that is asked for in part.
+pub(super) fn chunk_ranges(ranges: &[Range<u64>], size: u64) -> ChunkRanges {
     if ranges.is_empty() {
         return ChunkRanges::all();
     }
     ranges.iter().fold(ChunkRanges::empty(), |all, range| {
-        all | ChunkRanges::from(ChunkNum(range.start / 1024)..ChunkNum(range.end.div_ceil(1024)))
+        let start = ChunkNum(range.start / 1024);
+        all | if range.end >= size {
+            ChunkRanges::from(start..)
+        } else {
+            ChunkRanges::from(start..ChunkNum(range.end.div_ceil(1024)))
+        }
     })
 }
 
@@ -471,7 +477,8 @@ async fn encode(
     let root = payload.root().hash();
     let outboard = PreOrderOutboard { root, tree: payload.tree(), data: Pairs(payload) };
     let queue = Queue { pieces, pairs: BytesMut::new() };
-    fsm::encode_ranges(Groups(payload), outboard, &chunk_ranges(ranges), queue).await
+    fsm::encode_ranges(Groups(payload), outboard, &chunk_ranges(ranges, payload.size()), queue)
+        .await
 }
 
 /// Reads groups. Blocks, and is only polled on a thread for that.

@@ -60,6 +60,19 @@ impl Node {
         Self { data, arrivals, store, dir }
     }
 
+    /// The same node after its process ended.
+    async fn again(self, seed: u8) -> Self {
+        let Self { data, store, dir, .. } = self;
+        data.close().await;
+        drop((data, store));
+        let limits = Limits { keep_free: 0, ..Limits::default() };
+        let store = PayloadStore::open_dir(dir.path(), limits).expect("a store");
+        let config = DataConfig::new(([127, 0, 0, 1], 0).into());
+        let (data, arrivals) = Data::start(config, [seed; 32], store.clone(), Arc::new(|_| true))
+            .expect("starts again");
+        Self { data, arrivals, store, dir }
+    }
+
     fn import(&self, content: &[u8]) -> (Root, u64) {
         let size = Declared::Exactly(content.len() as u64);
         let held = self.store.import(Cursor::new(content), size).expect("imports");
@@ -309,12 +322,54 @@ async fn a_wrong_byte_names_the_holder_and_the_holder_finds_it() {
         );
         assert_eq!(fetched.expect_err("fails").blames(), Some(peer));
         assert_eq!(asker.store.has(wanted.0), None);
-        until("nothing is left of it", || asker.partial_files() == 0).await;
+        // What came before the wrong byte rests, with its marks.
+        let rests = if group > 0 { 3 } else { 0 };
+        until("the transfer is over", || asker.partial_files() == rests).await;
         // The complaint makes the holder look, and set its copy aside.
         until("the holder sets it aside", || holder.store.has(wanted.0).is_none()).await;
         let fetched = asker.fetch_from(&holder, wanted).await;
         assert!(matches!(fetched, Err(FetchError::NotHeld { .. })), "{fetched:?}");
+        // Somebody else has the rest.
+        let honest = Node::new(3);
+        honest.import(&content(len));
+        let fetched = asker.fetch_from(&honest, wanted).await.expect("fetches");
+        assert_eq!(fetched.bytes, wanted.1 - group);
+        asker.store.verify(wanted.0).expect("it is whole");
+        until("nothing is left of the transfer", || asker.partial_files() == 0).await;
     }
+}
+
+/// Three transfers that each end early, by a holder that has only so much, and a start in between.
+#[tokio::test]
+async fn a_payload_comes_in_parts_and_each_part_once() {
+    let bytes = content(40 * G + 11);
+    let (root, size) = (Root::of(&bytes), bytes.len() as u64);
+    let mut asker = Node::new(2);
+    let mut came = 0;
+    for (seed, groups) in [(20, 5_u64), (21, 23), (22, 39)] {
+        let holder = Node::new(seed);
+        holder.import(&bytes);
+        let path = holder.dir.path().join(format!("{root}.data"));
+        let file = OpenOptions::new().write(true).open(path).expect("opens");
+        file.set_len(groups * GROUP_BYTES).expect("truncates");
+        let fetched = asker.fetch_from(&holder, (root, size)).await;
+        assert!(matches!(fetched, Err(FetchError::GivenUp { .. })), "{fetched:?}");
+        // What the holder had sent and took back with the stream may or may not have come.
+        came += asker.data.stats().payload_received;
+        assert!(came <= groups * GROUP_BYTES, "{came} of {groups} groups");
+        asker = asker.again(2).await;
+    }
+    let holder = Node::new(1);
+    holder.import(&bytes);
+    let mut heard = Vec::new();
+    let fetched = asker.data.fetch(holder.key(), holder.addresses(), root, size, |at| {
+        heard.push(at);
+    });
+    assert_eq!(fetched.await.expect("fetches").bytes, size - came);
+    assert!(heard.iter().all(|at| *at == 0 || *at > came), "progress counts what was there");
+    asker.store.verify(root).expect("it is whole");
+    assert_eq!(holder.data.stats().payload_sent, size - came);
+    until("nothing is left of the transfers", || asker.partial_files() == 0).await;
 }
 
 #[tokio::test]
@@ -366,7 +421,8 @@ async fn a_size_that_is_not_the_payloads_is_refused() {
 
 #[tokio::test]
 async fn streams_that_end_wrong_are_told_apart() {
-    let asker = Node::new(2);
+    // Each time another one: what came of one transfer would be gone on from in the next.
+    let asker = || Node::new(2);
     let bytes = content(4 * G + 5);
     let (root, size) = (Root::of(&bytes), bytes.len() as u64);
     let whole = encoded(&bytes, &ChunkRanges::all());
@@ -378,7 +434,7 @@ async fn streams_that_end_wrong_are_told_apart() {
         let _ = send.finish();
     };
     let liar = Liar::sending(10, ready.clone(), half.clone(), finish);
-    let fetched = liar.feed(&asker, root, size).await;
+    let fetched = liar.feed(&asker(), root, size).await;
     assert!(
         matches!(fetched, Err(FetchError::Truncated { received, .. }) if received == sent),
         "{fetched:?}"
@@ -387,7 +443,7 @@ async fn streams_that_end_wrong_are_told_apart() {
     let mut longer = whole.clone();
     longer.push(0);
     let liar = Liar::sending(11, ready.clone(), longer, finish);
-    let fetched = liar.feed(&asker, root, size).await;
+    let fetched = liar.feed(&asker(), root, size).await;
     assert!(matches!(fetched, Err(FetchError::Trailing { .. })), "{fetched:?}");
 
     let go = Arc::new(Notify::new());
@@ -399,7 +455,8 @@ async fn streams_that_end_wrong_are_told_apart() {
             let _ = send.reset(VarInt::from_u32(Code::Closing as u32));
         }
     });
-    let fetched = asker.data.fetch(liar.key, vec![liar.address], root, size, |at| {
+    let waiting = asker();
+    let fetched = waiting.data.fetch(liar.key, vec![liar.address], root, size, |at| {
         if at > 0 {
             go.notify_one();
         }
@@ -420,18 +477,17 @@ async fn streams_that_end_wrong_are_told_apart() {
                 let _ = send.stopped().await;
             }
         });
-        let fetched = liar.feed(&asker, root, size).await;
+        let fetched = liar.feed(&asker(), root, size).await;
         assert!(
             matches!(fetched, Err(FetchError::Link(LinkError::Malformed { .. }))),
             "{fetched:?}"
         );
     }
 
-    assert_eq!(asker.store.list(), []);
-    until("nothing is left of them", || asker.partial_files() == 0).await;
+    assert_eq!(waiting.store.list(), []);
     // The same bytes, sent well, are taken from the same kind of peer.
     let honest = Liar::sending(14, ready, whole, finish);
-    assert_eq!(honest.feed(&asker, root, size).await.expect("fetches").bytes, size);
+    assert_eq!(honest.feed(&asker(), root, size).await.expect("fetches").bytes, size);
 }
 
 #[tokio::test]
@@ -535,7 +591,7 @@ async fn ranges_are_served_and_verify_alone() {
         send.write_all(&get.encode().expect("encodes")).await.expect("asks");
         read_frame(&mut recv, MAX_RESPONSE).await.expect("a response");
         let body = recv.read_to_end(10 * G).await.expect("the ranges");
-        let (chunks, tree) = (chunk_ranges(&ranges), BaoTree::new(size, GROUP));
+        let (chunks, tree) = (chunk_ranges(&ranges, size), BaoTree::new(size, GROUP));
         let items = sync::DecodeResponseIter::new(root.hash(), tree, &body[..], &chunks);
         let mut expected = ranges.iter().flat_map(|r| r.clone().step_by(G));
         for item in items {
