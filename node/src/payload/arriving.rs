@@ -303,27 +303,30 @@ impl Marks {
         Ok((partial, outboard, marked))
     }
 
-    /// So many groups came, which makes it all those in `here`.
+    /// So many groups came, which makes it all those in `here`. Marks that cannot be written, on a
+    /// disk that is full, say, are not worth the transfer.
     fn came(&mut self, new: u64, here: &Groups, partial: &Partial) -> Result<(), PayloadError> {
         self.unmarked += new;
         self.unsynced += new;
-        if self.unsynced >= SYNC_EVERY {
+        let durably = self.unsynced >= SYNC_EVERY;
+        if durably {
             let sync =
                 |file: &File, path: &Path| file.sync_data().map_err(io_error("syncing", path));
             sync(&partial.data, &partial.data_path)?;
             sync(&partial.outboard, &partial.outboard_path)?;
             self.synced = here.clone();
             self.unsynced = 0;
-            return self.write(here, true);
         }
-        if self.unmarked >= MARK_EVERY {
-            return self.write(here, false);
+        if durably || self.unmarked >= MARK_EVERY {
+            self.unmarked = 0;
+            if let Err(error) = self.write(here, durably) {
+                debug!(root = %self.name.0, %error, "what came of a payload is not marked");
+            }
         }
         Ok(())
     }
 
-    fn write(&mut self, here: &Groups, durably: bool) -> Result<(), PayloadError> {
-        self.unmarked = 0;
+    fn write(&self, here: &Groups, durably: bool) -> Result<(), PayloadError> {
         if here.runs().len() > MAX_RUNS {
             return Ok(());
         }
