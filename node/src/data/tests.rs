@@ -52,6 +52,16 @@ impl Node {
         admit: Admit,
     ) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
+        Self::start(dir, seed, configure, limits, admit)
+    }
+
+    fn start(
+        dir: tempfile::TempDir,
+        seed: u8,
+        configure: impl FnOnce(&mut DataConfig),
+        limits: Limits,
+        admit: Admit,
+    ) -> Self {
         let store = PayloadStore::open_dir(dir.path(), limits).expect("a store");
         let mut config = DataConfig::new(([127, 0, 0, 1], 0).into());
         configure(&mut config);
@@ -66,11 +76,7 @@ impl Node {
         data.close().await;
         drop((data, store));
         let limits = Limits { keep_free: 0, ..Limits::default() };
-        let store = PayloadStore::open_dir(dir.path(), limits).expect("a store");
-        let config = DataConfig::new(([127, 0, 0, 1], 0).into());
-        let (data, arrivals) = Data::start(config, [seed; 32], store.clone(), Arc::new(|_| true))
-            .expect("starts again");
-        Self { data, arrivals, store, dir }
+        Self::start(dir, seed, |_| {}, limits, Arc::new(|_| true))
     }
 
     fn import(&self, content: &[u8]) -> (Root, u64) {

@@ -37,6 +37,8 @@ use bao_tree::io::{Leaf, Parent, sync};
 use leasehold_proto::base::groups::{GROUP_BYTES, Groups, groups_of};
 use tracing::{debug, warn};
 
+use crate::clock;
+
 use super::{
     Imported, Inner, Partial, PayloadError, PayloadStore, Reservation, Root, Unlink, io_error,
     lock, on_disk, sync_dir, tree,
@@ -207,14 +209,9 @@ impl Receiving {
 
     /// The bytes that are missing, in runs of whole groups, ascending.
     pub(crate) fn missing(&self) -> Vec<Range<u64>> {
-        let (size, groups) = (self.tree.size(), groups_of(self.tree.size()));
-        let mut missing = Vec::new();
-        let mut at = 0;
-        while let Some(gap) = self.here.gap(at..groups) {
-            missing.push(gap.start * GROUP_BYTES..(gap.end * GROUP_BYTES).min(size));
-            at = gap.end;
-        }
-        missing
+        let size = self.tree.size();
+        let bytes = |gap: Range<u64>| gap.start * GROUP_BYTES..(gap.end * GROUP_BYTES).min(size);
+        self.here.gaps(0..groups_of(size)).map(bytes).collect()
     }
 
     /// Writes a verified group.
@@ -282,7 +279,7 @@ impl Marks {
             name,
             file: Unlink::new(path.clone()),
             path,
-            boot: boot(),
+            boot: clock::boot_id().0,
             synced: Groups::new(),
             unmarked: 0,
             unsynced: 0,
@@ -357,14 +354,6 @@ impl Drop for Marks {
     fn drop(&mut self) {
         lock(&self.store.held).arriving.remove(&self.name);
     }
-}
-
-/// Names this boot of the host; all zero where that cannot be told, which no marks are of.
-fn boot() -> [u8; 16] {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let mut id = [0; 16];
-    id.copy_from_slice(&blake3::hash(text.trim().as_bytes()).as_bytes()[..16]);
-    if text.is_empty() { [0; 16] } else { id }
 }
 
 /// The name that a file in the directory of what arrives has, if it has one.
@@ -553,7 +542,7 @@ mod tests {
             come(&mut receiving, came - 1..came);
             let marks = store.inner.stem(&(root(1), SIZE)).with_extension("groups");
             let here = read_marks(&marks).ok();
-            let here = here.and_then(|read| decode(&read, &(root(1), SIZE), &boot()));
+            let here = here.and_then(|read| decode(&read, &(root(1), SIZE), &clock::boot_id().0));
             let known = here.map_or(0, |here| here.len());
             assert!(known + MARK_EVERY > came, "{known} of {came}");
         }

@@ -103,9 +103,7 @@ impl Groups {
     /// Whether any of `range` is in it.
     #[must_use]
     pub fn touches(&self, range: Range<u64>) -> bool {
-        let Range { start, end } = range;
-        let reaches = self.run_before(start).is_some_and(|(_, to)| to > start);
-        start < end && (reaches || self.run_from(start).is_some_and(|(from, _)| from < end))
+        self.overlap(range).is_some()
     }
 
     /// The first run of `range` that is not in it.
@@ -130,16 +128,30 @@ impl Groups {
         (run.start < run.end).then_some(run)
     }
 
+    /// The runs of `range` that are not in it, ascending.
+    pub fn gaps(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        let Range { mut start, end } = range;
+        std::iter::from_fn(move || {
+            let gap = self.gap(start..end)?;
+            start = gap.end;
+            Some(gap)
+        })
+    }
+
+    /// The runs of `range` that are in it, ascending.
+    pub fn overlaps(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        let Range { mut start, end } = range;
+        std::iter::from_fn(move || {
+            let run = self.overlap(start..end)?;
+            start = run.end;
+            Some(run)
+        })
+    }
+
     /// How many of `range` are in it.
     #[must_use]
     pub fn count(&self, range: Range<u64>) -> u64 {
-        let mut missing = 0;
-        let mut at = range.start;
-        while let Some(gap) = self.gap(at..range.end) {
-            missing += gap.end - gap.start;
-            at = gap.end;
-        }
-        (range.end.saturating_sub(range.start)) - missing
+        self.overlaps(range).map(|run| run.end - run.start).sum()
     }
 
     /// The run that begins before `at`, or at it, and is the last of those.

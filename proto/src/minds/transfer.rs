@@ -174,15 +174,7 @@ impl Transfer {
         good.flat_map(|holder| holder.has.runs()).for_each(|run| {
             could.insert(run);
         });
-        let mut at = 0;
-        while let Some(gap) = self.here.gap(at..self.groups) {
-            if could.covers(gap.clone()) {
-                at = gap.end;
-            } else {
-                return true;
-            }
-        }
-        false
+        !self.here.gaps(0..self.groups).all(|gap| could.covers(gap))
     }
 
     /// A holder is found, or has another part than before.
@@ -338,24 +330,11 @@ impl Transfer {
         }
         self.taken.remove(closed.left.clone());
         let others = self.asks.values().map(|other| other.left.clone());
-        let still: Vec<_> = others.chain(self.here_in(&closed.left)).collect();
+        let still: Vec<_> = others.chain(self.here.overlaps(closed.left.clone())).collect();
         for run in still {
             self.taken.insert(run);
         }
         Some(closed)
-    }
-
-    /// The runs of `range` that are here.
-    fn here_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
-        let (mut at, mut found) = (range.start, Vec::new());
-        while at < range.end {
-            let gap = self.here.gap(at..range.end).unwrap_or(range.end..range.end);
-            if at < gap.start {
-                found.push(at..gap.start);
-            }
-            at = gap.end;
-        }
-        found
     }
 
     fn usable(&self, now: Boot) -> impl Iterator<Item = (&KeyId, &Holder)> {
@@ -454,7 +433,7 @@ impl Transfer {
         if self.holders.values().filter(awake).all(|holder| self.has_all(holder)) {
             return false;
         }
-        let missing: Groups = self.gaps(&self.here).collect();
+        let missing: Groups = self.here.gaps(0..self.groups).collect();
         let (mut some, mut all) = (0, 0);
         let mut bring = Groups::new();
         for holder in self.holders.values().filter(awake) {
@@ -473,19 +452,9 @@ impl Transfer {
         if some == 0 {
             return false;
         }
-        let theirs: u64 = self.gaps(&self.taken).map(|gap| bring.count(gap)).sum();
+        let theirs: u64 = self.taken.gaps(0..self.groups).map(|gap| bring.count(gap)).sum();
         let (part, of) = SPARE;
         theirs > 0 && u128::from(theirs) * all * of <= u128::from(missing.len()) * some * part
-    }
-
-    /// The runs that are not in `set`.
-    fn gaps<'a>(&'a self, set: &'a Groups) -> impl Iterator<Item = Range<u64>> + 'a {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let gap = set.gap(at..self.groups)?;
-            at = gap.end;
-            Some(gap)
-        })
     }
 
     /// The second half of what is left of the ask that would take longest, if this holder is
