@@ -162,7 +162,9 @@ fn commit_until(dir: &Path, most: u64, close: bool) {
     let (store, opened) = Store::open(dir, config()).expect("opens");
     let mut next = reached(&state_of(&opened)) + 1;
     while next <= most {
-        let some = next % 5 + 1;
+        // One or two: how many share a sync is up to the scheduler, that none of these groups shares
+        // one with the next is not.
+        let some = next % 3 + 1;
         let waiting: Vec<_> = (next..next + some)
             .map(|number| store.submit_blocking(numbered(number)).expect("accepted"))
             .collect();
