@@ -6,7 +6,8 @@
 //! | `tls` | who is at the other end |
 //! | `dial` | connections to others |
 //! | `serve` | what others are answered |
-//! | `fetch` | a payload from a holder to a verified file |
+//! | `fetch` | a payload from its holders to a verified file |
+//! | `have` | what of a payload a node has, told to those who want it |
 //! | `stream` | the halves of a stream, and the pace they keep |
 //!
 //! ```text
@@ -27,6 +28,7 @@ pub mod frame;
 
 mod dial;
 mod fetch;
+mod have;
 mod serve;
 mod stream;
 #[cfg(test)]
@@ -60,7 +62,7 @@ use crate::payload::{PayloadStore, Root};
 
 pub use self::{
     dial::LinkError,
-    fetch::{FetchError, FetchStats},
+    fetch::{FetchError, FetchStats, Holder, Progress},
     serve::Arriving,
     stream::{RecvHalf, SendHalf},
     tls::IdentityError,
@@ -134,8 +136,10 @@ pub struct DataConfig {
     pub max_fetching: usize,
     /// Payloads that one peer may be sent at once.
     pub max_serving_per_key: usize,
-    /// Payloads that are fetched from one holder at once: a slow one holds up its own only.
-    pub max_fetching_per_key: usize,
+    /// Parts of payloads that are asked for at once; more wait.
+    pub max_asking: usize,
+    /// Of them, those asked of one holder: a slow one holds up its own only.
+    pub max_asking_per_key: usize,
     /// Streams to the node that wait to be taken up; more are refused as busy.
     pub max_arriving: usize,
     /// How long a handshake may take.
@@ -170,7 +174,8 @@ impl DataConfig {
             max_serving: 32,
             max_fetching: 32,
             max_serving_per_key: 8,
-            max_fetching_per_key: 4,
+            max_asking: 64,
+            max_asking_per_key: 8,
             max_arriving: 64,
             handshake_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),
@@ -269,6 +274,8 @@ pub struct DataStats {
     pub fetched: u64,
     /// Fetches that failed.
     pub fetches_failed: u64,
+    /// Holders that nothing more of a payload was taken from, since what they sent was not of it.
+    pub bad_holders: u64,
 }
 
 #[derive(Debug, Default)]
@@ -295,6 +302,7 @@ struct Counters {
     streams: Counter,
     fetched: Counter,
     fetches_failed: Counter,
+    bad_holders: Counter,
 }
 
 /// At most so many at once for each peer.
@@ -336,8 +344,9 @@ struct Shared {
     transfers: Mutex<Transfers>,
     serving: Arc<Semaphore>,
     fetching: Semaphore,
+    asking: Semaphore,
     serving_each: PerKey,
-    fetching_each: PerKey,
+    asking_each: PerKey,
     examining: Arc<Semaphore>,
     examined: Mutex<Examined>,
 }
@@ -410,8 +419,8 @@ impl Data {
 
         let runtime = Builder::new_current_thread()
             .enable_all()
-            // A reader per payload sent, a verifier per payload fetched, and short errands.
-            .max_blocking_threads(config.max_serving + config.max_fetching + 16)
+            // A reader per payload sent, a verifier per part asked for, and short errands.
+            .max_blocking_threads(config.max_serving + config.max_asking + 16)
             .thread_name("data-disk")
             .build()
             .map_err(StartError::Thread)?;
@@ -440,7 +449,8 @@ impl Data {
             serving: Arc::new(Semaphore::new(config.max_serving)),
             fetching: Semaphore::new(config.max_fetching),
             serving_each: PerKey::new(config.max_serving_per_key),
-            fetching_each: PerKey::new(config.max_fetching_per_key),
+            asking: Semaphore::new(config.max_asking),
+            asking_each: PerKey::new(config.max_asking_per_key),
             examining: Arc::new(Semaphore::new(1)),
             examined: Mutex::default(),
             config,
@@ -478,21 +488,25 @@ impl Data {
         self.shared.identity.public
     }
 
-    /// Fetches the payload `root` of `size` bytes from `peer` into the store: verified, and on
+    /// Fetches the payload `root` of `size` bytes from `holders` into the store: verified, and on
     /// disk when this returns. Root and size must come from an order or a signed index. A payload
-    /// that is held costs nothing; one that is on its way is waited for. `progress` hears how
-    /// many bytes are verified so far. Dropping the future gives the transfer up, unless others
-    /// wait for it too.
+    /// that is held costs nothing; one that is on its way is waited for, and `holders` are asked,
+    /// too. `progress` hears how far it is. Dropping the future gives the transfer up, unless
+    /// others wait for it too.
     pub async fn fetch(
         &self,
-        peer: [u8; 32],
-        addresses: Vec<SocketAddr>,
+        holders: Vec<Holder>,
         root: Root,
         size: u64,
-        progress: impl FnMut(u64),
+        progress: impl FnMut(Progress),
     ) -> Result<FetchStats, FetchError> {
-        let wanted = Wanted { peer, addresses, root, size };
+        let wanted = Wanted { root, size, holders };
         fetch::fetch(&self.shared, &self.runtime, wanted, progress).await
+    }
+
+    /// Names more holders of a payload, for the case that it is being fetched.
+    pub fn name_holders(&self, root: Root, size: u64, holders: Vec<Holder>) {
+        fetch::name_holders(&self.shared, root, size, holders);
     }
 
     /// Opens a stream to what `channel` means at `peer`, with at most
@@ -551,6 +565,7 @@ impl Data {
             streams: counters.streams.get(),
             fetched: counters.fetched.get(),
             fetches_failed: counters.fetches_failed.get(),
+            bad_holders: counters.bad_holders.get(),
         }
     }
 

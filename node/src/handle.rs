@@ -11,7 +11,7 @@ use leasehold_proto::{KeyId, LeaseId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::attach::{self, AttachError, Attached};
-use crate::data::{Data, FetchError, FetchStats};
+use crate::data::{Data, FetchError, FetchStats, Holder};
 use crate::payload::{PayloadStore, Root};
 use crate::records::{self, ProofError};
 use crate::run::Counts;
@@ -170,7 +170,8 @@ impl Handle {
             Ok(Reply::Reached(_, addresses)) => addresses,
             _ => Vec::new(),
         };
-        self.inner.data.fetch(holder.0, addresses, root, size, |_| {}).await
+        let holders = vec![Holder { key: holder.0, addresses, whole: true }];
+        self.inner.data.fetch(holders, root, size, |_| {}).await
     }
 
     /// Everything that proves a lease this node granted or holds, as kept on disk.

@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
 use crate::clock;
 use crate::data::frame::Refusal;
-use crate::data::{Arriving, Data, FetchError, LinkError};
+use crate::data::{Arriving, Data, FetchError, Holder, LinkError};
 use crate::handle::Asked;
 use crate::payload::{PayloadStore, Root};
 use crate::work::{self, Spec, Stream, Work, WorkEvent};
@@ -464,8 +464,9 @@ impl Jobs {
     ) -> Result<(), Outcome> {
         let (root, size) = (root_of(&payload), payload.size);
         loop {
-            let from = (start.delegate.0, delegate.sources.clone());
-            let fetched = self.inner.data.fetch(from.0, from.1, root, size, |_| {}).await;
+            let (key, addresses) = (start.delegate.0, delegate.sources.clone());
+            let holders = vec![Holder { key, addresses, whole: true }];
+            let fetched = self.inner.data.fetch(holders, root, size, |_| {}).await;
             let error = match fetched {
                 Ok(stats) => {
                     tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");

@@ -174,6 +174,7 @@ fn inside(registry: &mut Registry, handle: &Handle) {
         ("data_streams", "Streams that others opened", data.streams),
         ("data_fetched", "Payloads fetched", data.fetched),
         ("data_fetches_failed", "Fetches that failed", data.fetches_failed),
+        ("data_bad_holders", "Holders that sent what was not the payload", data.bad_holders),
     ] {
         count(registry, name, help, value);
     }

@@ -25,7 +25,7 @@
 mod arriving;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
@@ -33,7 +33,7 @@ use std::{
     path::{Path, PathBuf},
     str::FromStr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -52,7 +52,7 @@ use tokio::{
 };
 use tracing::warn;
 
-pub(crate) use arriving::Receiving;
+pub(crate) use arriving::{Part, Receiving};
 
 /// [`GROUP_BYTES`] in bao-tree's terms: 2^8 chunks of 1024 bytes.
 pub(crate) const GROUP: BlockSize = BlockSize::from_chunk_log(8);
@@ -205,6 +205,9 @@ pub enum PayloadError {
     /// No payload of this name is held.
     #[error("payload {0} is not held")]
     NotHeld(Root),
+    /// It is on its way already.
+    #[error("payload {0} is on its way already")]
+    Arriving(Root),
     /// The bytes on disk do not match their name. They were set aside.
     #[error("payload {0} no longer matches its name on disk; it was set aside")]
     Corrupt(Root),
@@ -263,7 +266,7 @@ struct Held {
     /// The part of `reserved` that the file system has not set apart yet.
     unallocated: u64,
     /// What a transfer has under way.
-    arriving: BTreeSet<arriving::Name>,
+    arriving: BTreeMap<arriving::Name, Weak<Receiving>>,
     /// What came of payloads whose transfer ended.
     resting: AtRest,
     /// Numbers them.

@@ -260,7 +260,9 @@ impl From<PayloadError> for ApiError {
             }
             PayloadError::WrongSize { .. } => Self::field("size", said),
             PayloadError::Source(_) => Self::field("body", said),
-            PayloadError::NotHeld(_) | PayloadError::Corrupt(_) => Self::not_found(said),
+            PayloadError::NotHeld(_) | PayloadError::Arriving(_) | PayloadError::Corrupt(_) => {
+                Self::not_found(said)
+            }
             PayloadError::Io { .. } => Self::internal("keeping or reading a payload", &said),
         }
     }

@@ -1,68 +1,99 @@
-//! The asking side: a payload from a holder to a verified file.
+//! The asking side: a payload from all who hold it to a verified file.
 //!
 //! ```text
-//!   network                        data thread                       blocking thread
-//! ┌─────────┐  packets  ┌───────────────────────────────┐ queue  ┌─────────────────────────┐
-//! │ holder  │ ────────> │ pairs and one group, gathered │ ─────> │ verify, write, at the   │
-//! └─────────┘           │ in one buffer; pace is kept   │  of 4  │ end sync and rename     │
-//!                       └───────────────────────────────┘        └─────────────────────────┘
+//!  those who want it        one task for each payload                     holders
+//! ┌──────────────────┐     ┌─────────────────────────────┐   ask     ┌──────────────┐
+//! │ fetch: progress, │ <── │ what of whom: the mind in   │ ────────> │ runs of      │
+//! │ and how it ended │ ──> │ proto decides, this does    │   have    │ groups; what │
+//! └──────────────────┘     │ and tells it what came of it│ ────────> │ each has     │
+//!        holders           └─────────────────────────────┘           └──────────────┘
 //! ```
 //!
-//! Root and size are the caller's, from an order or a signed index; the holder's word counts for
-//! nothing. Every group is verified before it is written, so a wrong byte costs at most one group
-//! and names the holder that sent it. What memory a transfer takes is the stream's window and the
-//! queue, whatever the payload's size.
+//! Root and size are the caller's, from an order or a signed index; a holder's word counts for
+//! nothing. Every group is verified before it is written ([`ask`]), so a wrong byte costs at most one
+//! group and names the holder that sent it. What memory an ask takes is the stream's window and a
+//! short queue, whatever the payload's size.
+//!
+//! A holder that the caller says has all of it is asked at once. Of any other one it is first asked
+//! what it has, and it tells as that becomes more ([`super::have`]).
 //!
 //! What was verified stays when a transfer ends early, and the next one, from whomever, asks for the
-//! rest ([`crate::payload`]).
-//!
-//! Those who want the same payload at the same time share one transfer; if it fails, each of the
-//! others tries the holder that it named itself. A transfer that nobody waits for any more is
-//! given up.
+//! rest ([`crate::payload`]). Those who want the same payload at the same time share one transfer and
+//! the holders that each of them knows. A transfer that nobody waits for any more is given up.
+
+mod ask;
 
 use std::{
-    collections::VecDeque,
-    io,
+    collections::HashMap,
+    mem,
     net::SocketAddr,
-    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bao_tree::{
-    BaoTree, ChunkRanges,
-    io::{
-        BaoContentItem, DecodeError,
-        fsm::{ResponseDecoder, ResponseDecoderNext},
-    },
-    iter::{BaoChunk, ResponseIter},
-};
-use bytes::{Bytes, BytesMut};
-use iroh_io::AsyncStreamReader;
-use quinn::ReadError;
+use leasehold_proto::KeyId;
+use leasehold_proto::base::dice::Dice;
+use leasehold_proto::base::groups::{GROUP_BYTES, Groups, groups_of};
+use leasehold_proto::base::time::Boot;
+use leasehold_proto::minds::transfer::{AskId, Do, End, Transfer};
 use thiserror::Error;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
-    task::spawn_blocking,
+    task::{JoinSet, spawn_blocking},
+    time::sleep,
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::ask::Ask;
 use super::{
     Shared,
-    dial::{Answered, LinkError, link_error},
-    frame::{Code, Get, MAX_RANGES, Refusal, Refused, Request, Response},
-    lock, name,
-    serve::chunk_ranges,
-    stream::{Pace, Stalled},
+    dial::LinkError,
+    frame::{Code, Refusal},
+    have, lock, name,
 };
+use crate::clock;
 use crate::payload::{PayloadError, Receiving, Root};
 
-/// How many gathered groups may wait to be verified and written.
-const WRITE_BEHIND: usize = 4;
+/// How much may have happened that the transfer has not looked at.
+const EVENTS: usize = 256;
+/// How many holders may wait to be taken note of.
+const NEWCOMERS: usize = 64;
+/// How many are asked what they have, in one transfer.
+const MAX_WATCHED: usize = 32;
+/// How many times in a row a holder may be lost before it is given up.
+const MAX_LOST: u32 = 3;
+/// How many times in a row it may be too busy: with the rests in between, about a minute and a half.
+const MAX_BUSY: u32 = 16;
+/// For how long a holder that has brought something is waited for when it cannot be reached.
+const COMES_BACK: Duration = Duration::from_secs(30);
+/// For how long more is hoped for from holders that lack what is missing, but may yet get it.
+const HOPE: Duration = Duration::from_secs(30);
+/// After how long a holder that was given up may be tried again, when it is named again.
+const AGAIN: Duration = Duration::from_secs(5);
+/// How long a transfer of the same payload that is being wound up is waited for, at a time.
+const WIND_UP: Duration = Duration::from_millis(10);
 
-/// How many received segments are taken from a stream at once.
-const SEGMENTS: usize = 64;
+/// One who has a payload, or some of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Its key.
+    pub key: [u8; 32],
+    /// Where it serves payloads, best first.
+    pub addresses: Vec<SocketAddr>,
+    /// Whether it is known to have all of it, so that it need not be asked what it has.
+    pub whole: bool,
+}
+
+/// How far a fetch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Bytes that are here and verified, with those of an earlier try.
+    pub bytes: u64,
+    /// Holders that something is under way from.
+    pub holders: usize,
+}
 
 /// What a fetch took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +104,8 @@ pub struct FetchStats {
     pub took: Duration,
     /// Whether this fetch waited for a transfer that another one had begun.
     pub joined: bool,
+    /// Holders that sent some of it.
+    pub holders: usize,
 }
 
 /// Why a payload did not come. What was verified of it is kept for another try.
@@ -152,6 +185,12 @@ pub enum FetchError {
         /// Bytes that came, hash pairs included.
         received: u64,
     },
+    /// Nobody is known who holds it.
+    #[error("nobody is known who holds payload {root}")]
+    NoHolder {
+        /// The payload.
+        root: Root,
+    },
     /// Our own store cannot take it.
     #[error(transparent)]
     Store(Arc<PayloadError>),
@@ -167,7 +206,11 @@ impl FetchError {
             | Self::Trailing { peer, .. }
             | Self::Stalled { peer, .. }
             | Self::Link(LinkError::Malformed { peer, .. }) => Some(*peer),
-            Self::Link(_) | Self::NotHeld { .. } | Self::GivenUp { .. } | Self::Store(_) => None,
+            Self::Link(_)
+            | Self::NotHeld { .. }
+            | Self::NoHolder { .. }
+            | Self::GivenUp { .. }
+            | Self::Store(_) => None,
         }
     }
 }
@@ -178,64 +221,105 @@ impl From<PayloadError> for FetchError {
     }
 }
 
+/// What a transfer's end was when it did not bring the payload.
+#[derive(Debug, Default)]
+pub(super) struct Failed {
+    /// What ended it for everybody.
+    all: Option<FetchError>,
+    /// What each holder came to.
+    of: HashMap<[u8; 32], FetchError>,
+}
+
+impl Failed {
+    fn all(error: impl Into<FetchError>) -> Self {
+        Self { all: Some(error.into()), of: HashMap::new() }
+    }
+
+    /// Whether one of these was tried, or none could have helped.
+    fn speaks_for(&self, holders: &[Holder]) -> bool {
+        self.all.is_some()
+            || holders.is_empty()
+            || holders.iter().any(|h| self.of.contains_key(&h.key))
+    }
+
+    /// What to tell one who named these holders.
+    fn error(&self, root: Root, holders: &[Holder]) -> FetchError {
+        let own = holders.iter().find_map(|holder| self.of.get(&holder.key));
+        let any = self.all.as_ref().or(own).or_else(|| self.of.values().next());
+        any.cloned().unwrap_or(FetchError::NoHolder { root })
+    }
+}
+
 /// Where a transfer is.
 #[derive(Debug, Clone)]
-pub(super) enum Transfer {
-    /// So many bytes are verified.
-    Moving(u64),
-    Ended(Result<FetchStats, FetchError>),
+pub(super) enum State {
+    Moving(Progress),
+    Ended(Result<FetchStats, Arc<Failed>>),
 }
 
-/// The transfers under way. Two sizes of one root are two transfers: one of them is a lie, and
-/// must not spoil the other. So are two holders: a slow one must not hold up who named a quick one.
-pub(super) type Transfers = std::collections::HashMap<Key, watch::Sender<Transfer>>;
+/// The transfers under way. Two sizes of one root are two transfers: one of them is a lie, and must
+/// not spoil the other.
+pub(super) type Transfers = HashMap<(Root, u64), Running>;
 
-/// What is fetched from whom.
-type Key = ([u8; 32], Root, u64);
+/// A transfer under way, as those who want its payload see it.
+#[derive(Debug, Clone)]
+pub(super) struct Running {
+    pub(super) state: watch::Sender<State>,
+    holders: mpsc::Sender<Holder>,
+}
 
-/// What to fetch, and where.
+/// What to fetch, and from whom.
 #[derive(Debug, Clone)]
 pub(super) struct Wanted {
-    pub(super) peer: [u8; 32],
-    pub(super) addresses: Vec<SocketAddr>,
     pub(super) root: Root,
     pub(super) size: u64,
+    pub(super) holders: Vec<Holder>,
 }
 
-/// Fetches `wanted`, or waits for whoever is fetching it. `progress` hears the verified bytes.
+/// Fetches `wanted`, or waits for whoever is fetching it. `progress` hears how far it is.
 pub(super) async fn fetch(
     shared: &Arc<Shared>,
     runtime: &Handle,
     wanted: Wanted,
-    mut progress: impl FnMut(u64),
+    mut progress: impl FnMut(Progress),
 ) -> Result<FetchStats, FetchError> {
+    let Wanted { root, size, .. } = wanted;
     loop {
-        if let Some(actual) = shared.store.has(wanted.root) {
-            let expected = wanted.size;
-            if actual != expected {
-                return Err(PayloadError::WrongSize { expected, actual }.into());
+        if let Some(actual) = shared.store.has(root) {
+            if actual != size {
+                return Err(PayloadError::WrongSize { expected: size, actual }.into());
             }
-            return Ok(FetchStats { bytes: 0, took: Duration::ZERO, joined: false });
+            let took = Duration::ZERO;
+            return Ok(FetchStats { bytes: 0, took, joined: false, holders: 0 });
         }
         let (mut transfer, joined) = join_or_begin(shared, runtime, &wanted);
         let ended = loop {
             // Cloned, so that a slow listener does not hold up the transfer.
             let state = transfer.borrow_and_update().clone();
             match state {
-                Transfer::Moving(bytes) => progress(bytes),
-                Transfer::Ended(ended) => break ended,
+                State::Moving(now) => progress(now),
+                State::Ended(ended) => break ended,
             }
             if transfer.changed().await.is_err() {
-                break Err(LinkError::Closed.into());
+                return Err(LinkError::Closed.into());
             }
         };
         match ended {
-            // Whose fault it was may be another holder's than the one named here.
-            Err(e) if joined && !matches!(e, FetchError::Link(LinkError::Closed)) => {
-                debug!(root = %wanted.root, error = %e, "the transfer that was joined failed");
-            }
-            ended => return ended.map(|stats| FetchStats { joined, ..stats }),
+            Ok(stats) => return Ok(FetchStats { joined, ..stats }),
+            // It was over before it took note of who is named here.
+            Err(failed) if joined && !failed.speaks_for(&wanted.holders) => {}
+            Err(failed) => return Err(failed.error(root, &wanted.holders)),
         }
+    }
+}
+
+/// Names more holders of a payload to the transfer that fetches it, if one does.
+pub(super) fn name_holders(shared: &Shared, root: Root, size: u64, holders: Vec<Holder>) {
+    let transfers = lock(&shared.transfers);
+    let Some(running) = transfers.get(&(root, size)) else { return };
+    for holder in holders {
+        // Who does not fit is named again, or is one of very many.
+        let _ = running.holders.try_send(holder);
     }
 }
 
@@ -243,35 +327,40 @@ fn join_or_begin(
     shared: &Arc<Shared>,
     runtime: &Handle,
     wanted: &Wanted,
-) -> (watch::Receiver<Transfer>, bool) {
-    let key = (wanted.peer, wanted.root, wanted.size);
+) -> (watch::Receiver<State>, bool) {
+    let key = (wanted.root, wanted.size);
     let mut transfers = lock(&shared.transfers);
-    if let Some(state) = transfers.get(&key) {
-        return (state.subscribe(), true);
+    if let Some(running) = transfers.get(&key) {
+        let watching = running.state.subscribe();
+        for holder in &wanted.holders {
+            let _ = running.holders.try_send(holder.clone());
+        }
+        return (watching, true);
     }
-    let (state, watching) = watch::channel(Transfer::Moving(0));
-    transfers.insert(key, state.clone());
+    let (state, watching) = watch::channel(State::Moving(Progress::default()));
+    let (holders, newcomers) = mpsc::channel(NEWCOMERS);
+    transfers.insert(key, Running { state: state.clone(), holders });
     drop(transfers);
-    let entry = Entry { shared: shared.clone(), key, state: state.clone() };
+    let entry = Entry { shared: shared.clone(), key, state };
     let wanted = wanted.clone();
     runtime.spawn(async move {
-        let ended = tokio::select! {
-            ended = transfer(&entry.shared, &wanted, &state) => ended,
-            () = entry.abandoned() => return,
-        };
+        let Some(ended) = transfer(&entry, wanted, newcomers).await else { return };
+        let Entry { shared, state, key: (root, _) } = &entry;
+        let state = state.clone();
         match &ended {
             Ok(stats) => {
-                entry.shared.counters.fetched.add(1);
-                debug!(root = %wanted.root, bytes = stats.bytes, took = ?stats.took, "fetched");
+                shared.counters.fetched.add(1);
+                debug!(%root, bytes = stats.bytes, took = ?stats.took, "fetched");
             }
-            Err(e) => {
-                entry.shared.counters.fetches_failed.add(1);
-                warn!(root = %wanted.root, error = %e, "fetch failed");
+            Err(failed) => {
+                shared.counters.fetches_failed.add(1);
+                let error = failed.error(*root, &[]);
+                warn!(%root, %error, "fetch failed");
             }
         }
         // Out of the list first: whoever comes now begins anew, or finds the payload held.
         drop(entry);
-        state.send_replace(Transfer::Ended(ended));
+        state.send_replace(State::Ended(ended.map_err(Arc::new)));
     });
     (watching, false)
 }
@@ -279,8 +368,8 @@ fn join_or_begin(
 /// A transfer's place in the list, given up when dropped, by whatever end.
 struct Entry {
     shared: Arc<Shared>,
-    key: Key,
-    state: watch::Sender<Transfer>,
+    key: (Root, u64),
+    state: watch::Sender<State>,
 }
 
 impl Entry {
@@ -301,307 +390,481 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let mut transfers = lock(&self.shared.transfers);
-        if transfers.get(&self.key).is_some_and(|state| state.same_channel(&self.state)) {
+        if transfers.get(&self.key).is_some_and(|known| known.state.same_channel(&self.state)) {
             transfers.remove(&self.key);
         }
     }
 }
 
+/// One payload from its holders to the disk. None when nobody wants it any more.
 async fn transfer(
-    shared: &Arc<Shared>,
-    wanted: &Wanted,
-    state: &watch::Sender<Transfer>,
-) -> Result<FetchStats, FetchError> {
-    let Wanted { peer, root, size, .. } = *wanted;
-    let closed = |_| LinkError::Closed;
-    let own = shared.fetching_each.of(&peer);
-    let _own = own.acquire().await.map_err(closed)?;
-    let _slot = shared.fetching.acquire().await.map_err(closed)?;
-    let start = Instant::now();
-    // Room first: nothing is asked for that could not be kept.
-    let store = shared.store.clone();
-    let receiving = spawn_blocking(move || store.receive(root, size)).await;
-    let receiving = receiving.map_err(|_| LinkError::Closed)??;
-    let ranges = wanted_of(&receiving);
-    if ranges.as_ref().is_some_and(Vec::is_empty) {
-        // All of it had come when the last transfer ended.
-        let kept = spawn_blocking(move || receiving.keep()).await;
-        kept.map_err(|_| LinkError::Closed)??;
-        return Ok(FetchStats { bytes: 0, took: start.elapsed(), joined: false });
+    entry: &Entry,
+    wanted: Wanted,
+    newcomers: mpsc::Receiver<Holder>,
+) -> Option<Result<FetchStats, Failed>> {
+    let Wanted { root, size, holders } = wanted;
+    let shared = &entry.shared;
+    let abandoned = entry.abandoned();
+    tokio::pin!(abandoned);
+    let beginning = async {
+        let slot = shared.fetching.acquire().await.map_err(|_| Failed::all(LinkError::Closed))?;
+        // Room first: nothing is asked for that could not be kept.
+        Ok((slot, Instant::now(), receive(shared, root, size).await?))
+    };
+    let begun = tokio::select! {
+        begun = beginning => begun,
+        () = &mut abandoned => return None,
+    };
+    let (_slot, start, receiving) = match begun {
+        Ok(begun) => begun,
+        Err(failed) => return Some(Err(failed)),
+    };
+    let mut drive = Drive::new(shared, receiving, newcomers, entry.state.clone());
+    holders.into_iter().for_each(|holder| drive.meet(holder));
+    let came = tokio::select! {
+        came = drive.until_whole() => came,
+        () = &mut abandoned => {
+            drive.wind_up().await;
+            return None;
+        }
+    };
+    let kept = match came {
+        Ok(()) => drive.keep().await,
+        Err(failed) => Err(failed),
+    };
+    let (bytes, holders) = drive.brought();
+    drive.wind_up().await;
+    Some(kept.map(|()| FetchStats { bytes, took: start.elapsed(), joined: false, holders }))
+}
+
+/// Takes room for a payload. Another transfer of it may still be winding up.
+async fn receive(shared: &Shared, root: Root, size: u64) -> Result<Arc<Receiving>, Failed> {
+    loop {
+        let store = shared.store.clone();
+        let taken = spawn_blocking(move || store.receive(root, size)).await;
+        match taken.map_err(|_| Failed::all(LinkError::Closed))? {
+            Ok(receiving) => return Ok(receiving),
+            Err(PayloadError::Arriving(_)) => sleep(WIND_UP).await,
+            Err(error) => return Err(Failed::all(error)),
+        }
     }
-    let ranges = ranges.unwrap_or_default();
-    let bytes = if ranges.is_empty() { size } else { ranges.iter().map(|r| r.end - r.start).sum() };
-    if !ranges.is_empty() {
-        debug!(%root, bytes, of = size, "goes on with a payload");
+}
+
+/// What happens in a transfer.
+pub(super) enum Event {
+    /// Another group of an ask came, of so many bytes: so far all before the one with this number.
+    Came(AskId, u64, u64),
+    /// An ask is over.
+    Ended(AskId, Result<(), FetchError>),
+    /// A holder has these groups, too.
+    Has([u8; 32], Groups),
+    /// A holder says no more about what it has: all is told, or something went wrong.
+    Told([u8; 32], Result<(), FetchError>),
+    /// What is here is on disk, or could not be brought there.
+    Synced(Result<(), PayloadError>),
+}
+
+/// A holder, as far as the mind does not know it.
+#[derive(Debug, Default)]
+struct Source {
+    addresses: Vec<SocketAddr>,
+    /// What it said that it has; not used of one that was said to have all.
+    has: Groups,
+    /// While it is asked what it has.
+    watch: Option<Watch>,
+    /// How many asks in a row it was lost, or too busy.
+    failures: u32,
+    /// Bytes that came from it.
+    bytes: u64,
+    /// When something last did.
+    brought: Option<Instant>,
+    /// When it was given up.
+    out: Option<Instant>,
+    error: Option<FetchError>,
+}
+
+#[derive(Debug)]
+struct Watch {
+    answered: bool,
+    unwanted: CancellationToken,
+}
+
+/// A transfer's shell: what the mind wants done is done here, and it is told what came of it.
+struct Drive<'a> {
+    shared: &'a Arc<Shared>,
+    mind: Transfer,
+    receiving: Arc<Receiving>,
+    sources: HashMap<[u8; 32], Source>,
+    asks: HashMap<AskId, ([u8; 32], CancellationToken)>,
+    tasks: JoinSet<()>,
+    events: mpsc::Sender<Event>,
+    happened: mpsc::Receiver<Event>,
+    newcomers: mpsc::Receiver<Holder>,
+    state: watch::Sender<State>,
+    /// When more was here, or to be had, than before.
+    gained: Instant,
+    syncing: bool,
+}
+
+impl<'a> Drive<'a> {
+    fn new(
+        shared: &'a Arc<Shared>,
+        receiving: Arc<Receiving>,
+        newcomers: mpsc::Receiver<Holder>,
+        state: watch::Sender<State>,
+    ) -> Self {
+        let (events, happened) = mpsc::channel(EVENTS);
+        let mut seed = [0; 8];
+        // Dice that fall alike everywhere would only cost speed.
+        let _ = getrandom::fill(&mut seed);
+        let groups = groups_of(receiving.tree().size());
+        let mind = Transfer::new(groups, receiving.here(), Dice::new(u64::from_le_bytes(seed)));
+        let drive = Self {
+            shared,
+            mind,
+            receiving,
+            sources: HashMap::new(),
+            asks: HashMap::new(),
+            tasks: JoinSet::new(),
+            events,
+            happened,
+            newcomers,
+            state,
+            gained: Instant::now(),
+            syncing: false,
+        };
+        drive.tell();
+        drive
     }
 
-    let get = Request::Get(Get { root, size, ranges: ranges.clone() });
-    let frame = get.encode().map_err(LinkError::Request)?;
-    let asked = shared.request(peer, &wanted.addresses, &frame, true).await;
-    let Answered { mut send, mut recv, response } = asked.map_err(|e| match e {
-        LinkError::Reset { peer, code } => FetchError::GivenUp { peer, root, code },
-        e => e.into(),
-    })?;
-    match response {
-        Response::Ready { size: actual } if actual == size => {}
-        Response::Ready { size: actual }
-        | Response::Refused(Refused { why: Refusal::WrongSize, figure: actual, .. }) => {
-            return Err(FetchError::WrongSize { peer, root, expected: size, actual });
-        }
-        Response::Refused(Refused { why: Refusal::NotHeld, .. }) => {
-            return Err(FetchError::NotHeld { peer, root });
-        }
-        Response::Refused(refused) => return Err(LinkError::Refused { peer, refused }.into()),
-    }
-
-    let (groups, queue) = mpsc::channel(WRITE_BEHIND);
-    let (tree, ranges) = (receiving.tree(), chunk_ranges(&ranges, size));
-    let (verifier, progress) = (shared.clone(), state.clone());
-    let verified_ranges = ranges.clone();
-    let mut verified = spawn_blocking(move || {
-        let verifying = verify(&verifier, receiving, verified_ranges, queue, progress);
-        Handle::current().block_on(verifying)
-    });
-    let mut gather = Gather {
-        stream: &mut recv.stream,
-        segments: VecDeque::new(),
-        staged: 0,
-        received: 0,
-        pace: Pace::new(shared.config.stall, shared.config.min_rate),
-    };
-    // The verifier ends first where it finds a wrong byte or the disk fails: then its reason
-    // counts, and waiting for more of the stream would be waiting for nothing.
-    let (gathered, verified) = tokio::select! {
-        biased;
-        verified = &mut verified => (Ok(()), verified),
-        gathered = gather.all(tree, ranges, groups) => (gathered, verified.await),
-    };
-    let received = gather.received;
-    let outcome = match verified {
-        Err(_) => Err(LinkError::Closed.into()),
-        Ok(Err(Unverified::Store(e))) => Err(e.into()),
-        Ok(Err(Unverified::Corrupt { offset })) => Err(FetchError::Corrupt { peer, root, offset }),
-        Ok(Err(Unverified::Short)) => Err(match gathered {
-            Err(NotGathered::Stalled) => FetchError::Stalled { peer, root, received },
-            Err(NotGathered::Trailing) => FetchError::Trailing { peer, root },
-            Err(NotGathered::Read(ReadError::ConnectionLost(e))) => link_error(peer, &e).into(),
-            Err(NotGathered::Read(ReadError::Reset(code))) => {
-                FetchError::GivenUp { peer, root, code: Code::from_u64(code.into_inner()) }
+    /// Asks for what is missing until nothing is, or nobody is left who could bring it.
+    async fn until_whole(&mut self) -> Result<(), Failed> {
+        let mut look_at = Boot(0);
+        loop {
+            if self.mind.is_whole() {
+                return Ok(());
             }
-            Err(NotGathered::Ended | NotGathered::Read(_)) | Ok(()) => {
-                FetchError::Truncated { peer, root, received }
-            }
-        }),
-        Ok(Ok(())) => Ok(FetchStats { bytes, took: start.elapsed(), joined: false }),
-    };
-    // The verdict, for the holder.
-    match &outcome {
-        Ok(_) => send.finish(),
-        Err(e) => {
-            let code = match e {
-                FetchError::Corrupt { .. } => Code::Corrupt,
-                FetchError::Stalled { .. } => Code::Stalled,
-                FetchError::Trailing { .. } => Code::Malformed,
-                _ => Code::Cancelled,
-            };
-            send.reset(code);
-            recv.stop(code);
-        }
-    }
-    outcome
-}
-
-/// What of a payload is to be asked for: none when that is all of it, an empty list when nothing is.
-fn wanted_of(receiving: &Receiving) -> Option<Vec<Range<u64>>> {
-    if receiving.here().is_empty() {
-        return None;
-    }
-    let mut missing = receiving.missing();
-    if missing.len() > MAX_RANGES {
-        // What lies between the last of them comes again.
-        let end = missing.last().map_or(0, |range| range.end);
-        missing.truncate(MAX_RANGES);
-        if let Some(last) = missing.last_mut() {
-            last.end = end;
-        }
-    }
-    Some(missing)
-}
-
-/// Why not all of a payload's stream was gathered.
-enum NotGathered {
-    Ended,
-    Trailing,
-    Stalled,
-    Read(ReadError),
-}
-
-/// Gathers the stream's segments into one buffer per group, with the hash pairs before it.
-struct Gather<'a> {
-    stream: &'a mut quinn::RecvStream,
-    segments: VecDeque<Bytes>,
-    /// Bytes in `segments`.
-    staged: usize,
-    received: u64,
-    pace: Pace,
-}
-
-impl Gather<'_> {
-    async fn all(
-        &mut self,
-        tree: BaoTree,
-        ranges: ChunkRanges,
-        groups: mpsc::Sender<Gathered>,
-    ) -> Result<(), NotGathered> {
-        // The tree says what comes: nothing that is sent decides how much is taken.
-        let mut len = 0;
-        for item in ResponseIter::new(tree, ranges) {
-            match item {
-                BaoChunk::Parent { .. } => len += 64,
-                BaoChunk::Leaf { size, .. } => {
-                    let group = self.take(len + size).await?;
-                    // An empty payload has one group, of no bytes.
-                    if !group.is_empty() && groups.send(Gathered::Group(group)).await.is_err() {
-                        // The verifier has ended and knows why.
-                        return Ok(());
-                    }
-                    len = 0;
+            let now = clock::boot();
+            if look_at <= now {
+                let todo = self.mind.next(now);
+                self.act(todo);
+                if self.is_over() {
+                    return Err(self.failed());
                 }
+                look_at = self.look_at(now);
+            }
+            let looks = tokio::select! {
+                biased;
+                Some(event) = self.happened.recv() => self.take(event).map_err(Failed::all)?,
+                Some(holder) = self.newcomers.recv() => {
+                    self.meet(holder);
+                    true
+                }
+                () = sleep(Duration::from_millis(look_at.since(now).as_millis())) => true,
+            };
+            if looks {
+                look_at = Boot(0);
+            }
+            while self.tasks.try_join_next().is_some() {}
+        }
+    }
+
+    /// When to look at the whole at the latest.
+    fn look_at(&self, now: Boot) -> Boot {
+        use leasehold_proto::base::time::Span;
+        let hope = now + Span::millis(HOPE.as_millis() as u64 / 10);
+        self.mind.wake(now).map_or(hope, |wake| wake.min(hope))
+    }
+
+    /// Takes note of what happened. Whether there may be more to do.
+    fn take(&mut self, event: Event) -> Result<bool, FetchError> {
+        match event {
+            Event::Came(id, next, bytes) => {
+                let Some((key, _)) = self.asks.get(&id) else { return Ok(false) };
+                if let Some(source) = self.sources.get_mut(key) {
+                    source.failures = 0;
+                    source.bytes += bytes;
+                    source.brought = Some(Instant::now());
+                }
+                self.gained = Instant::now();
+                let todo = self.mind.came(clock::boot(), id, next);
+                self.act(todo);
+                self.tell();
+                self.sync();
+                Ok(false)
+            }
+            Event::Ended(id, ended) => {
+                // One that was cancelled is over already.
+                let Some((key, _)) = self.asks.remove(&id) else { return Ok(false) };
+                self.ended(id, key, ended)?;
+                self.tell();
+                Ok(true)
+            }
+            Event::Has(key, more) => {
+                let Some(source) = self.sources.get_mut(&key) else { return Ok(false) };
+                if let Some(watch) = &mut source.watch {
+                    watch.answered = true;
+                }
+                source.has.extend(more.runs());
+                self.gained = Instant::now();
+                self.mind.holds(KeyId(key), source.has.clone());
+                Ok(true)
+            }
+            Event::Told(key, told) => {
+                let Some(source) = self.sources.get_mut(&key) else { return Ok(false) };
+                source.watch = None;
+                if let Err(error) = told {
+                    debug!(peer = %name(&key), %error, "a holder does not say what it has");
+                    self.give_up(key, error);
+                }
+                Ok(true)
+            }
+            Event::Synced(synced) => {
+                self.syncing = false;
+                Ok(synced.map(|()| false)?)
             }
         }
-        if self.staged > 0 || self.more().await? {
-            return Err(NotGathered::Trailing);
+    }
+
+    /// An ask is over: what that says about its holder.
+    fn ended(
+        &mut self,
+        id: AskId,
+        key: [u8; 32],
+        ended: Result<(), FetchError>,
+    ) -> Result<(), FetchError> {
+        let now = clock::boot();
+        let Err(error) = ended else {
+            let todo = self.mind.ended(now, id, End::Done);
+            self.act(todo);
+            return Ok(());
+        };
+        let source = self.sources.entry(key).or_default();
+        let lately = source.brought.is_some_and(|at| at.elapsed() < COMES_BACK);
+        source.failures += 1;
+        let judged = match &error {
+            FetchError::Store(_) | FetchError::Link(LinkError::Closed | LinkError::Request(_)) => {
+                return Err(error);
+            }
+            FetchError::Corrupt { .. }
+            | FetchError::WrongSize { .. }
+            | FetchError::Truncated { .. }
+            | FetchError::Trailing { .. }
+            | FetchError::Link(LinkError::Malformed { .. }) => Some(End::Wrong),
+            // It may have some of it yet: it is asked what.
+            FetchError::NotHeld { .. } if source.has.is_empty() => {
+                source.error = Some(error);
+                self.forget(key);
+                self.watch(key);
+                return Ok(());
+            }
+            FetchError::NotHeld { .. } => Some(End::NotHeld),
+            FetchError::Link(LinkError::Refused { refused, .. })
+                if refused.why == Refusal::Busy =>
+            {
+                (source.failures < MAX_BUSY).then_some(End::Busy)
+            }
+            FetchError::Link(LinkError::Busy(_)) => {
+                (source.failures < MAX_LOST).then_some(End::Busy)
+            }
+            FetchError::Link(LinkError::Unreachable { .. }) => lately.then_some(End::Lost),
+            FetchError::Link(LinkError::Lost { .. } | LinkError::Reset { .. }) => {
+                (lately || source.failures < MAX_LOST).then_some(End::Lost)
+            }
+            FetchError::GivenUp { code: Some(Code::Closing | Code::Internal), .. } => None,
+            FetchError::GivenUp { .. } => (source.failures < MAX_LOST).then_some(End::Lost),
+            FetchError::Stalled { .. } | FetchError::NoHolder { .. } | FetchError::Link(_) => None,
+        };
+        debug!(peer = %name(&key), %error, ?judged, "a holder did not bring what it was asked for");
+        match judged {
+            Some(End::Wrong) => {
+                warn!(peer = %name(&key), %error, "nothing more of a payload is taken from a holder");
+                self.shared.counters.bad_holders.add(1);
+                source.error = Some(error);
+                source.out = Some(Instant::now());
+                let todo = self.mind.ended(now, id, End::Wrong);
+                self.act(todo);
+                self.unwatch(key);
+            }
+            Some(end) => {
+                source.error = Some(error);
+                let todo = self.mind.ended(now, id, end);
+                self.act(todo);
+            }
+            None => self.give_up(key, error),
         }
-        let _ = groups.send(Gathered::End).await;
         Ok(())
     }
 
-    async fn take(&mut self, len: usize) -> Result<Bytes, NotGathered> {
-        while self.staged < len {
-            if !self.more().await? {
-                return Err(NotGathered::Ended);
-            }
-        }
-        let mut taken = BytesMut::with_capacity(len);
-        while taken.len() < len {
-            let Some(mut segment) = self.segments.pop_front() else { break };
-            let wanted = len - taken.len();
-            if segment.len() > wanted {
-                self.segments.push_front(segment.split_off(wanted));
-            }
-            taken.extend_from_slice(&segment);
-        }
-        self.staged -= taken.len();
-        Ok(taken.freeze())
+    fn give_up(&mut self, key: [u8; 32], error: FetchError) {
+        let source = self.sources.entry(key).or_default();
+        source.error = Some(error);
+        source.out = Some(Instant::now());
+        self.forget(key);
+        self.unwatch(key);
     }
 
-    /// Waits for more of the stream. Whether there was more.
-    async fn more(&mut self) -> Result<bool, NotGathered> {
-        let mut segments = [const { Bytes::new() }; SEGMENTS];
-        let read = self.pace.during(self.stream.read_chunks(&mut segments)).await;
-        let read = match read {
-            Err(Stalled) => return Err(NotGathered::Stalled),
-            Ok(read) => read.map_err(NotGathered::Read)?,
-        };
-        let Some(count) = read else { return Ok(false) };
-        let came: usize = segments.iter().map(Bytes::len).sum();
-        self.segments.extend(segments.into_iter().take(count));
-        self.staged += came;
-        self.received += came as u64;
-        self.pace.moved(came as u64);
-        Ok(true)
+    /// Nothing is asked of a holder any more, as long as nothing new is heard of it.
+    fn forget(&mut self, key: [u8; 32]) {
+        self.mind.gone(&KeyId(key));
+        self.asks.retain(|_, (of, unwanted)| {
+            if *of == key {
+                unwanted.cancel();
+            }
+            *of != key
+        });
     }
-}
 
-/// What the data thread hands to the verifier.
-enum Gathered {
-    Group(Bytes),
-    /// The stream ended where it should.
-    End,
-}
-
-/// Why a payload was not kept.
-enum Unverified {
-    Corrupt {
-        offset: u64,
-    },
-    /// Not all was gathered; the gatherer knows why.
-    Short,
-    Store(PayloadError),
-}
-
-/// Verifies and writes what comes through `queue`, and keeps the payload when all has come. Blocks
-/// on the disk, and is only polled on a thread for that.
-async fn verify(
-    shared: &Shared,
-    mut receiving: Receiving,
-    ranges: ChunkRanges,
-    queue: mpsc::Receiver<Gathered>,
-    progress: watch::Sender<Transfer>,
-) -> Result<(), Unverified> {
-    let root = receiving.root().hash();
-    let source = Source { queue, group: Bytes::new() };
-    let mut decoder = ResponseDecoder::new(root, ranges, receiving.tree(), source);
-    let mut verified = receiving.bytes();
-    let mut source = loop {
-        match decoder.next().await {
-            ResponseDecoderNext::Done(source) => break source,
-            ResponseDecoderNext::More((next, item)) => {
-                match item.map_err(unverified)? {
-                    BaoContentItem::Parent(parent) => {
-                        receiving.pair(&parent).map_err(Unverified::Store)?;
-                    }
-                    BaoContentItem::Leaf(leaf) => {
-                        receiving.group(&leaf).map_err(Unverified::Store)?;
-                        let bytes = leaf.data.len() as u64;
-                        shared.counters.payload_received.add(bytes);
-                        verified += bytes;
-                        progress.send_replace(Transfer::Moving(verified));
+    fn act(&mut self, todo: Vec<Do>) {
+        for what in todo {
+            match what {
+                Do::Ask(id, KeyId(peer), run) => {
+                    let unwanted = CancellationToken::new();
+                    self.asks.insert(id, (peer, unwanted.clone()));
+                    let source = self.sources.get(&peer);
+                    let ask = Ask {
+                        id,
+                        peer,
+                        addresses: source.map(|s| s.addresses.clone()).unwrap_or_default(),
+                        run,
+                        receiving: self.receiving.clone(),
+                        events: self.events.clone(),
+                        unwanted,
+                    };
+                    let (shared, events) = (self.shared.clone(), self.events.clone());
+                    self.tasks.spawn(async move {
+                        let ended = ask.make(&shared).await;
+                        let _ = events.send(Event::Ended(id, ended)).await;
+                    });
+                }
+                Do::Cancel(id) => {
+                    if let Some((_, unwanted)) = self.asks.remove(&id) {
+                        unwanted.cancel();
                     }
                 }
-                decoder = next;
             }
         }
-    };
-    match source.queue.recv().await {
-        Some(Gathered::End) => {}
-        Some(Gathered::Group(_)) | None => return Err(Unverified::Short),
     }
-    receiving.keep().map(|_| ()).map_err(Unverified::Store)
-}
 
-fn unverified(e: DecodeError) -> Unverified {
-    match e {
-        DecodeError::ParentHashMismatch(node) => {
-            Unverified::Corrupt { offset: node.chunk_range().start.to_bytes() }
+    /// Takes note of a holder.
+    fn meet(&mut self, holder: Holder) {
+        let Holder { key, addresses, whole } = holder;
+        if key == self.shared.identity.public {
+            return;
         }
-        DecodeError::LeafHashMismatch(chunk) => Unverified::Corrupt { offset: chunk.to_bytes() },
-        DecodeError::ParentNotFound(_) | DecodeError::LeafNotFound(_) | DecodeError::Io(_) => {
-            Unverified::Short
+        let known = self.sources.len();
+        let groups = groups_of(self.receiving.tree().size());
+        let source = match self.sources.get_mut(&key) {
+            Some(source) => source,
+            None if !whole && known >= MAX_WATCHED => return,
+            None => self.sources.entry(key).or_default(),
+        };
+        if !addresses.is_empty() {
+            source.addresses = addresses;
+        }
+        // Who named it as having all of it knows better than what was seen of it before.
+        let again = source.out.is_none_or(|out| whole || out.elapsed() >= AGAIN);
+        let idle = source.watch.is_none() && source.has.is_empty();
+        if source.out.is_some() && again {
+            (source.out, source.failures) = (None, 0);
+        }
+        if whole && again {
+            self.mind.holds(KeyId(key), Groups::first(groups));
+        } else if !whole && again && idle && !self.mind.holders().any(|(of, ..)| of.0 == key) {
+            self.watch(key);
         }
     }
-}
 
-/// The gathered groups as bao-tree reads them. Gathering follows the same tree, so no read
-/// crosses from one buffer into the next, and none is copied.
-struct Source {
-    queue: mpsc::Receiver<Gathered>,
-    group: Bytes,
-}
+    /// Asks a holder what it has.
+    fn watch(&mut self, key: [u8; 32]) {
+        let source = self.sources.entry(key).or_default();
+        let unwanted = CancellationToken::new();
+        source.has = Groups::new();
+        source.watch = Some(Watch { answered: false, unwanted: unwanted.clone() });
+        let (root, size) = (self.receiving.root(), self.receiving.tree().size());
+        let (addresses, events) = (source.addresses.clone(), self.events.clone());
+        let shared = self.shared.clone();
+        self.tasks.spawn(async move {
+            let asking = have::ask(&shared, key, &addresses, (root, size), &events);
+            tokio::select! {
+                told = asking => drop(events.send(Event::Told(key, told)).await),
+                () = unwanted.cancelled() => {}
+            }
+        });
+    }
 
-impl AsyncStreamReader for Source {
-    async fn read_bytes(&mut self, len: usize) -> io::Result<Bytes> {
-        if self.group.is_empty() && len > 0 {
-            match self.queue.recv().await {
-                Some(Gathered::Group(group)) => self.group = group,
-                Some(Gathered::End) | None => return Ok(Bytes::new()),
+    fn unwatch(&mut self, key: [u8; 32]) {
+        let Some(source) = self.sources.get_mut(&key) else { return };
+        source.has = Groups::new();
+        if let Some(watch) = source.watch.take() {
+            watch.unwanted.cancel();
+        }
+    }
+
+    /// Whether nobody is left who could bring what is missing.
+    fn is_over(&self) -> bool {
+        let mut watches = self.sources.values().filter_map(|source| source.watch.as_ref());
+        let hoped = self.gained.elapsed() < HOPE;
+        self.asks.is_empty()
+            && !watches.any(|watch| !watch.answered || hoped)
+            && self.mind.is_hopeless()
+    }
+
+    fn failed(&mut self) -> Failed {
+        let errors = self.sources.iter_mut();
+        let of = errors.filter_map(|(key, source)| Some((*key, source.error.take()?)));
+        Failed { all: None, of: of.collect() }
+    }
+
+    /// Tells those who wait how far it is.
+    fn tell(&self) {
+        let (here, size) = (self.mind.here(), self.receiving.tree().size());
+        let groups = groups_of(size);
+        // The last group may be shorter than the others.
+        let short = if here.covers(groups - 1..groups) { groups * GROUP_BYTES - size } else { 0 };
+        let bytes = (here.len() * GROUP_BYTES).saturating_sub(short);
+        let mut asked: Vec<_> = self.asks.values().map(|(key, _)| *key).collect();
+        asked.sort_unstable();
+        asked.dedup();
+        self.state.send_replace(State::Moving(Progress { bytes, holders: asked.len() }));
+    }
+
+    /// Brings what is here to the disk from time to time, beside what comes.
+    fn sync(&mut self) {
+        if self.syncing || !self.receiving.wants_sync() {
+            return;
+        }
+        self.syncing = true;
+        let (receiving, events) = (self.receiving.clone(), self.events.clone());
+        self.tasks.spawn(async move {
+            let Ok(synced) = spawn_blocking(move || receiving.sync()).await else { return };
+            let _ = events.send(Event::Synced(synced)).await;
+        });
+    }
+
+    /// How many bytes came over the network, and from how many holders.
+    fn brought(&self) -> (u64, usize) {
+        let brought = self.sources.values().filter(|source| source.bytes > 0);
+        brought.fold((0, 0), |(bytes, holders), source| (bytes + source.bytes, holders + 1))
+    }
+
+    /// Makes the payload held. What is still under way brings nothing new: it writes what is there.
+    async fn keep(&mut self) -> Result<(), Failed> {
+        let receiving = self.receiving.clone();
+        let kept = spawn_blocking(move || receiving.keep()).await;
+        kept.map_err(|_| Failed::all(LinkError::Closed))?.map(drop).map_err(Failed::all)
+    }
+
+    /// Ends what is under way, and waits until nothing is.
+    async fn wind_up(mut self) {
+        self.happened.close();
+        self.asks.values().for_each(|(_, unwanted)| unwanted.cancel());
+        for source in self.sources.values_mut() {
+            if let Some(watch) = source.watch.take() {
+                watch.unwanted.cancel();
             }
         }
-        Ok(self.group.split_to(len.min(self.group.len())))
-    }
-
-    async fn read<const L: usize>(&mut self) -> io::Result<[u8; L]> {
-        let bytes = self.read_bytes(L).await?;
-        bytes.as_ref().try_into().map_err(|_| io::ErrorKind::UnexpectedEof.into())
+        let mut tasks = mem::take(&mut self.tasks);
+        while tasks.join_next().await.is_some() {}
     }
 }

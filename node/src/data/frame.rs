@@ -8,19 +8,26 @@
 //! ```text
 //! request   Get      01  root[32]  size:u64  count:u16  count x (start:u64 end:u64)
 //!           Open     02  channel:u8  body (the rest, at most 64 KiB)
+//!           Have     03  root[32]  size:u64
 //! response  Ready    00  size:u64
 //!           Refused  why:u8 (not 00)  figure:u64  detail (the rest, UTF-8, at most 512 bytes)
 //! ```
 //!
 //! After a `Get` and its `Ready` come the bytes of the BLAKE3 tree in pre-order (hash pairs and
 //! 256 KiB groups, see [`crate::payload`]) for the ranges that were asked for, and the end of the
-//! stream. After an `Open` and its `Ready` the stream belongs to whoever answers that channel.
+//! stream. After an `Open` and its `Ready` the stream belongs to whoever answers that channel. After
+//! a `Have` and its `Ready` come frames that tell what is there, as it becomes more, and the end of
+//! the stream when all is:
+//!
+//! ```text
+//! told      Runs     count x (start:u32 end:u32)      groups that were not told of before
+//! ```
 //!
 //! The layout is fixed by the ALPN name: another layout gets another name.
 
 use std::{fmt, ops::Range};
 
-use leasehold_proto::base::groups::GROUP_BYTES;
+use leasehold_proto::base::groups::{GROUP_BYTES, Groups};
 use thiserror::Error;
 
 use crate::payload::Root;
@@ -37,6 +44,12 @@ pub const MAX_RANGES: usize = 1024;
 /// The most bytes of text a refusal may carry.
 pub const MAX_DETAIL: usize = 512;
 
+/// The most runs of groups in one frame that tells what is there.
+pub const MAX_TOLD: usize = 1024;
+
+/// The longest frame that tells what is there, without its length.
+pub(super) const MAX_TOLD_BYTES: usize = 8 * MAX_TOLD;
+
 /// The longest request frame, without its length: an `Open` with a full body.
 pub(super) const MAX_REQUEST: usize = 2 + MAX_BODY;
 
@@ -45,6 +58,7 @@ pub(super) const MAX_RESPONSE: usize = 1 + 8 + MAX_DETAIL;
 
 const GET: u8 = 1;
 const OPEN: u8 = 2;
+const HAVE: u8 = 3;
 const READY: u8 = 0;
 
 /// The first frame of a stream, from the side that opened it.
@@ -52,6 +66,15 @@ const READY: u8 = 0;
 pub(super) enum Request {
     Get(Get),
     Open(Open),
+    Have(Have),
+}
+
+/// Asks what of a payload is there, and to be told as it becomes more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Have {
+    pub(super) root: Root,
+    /// The payload's size in bytes, as the asker knows it.
+    pub(super) size: u64,
 }
 
 /// Asks for a payload, or for parts of it.
@@ -77,7 +100,7 @@ pub(super) struct Open {
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Response {
-    /// The content follows. `size` is the payload's size for a `Get`, zero for an `Open`.
+    /// The content follows. `size` is the payload's size for a `Get` or `Have`, zero for an `Open`.
     Ready {
         size: u64,
     },
@@ -277,6 +300,13 @@ impl Request {
                 frame.extend_from_slice(body);
                 framed(&frame, MAX_REQUEST)
             }
+            Self::Have(Have { root, size }) => {
+                let mut body = Vec::with_capacity(41);
+                body.push(HAVE);
+                body.extend_from_slice(root.as_bytes());
+                body.extend_from_slice(&size.to_le_bytes());
+                framed(&body, MAX_REQUEST)
+            }
         }
     }
 
@@ -309,9 +339,52 @@ impl Request {
                 }
                 Ok(Self::Open(Open { channel, body: body.to_vec() }))
             }
+            HAVE => {
+                let (root, size) = (Root::from_bytes(rest.take()?), rest.u64()?);
+                rest.end()?;
+                Ok(Self::Have(Have { root, size }))
+            }
             kind => Err(FrameError::Unknown(kind)),
         }
     }
+}
+
+/// Frames that tell of `groups`, their lengths included. Groups are numbered with 32 bits, which is
+/// a payload of 1 PiB; what lies behind is not told of.
+pub(super) fn told(groups: &Groups) -> Result<Vec<u8>, FrameError> {
+    let numbered = |run: Range<u64>| {
+        let end = u32::try_from(run.end).unwrap_or(u32::MAX);
+        Some((u32::try_from(run.start).ok()?, end))
+    };
+    let runs: Vec<_> = groups.runs().filter_map(numbered).collect();
+    let mut frames = Vec::with_capacity(4 + 8 * runs.len());
+    for some in runs.chunks(MAX_TOLD) {
+        let mut body = Vec::with_capacity(8 * some.len());
+        for (start, end) in some {
+            body.extend_from_slice(&start.to_le_bytes());
+            body.extend_from_slice(&end.to_le_bytes());
+        }
+        frames.extend_from_slice(&framed(&body, MAX_TOLD_BYTES)?);
+    }
+    Ok(frames)
+}
+
+/// The runs that a frame tells of, without its length: ascending, apart from each other, and among
+/// the `groups` that the payload has.
+pub(super) fn heard(frame: &[u8], groups: u64) -> Result<Vec<Range<u64>>, FrameError> {
+    let mut rest = Fields(frame);
+    let mut runs = Vec::with_capacity((frame.len() / 8).min(MAX_TOLD));
+    let mut free_from = 0;
+    while !rest.0.is_empty() {
+        let run = u64::from(rest.u32()?)..u64::from(rest.u32()?);
+        let apart = runs.is_empty() || run.start > free_from;
+        if run.start >= run.end || run.end > groups || !apart {
+            return Err(FrameError::Ranges);
+        }
+        free_from = run.end;
+        runs.push(run);
+    }
+    if runs.is_empty() { Err(FrameError::Short) } else { Ok(runs) }
 }
 
 impl Response {
@@ -391,6 +464,10 @@ impl Fields<'_> {
         self.take::<1>().map(|[byte]| byte)
     }
 
+    fn u32(&mut self) -> Result<u32, FrameError> {
+        self.take().map(u32::from_le_bytes)
+    }
+
     fn u64(&mut self) -> Result<u64, FrameError> {
         self.take().map(u64::from_le_bytes)
     }
@@ -442,6 +519,38 @@ mod tests {
         let golden = [11, 0, 0, 0, 2, 3, 0, 0, 0, 0, 0, 0, 0, b'n', b'o'];
         assert_eq!(refused.encode().expect("encodes"), golden);
         assert_eq!(Response::decode(&golden[4..]), Ok(refused));
+    }
+
+    #[test]
+    fn a_have_and_what_it_is_told_are_these_bytes() {
+        let have = Request::Have(Have { root: Root::from_bytes([0xcd; 32]), size: 258 });
+        let mut golden = vec![41, 0, 0, 0, 3];
+        golden.extend([0xcd; 32]);
+        golden.extend([2, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(have.encode().expect("encodes"), golden);
+        assert_eq!(decoded(&golden), Ok(have));
+
+        let groups: Groups = [0..3, 256..257].into_iter().collect();
+        let golden = [16, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0];
+        assert_eq!(told(&groups).expect("encodes"), golden);
+        assert_eq!(heard(&golden[4..], 257), Ok(vec![0..3, 256..257]));
+        assert_eq!(heard(&golden[4..], 256), Err(FrameError::Ranges));
+        assert_eq!(heard(&golden[4..19], 257), Err(FrameError::Short));
+        assert_eq!(heard(&[], 257), Err(FrameError::Short));
+        for (first, second) in
+            [((3, 3), (5, 6)), ((0, 3), (3, 4)), ((5, 6), (0, 1)), ((4, 3), (5, 6))]
+        {
+            let numbers: [u32; 4] = [first.0, first.1, second.0, second.1];
+            let frame: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+            assert_eq!(heard(&frame, 257), Err(FrameError::Ranges), "{first:?} {second:?}");
+        }
+        // More than one frame holds.
+        let many: Groups = (0..MAX_TOLD as u64 + 1).map(|n| 2 * n..2 * n + 1).collect();
+        let frames = told(&many).expect("encodes");
+        assert_eq!(frames.len(), 4 + MAX_TOLD_BYTES + 4 + 8);
+        let mut all = heard(&frames[4..4 + MAX_TOLD_BYTES], u64::MAX).expect("decodes");
+        all.extend(heard(&frames[8 + MAX_TOLD_BYTES..], u64::MAX).expect("decodes"));
+        assert_eq!(all.into_iter().collect::<Groups>(), many);
     }
 
     #[test]
@@ -516,6 +625,10 @@ mod tests {
             if let Ok(value) = Request::decode(&request) {
                 let encoded = value.encode().expect("what decodes also encodes");
                 prop_assert_eq!(&encoded[4..], &request[..]);
+            }
+            if let Ok(runs) = heard(&bytes, u64::MAX) {
+                let encoded = told(&runs.into_iter().collect()).expect("what decodes also encodes");
+                prop_assert_eq!(&encoded[4..], &bytes[..]);
             }
             if let Ok(value) = Response::decode(&request) {
                 let encoded = value.encode().expect("what decodes also encodes");

@@ -9,6 +9,7 @@
 //!       │
 //!    streams ────── asked again for every stream: who is not admitted any more is closed
 //!     │    └─ Open ──> Arriving, to the node, which accepts or refuses it
+//!     ├─ Have ──> Ready, what is here, and more as it comes
 //!     └─ Get ──> Ready, the tree and the groups, then the asker's verdict
 //! ```
 //!
@@ -46,7 +47,7 @@ use super::{
     Shared,
     dial::close,
     frame::{Code, Get, MAX_REQUEST, Open, Refusal, Refused, Request, Response},
-    lock, name,
+    have, lock, name,
     stream::{FrameReadError, Pace, RecvHalf, SendHalf, Stalled, read_frame},
     tls::peer_key,
 };
@@ -270,6 +271,7 @@ async fn serve_stream(shared: Arc<Shared>, peer: [u8; 32], halves: (SendHalf, Re
     };
     match request {
         Ok(Request::Get(get)) => serve_get(&shared, peer, get, send, recv).await,
+        Ok(Request::Have(have)) => have::serve(&shared, peer, have, send, recv).await,
         Ok(Request::Open(Open { channel, body })) => {
             let arriving = Arriving { peer, channel, body, halves: Some((send, recv)) };
             match shared.arriving.try_send(arriving) {
@@ -290,7 +292,13 @@ async fn serve_stream(shared: Arc<Shared>, peer: [u8; 32], halves: (SendHalf, Re
     }
 }
 
-async fn refuse(shared: &Shared, send: &mut SendHalf, why: Refusal, figure: u64, detail: &str) {
+pub(super) async fn refuse(
+    shared: &Shared,
+    send: &mut SendHalf,
+    why: Refusal,
+    figure: u64,
+    detail: &str,
+) {
     let refused = Response::Refused(Refused { why, figure, detail: detail.to_owned() });
     if let Ok(frame) = refused.encode() {
         let _ = timeout(shared.config.stall, send.stream.write_all(&frame)).await;
@@ -299,7 +307,7 @@ async fn refuse(shared: &Shared, send: &mut SendHalf, why: Refusal, figure: u64,
 }
 
 /// How a `Get` ended early.
-enum Broken {
+pub(super) enum Broken {
     /// The asker found bytes that do not match the root.
     Complaint,
     /// The asker does not want the rest, or its connection is gone.
@@ -330,8 +338,16 @@ async fn serve_get(
         return refuse(shared, &mut send, Refusal::Busy, 0, "too many payloads are on their way")
             .await;
     };
-    let store = shared.store.clone();
-    let payload = match spawn_blocking(move || store.open(root)).await {
+    let (store, wanted) = (shared.store.clone(), ranges.clone());
+    let opened = spawn_blocking(move || match store.open(root) {
+        // What of it is here already may be had while the rest arrives; once more for what was held
+        // in between.
+        Err(PayloadError::NotHeld(_)) => {
+            store.open_part(root, size, &wanted).or_else(|_| store.open(root))
+        }
+        opened => opened,
+    });
+    let payload = match opened.await {
         Ok(Ok(payload)) if payload.size() == size => payload,
         Ok(Ok(payload)) => {
             let held = payload.size();
@@ -384,7 +400,7 @@ async fn serve_get(
 }
 
 /// Waits for the asker's side of the stream to end: cleanly if all is well, by a reset if not.
-async fn verdict(recv: &mut RecvHalf) -> Result<(), Broken> {
+pub(super) async fn verdict(recv: &mut RecvHalf) -> Result<(), Broken> {
     match recv.stream.read_chunk(1, true).await {
         Ok(None) => Ok(()),
         Ok(Some(_)) => Err(Broken::Malformed),

@@ -19,35 +19,37 @@
 //! In that boot the first counts, in a later one the second. Marks that are torn, or of files that
 //! are not there as they should be, are not used: then all is fetched again.
 //!
-//! Root and size together name what arrives. Of two transfers of the same at a time the second one
-//! leaves nothing behind, unless it is through first. A size that is a lie verifies no group, so
-//! nothing rests of it.
+//! Root and size together name what arrives, and it is received once at a time. A size that is a lie
+//! verifies no group, so nothing rests of it. What is there can be passed on while the rest arrives.
 
+use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 
 use bao_tree::BaoTree;
-use bao_tree::io::outboard::PreOrderOutboard;
-use bao_tree::io::{Leaf, Parent, sync};
+use bao_tree::io::{Leaf, Parent};
 use leasehold_proto::base::groups::{GROUP_BYTES, Groups, groups_of};
+use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use crate::clock;
 
 use super::{
-    Imported, Inner, Partial, PayloadError, PayloadStore, Reservation, Root, Unlink, io_error,
-    lock, on_disk, sync_dir, tree,
+    Imported, Inner, Partial, Payload, PayloadError, PayloadStore, Reservation, Root, Unlink,
+    io_error, lock, on_disk, sync_dir, tree,
 };
 
 /// After how many groups the marks are written: 4 MiB.
 const MARK_EVERY: u64 = 16;
 /// After how many groups files and marks are synced: 256 MiB.
 const SYNC_EVERY: u64 = 1024;
+/// Bytes of a hash pair.
+const PAIR: usize = 64;
 /// How long what rests is kept at a start, since its last mark.
 const REST_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The first bytes of a file of marks; the last is their version.
@@ -61,17 +63,33 @@ const MAX_MARKS: u64 = 8 + 32 + 8 + 16 + 2 * (4 + 16 * MAX_RUNS as u64) + 4;
 pub(super) type Name = (Root, u64);
 
 /// A payload that is arriving. Its bytes must have been verified against its root before they are
-/// given here.
+/// given here, by as many threads as there are holders that send them.
 #[derive(Debug)]
 pub(crate) struct Receiving {
-    /// None once it is kept.
-    partial: Option<Partial>,
     root: Root,
     tree: BaoTree,
-    outboard: PreOrderOutboard<File>,
-    here: Groups,
-    /// None where another transfer of the same has them.
-    marks: Option<Marks>,
+    data: File,
+    outboard: File,
+    data_path: PathBuf,
+    outboard_path: PathBuf,
+    here: Arc<Mutex<Groups>>,
+    changed: watch::Sender<()>,
+    /// None once it is kept.
+    claim: Mutex<Option<Claim>>,
+}
+
+/// What of a payload is there, seen as it becomes more.
+#[derive(Debug)]
+pub(crate) struct Part {
+    here: Arc<Mutex<Groups>>,
+    changed: watch::Receiver<()>,
+}
+
+/// The files of what arrives, and the right to go on with them.
+#[derive(Debug)]
+struct Claim {
+    partial: Partial,
+    marks: Marks,
 }
 
 /// The right to what arrives under a name, and its marks.
@@ -96,27 +114,57 @@ pub(super) struct Resting {
 
 impl PayloadStore {
     /// Takes room for a payload that will arrive verified, group by group; what came of it before
-    /// is there already.
-    pub(crate) fn receive(&self, root: Root, size: u64) -> Result<Receiving, PayloadError> {
-        let marks = Marks::claim(&self.inner, (root, size));
-        let resumed = marks.as_ref().and_then(|marks| {
-            let resumed = marks.resume(root, size);
-            resumed.inspect_err(|e| debug!(%root, error = %e, "nothing to go on from")).ok()
-        });
-        let (partial, outboard, here) = match resumed {
+    /// is there already. Fails as [`PayloadError::Arriving`] while somebody else does.
+    pub(crate) fn receive(&self, root: Root, size: u64) -> Result<Arc<Receiving>, PayloadError> {
+        let name = (root, size);
+        let marks = Marks::claim(&self.inner, name).ok_or(PayloadError::Arriving(root))?;
+        let resumed = marks.resume(root, size);
+        let resumed =
+            resumed.inspect_err(|e| debug!(%root, error = %e, "nothing to go on from")).ok();
+        let (partial, here) = match resumed {
             Some(resumed) => resumed,
             None => {
-                let mut partial = match &marks {
-                    Some(marks) => Partial::named(&self.inner, size, &marks.path)?,
-                    None => Partial::new(&self.inner, size)?,
-                };
+                let mut partial = Partial::named(&self.inner, size, &marks.path)?;
                 partial.allocate(size)?;
-                let outboard = partial.outboard_of(root.hash(), size)?;
-                (partial, outboard, Groups::new())
+                (partial, Groups::new())
             }
         };
-        let partial = Some(partial);
-        Ok(Receiving { partial, root, tree: tree(size), outboard, here, marks })
+        let receiving = Arc::new(Receiving::new(root, size, here, Claim { partial, marks })?);
+        lock(&self.inner.held).arriving.insert(name, Arc::downgrade(&receiving));
+        Ok(receiving)
+    }
+
+    /// What of a payload is there that is arriving now; none when it is not.
+    pub(crate) fn part(&self, root: Root, size: u64) -> Option<Part> {
+        let receiving = self.inner.arriving(&(root, size))?;
+        let changed = receiving.changed.subscribe();
+        Some(Part { here: Arc::clone(&receiving.here), changed })
+    }
+
+    /// Opens a payload that is arriving, for reading `ranges` of it, in bytes, all of which must be
+    /// there. None at all is all of it.
+    pub(crate) fn open_part(
+        &self,
+        root: Root,
+        size: u64,
+        ranges: &[Range<u64>],
+    ) -> Result<Payload, PayloadError> {
+        let receiving = self.inner.arriving(&(root, size)).ok_or(PayloadError::NotHeld(root))?;
+        let all = std::iter::once(0..size);
+        let wanted: Vec<_> = if ranges.is_empty() { all.collect() } else { ranges.to_vec() };
+        let here = lock(&receiving.here);
+        let is_here = |range: &Range<u64>| {
+            here.covers(range.start / GROUP_BYTES..groups_of(range.end.max(1)))
+        };
+        if !wanted.iter().all(is_here) {
+            return Err(PayloadError::NotHeld(root));
+        }
+        drop(here);
+        let clone =
+            |file: &File, path: &Path| file.try_clone().map_err(io_error("duplicating", path));
+        let data = clone(&receiving.data, &receiving.data_path)?;
+        let outboard = clone(&receiving.outboard, &receiving.outboard_path)?;
+        Ok(Payload { root, size, data, outboard })
     }
 
     /// Looks at what rests since an earlier run, and removes what cannot be gone on with.
@@ -138,16 +186,10 @@ impl PayloadStore {
         for (since, name) in found {
             let Some(marks) = Marks::claim(&self.inner, name) else { continue };
             // Dropped at once, it rests, or is removed.
-            match marks.resume(name.0, name.1) {
-                Ok((partial, outboard, here)) if young(&since) => drop(Receiving {
-                    partial: Some(partial),
-                    root: name.0,
-                    tree: tree(name.1),
-                    outboard,
-                    here,
-                    marks: Some(marks),
-                }),
-                _ => {}
+            if let Ok((partial, here)) = marks.resume(name.0, name.1)
+                && young(&since)
+            {
+                drop(Receiving::new(name.0, name.1, here, Claim { partial, marks }));
             }
         }
         let resting = lock(&self.inner.held).resting.clone();
@@ -167,6 +209,11 @@ impl PayloadStore {
 }
 
 impl Inner {
+    /// Who receives what has this name, if somebody does.
+    fn arriving(&self, name: &Name) -> Option<Arc<Receiving>> {
+        lock(&self.held).arriving.get(name)?.upgrade()
+    }
+
     /// Where the files of what arrives under a name lie, without their ending.
     fn stem(&self, (root, size): &Name) -> PathBuf {
         self.dir.join("partial").join(format!("{root}-{size}"))
@@ -187,6 +234,23 @@ impl Inner {
 }
 
 impl Receiving {
+    fn new(root: Root, size: u64, here: Groups, claim: Claim) -> Result<Self, PayloadError> {
+        let Partial { data, outboard, data_path, outboard_path, .. } = &claim.partial;
+        let clone =
+            |file: &File, path: &Path| file.try_clone().map_err(io_error("duplicating", path));
+        Ok(Self {
+            root,
+            tree: tree(size),
+            data: clone(data, data_path)?,
+            outboard: clone(outboard, outboard_path)?,
+            data_path: data_path.clone(),
+            outboard_path: outboard_path.clone(),
+            here: Arc::new(Mutex::new(here)),
+            changed: watch::channel(()).0,
+            claim: Mutex::new(Some(claim)),
+        })
+    }
+
     pub(crate) fn root(&self) -> Root {
         self.root
     }
@@ -196,69 +260,94 @@ impl Receiving {
     }
 
     /// Which groups are there.
-    pub(crate) fn here(&self) -> &Groups {
-        &self.here
+    pub(crate) fn here(&self) -> Groups {
+        lock(&self.here).clone()
     }
 
-    /// How many bytes are there.
-    pub(crate) fn bytes(&self) -> u64 {
-        let size = self.tree.size();
-        let missing: u64 = self.missing().iter().map(|range| range.end - range.start).sum();
-        size - missing
-    }
-
-    /// The bytes that are missing, in runs of whole groups, ascending.
-    pub(crate) fn missing(&self) -> Vec<Range<u64>> {
-        let size = self.tree.size();
-        let bytes = |gap: Range<u64>| gap.start * GROUP_BYTES..(gap.end * GROUP_BYTES).min(size);
-        self.here.gaps(0..groups_of(size)).map(bytes).collect()
-    }
-
-    /// Writes a verified group.
-    pub(crate) fn group(&mut self, leaf: &Leaf) -> Result<(), PayloadError> {
-        let partial = self.partial()?;
-        let written = partial.data.write_all_at(&leaf.data, leaf.offset);
-        written.map_err(io_error("writing", &partial.data_path))?;
+    /// Writes a verified group. The hash pairs above it must have been written.
+    pub(crate) fn group(&self, leaf: &Leaf) -> Result<(), PayloadError> {
+        let written = self.data.write_all_at(&leaf.data, leaf.offset);
+        written.map_err(io_error("writing", &self.data_path))?;
         let group = leaf.offset / GROUP_BYTES;
-        let new = self.here.insert(group..group + 1);
-        if let (Some(marks), Some(partial)) = (&mut self.marks, &self.partial) {
-            marks.came(new, &self.here, partial)?;
+        let mut claim = lock(&self.claim);
+        let mut here = lock(&self.here);
+        let new = here.insert(group..group + 1);
+        if let Some(Claim { marks, .. }) = &mut *claim {
+            marks.came(new, &here);
         }
+        drop((here, claim));
+        self.changed.send_replace(());
         Ok(())
     }
 
     /// Writes a verified hash pair.
-    pub(crate) fn pair(&mut self, parent: &Parent) -> Result<(), PayloadError> {
-        let written = sync::OutboardMut::save(&mut self.outboard, parent.node, &parent.pair);
-        written.map_err(io_error("writing", &self.partial()?.outboard_path))
+    pub(crate) fn pair(&self, parent: &Parent) -> Result<(), PayloadError> {
+        let Some(at) = self.tree.pre_order_offset(parent.node) else { return Ok(()) };
+        let mut pair = [0; PAIR];
+        let (left, right) = pair.split_at_mut(PAIR / 2);
+        left.copy_from_slice(parent.pair.0.as_bytes());
+        right.copy_from_slice(parent.pair.1.as_bytes());
+        let written = self.outboard.write_all_at(&pair, at * PAIR as u64);
+        written.map_err(io_error("writing", &self.outboard_path))
+    }
+
+    /// Whether so much came since the last [`Self::sync`] that it is time for one.
+    pub(crate) fn wants_sync(&self) -> bool {
+        let claim = lock(&self.claim);
+        claim.as_ref().is_some_and(|claim| claim.marks.unsynced >= SYNC_EVERY)
+    }
+
+    /// Makes durable what is there, beside whoever writes more of it. When that fails nothing of it
+    /// is believed any more: the next transfer begins anew.
+    pub(crate) fn sync(&self) -> Result<(), PayloadError> {
+        let before = self.here();
+        if let Some(Claim { marks, .. }) = &mut *lock(&self.claim) {
+            marks.unsynced = 0;
+        }
+        let sync = |file: &File, path: &Path| file.sync_data().map_err(io_error("syncing", path));
+        let synced = sync(&self.data, &self.data_path);
+        let synced = synced.and_then(|()| sync(&self.outboard, &self.outboard_path));
+        let mut claim = lock(&self.claim);
+        let Some(Claim { marks, .. }) = &mut *claim else { return synced };
+        if synced.is_err() {
+            *lock(&self.here) = Groups::new();
+            return synced;
+        }
+        marks.synced = before;
+        let here = self.here();
+        if let Err(error) = marks.write(&here, true) {
+            debug!(root = %self.root, %error, "what came of a payload is not marked");
+        }
+        Ok(())
     }
 
     /// Makes the payload durable and held, if all groups came.
-    pub(crate) fn keep(mut self) -> Result<Imported, PayloadError> {
+    pub(crate) fn keep(&self) -> Result<Imported, PayloadError> {
         let size = self.tree.size();
-        if self.here.len() != groups_of(size) {
-            let actual = self.here.len().saturating_mul(GROUP_BYTES).min(size);
+        let here = lock(&self.here).len();
+        if here != groups_of(size) {
+            let actual = here.saturating_mul(GROUP_BYTES).min(size);
             return Err(PayloadError::WrongSize { expected: size, actual });
         }
-        match self.partial.take() {
-            Some(partial) => partial.keep(self.root, size),
-            None => Err(PayloadError::NotHeld(self.root)),
-        }
-    }
-
-    fn partial(&self) -> Result<&Partial, PayloadError> {
-        self.partial.as_ref().ok_or(PayloadError::NotHeld(self.root))
+        let claim = lock(&self.claim).take().ok_or(PayloadError::NotHeld(self.root))?;
+        let Claim { partial, marks } = claim;
+        let kept = partial.keep(self.root, size);
+        // It is found as arriving until it is found as held.
+        drop(marks);
+        kept
     }
 }
 
 impl Drop for Receiving {
     /// What came rests, if something came and the disk is not wanted for other things.
     fn drop(&mut self) {
-        let (Some(partial), Some(marks)) = (&mut self.partial, &mut self.marks) else { return };
-        if self.here.is_empty() || !marks.store.has_room_to_rest() {
+        let Some(mut claim) = lock(&self.claim).take() else { return };
+        let here = self.here();
+        let Claim { partial, marks } = &mut claim;
+        if here.is_empty() || !marks.store.has_room_to_rest() {
             return;
         }
-        if let Err(e) = marks.write(&self.here, false) {
+        if let Err(e) = marks.write(&here, false) {
             debug!(root = %self.root, error = %e, "what came of a payload is not kept");
             return;
         }
@@ -267,12 +356,28 @@ impl Drop for Receiving {
     }
 }
 
+impl Part {
+    /// What is there and not in `told`.
+    pub(crate) fn news(&mut self, told: &Groups) -> Groups {
+        self.changed.mark_unchanged();
+        let here = lock(&self.here);
+        here.runs().flat_map(|run| told.gaps(run)).collect()
+    }
+
+    /// Waits until there is more. False when no more comes.
+    pub(crate) async fn more(&mut self) -> bool {
+        self.changed.changed().await.is_ok()
+    }
+}
+
 impl Marks {
     /// Takes the right to what arrives under `name`, unless somebody has it.
     fn claim(store: &Arc<Inner>, name: Name) -> Option<Self> {
-        if !lock(&store.held).arriving.insert(name) {
-            return None;
-        }
+        match lock(&store.held).arriving.entry(name) {
+            Entry::Occupied(_) => return None,
+            // Until there is something to be seen of it.
+            Entry::Vacant(free) => free.insert(Weak::new()),
+        };
         let path = store.stem(&name).with_extension("groups");
         Some(Self {
             store: store.clone(),
@@ -287,40 +392,24 @@ impl Marks {
     }
 
     /// Opens what came under this name before.
-    fn resume(
-        &self,
-        root: Root,
-        size: u64,
-    ) -> Result<(Partial, PreOrderOutboard<File>, Groups), PayloadError> {
+    fn resume(&self, root: Root, size: u64) -> Result<(Partial, Groups), PayloadError> {
         let read = read_marks(&self.path).map_err(io_error("reading", &self.path))?;
         let marked = decode(&read, &self.name, &self.boot).ok_or(PayloadError::NotHeld(root))?;
         let reservation = Reservation::of_resting(&self.store, size, &self.name);
-        let partial = Partial::resume(reservation, &self.path)?;
-        let outboard = partial.outboard_of(root.hash(), size)?;
-        Ok((partial, outboard, marked))
+        Ok((Partial::resume(reservation, &self.path)?, marked))
     }
 
     /// So many groups came, which makes it all those in `here`. Marks that cannot be written, on a
     /// disk that is full, say, are not worth the transfer.
-    fn came(&mut self, new: u64, here: &Groups, partial: &Partial) -> Result<(), PayloadError> {
+    fn came(&mut self, new: u64, here: &Groups) {
         self.unmarked += new;
         self.unsynced += new;
-        let durably = self.unsynced >= SYNC_EVERY;
-        if durably {
-            let sync =
-                |file: &File, path: &Path| file.sync_data().map_err(io_error("syncing", path));
-            sync(&partial.data, &partial.data_path)?;
-            sync(&partial.outboard, &partial.outboard_path)?;
-            self.synced = here.clone();
-            self.unsynced = 0;
-        }
-        if durably || self.unmarked >= MARK_EVERY {
+        if self.unmarked >= MARK_EVERY {
             self.unmarked = 0;
-            if let Err(error) = self.write(here, durably) {
+            if let Err(error) = self.write(here, false) {
                 debug!(root = %self.name.0, %error, "what came of a payload is not marked");
             }
         }
-        Ok(())
     }
 
     fn write(&self, here: &Groups, durably: bool) -> Result<(), PayloadError> {
@@ -485,7 +574,7 @@ mod tests {
     }
 
     /// Groups come, of which nobody looks at the bytes here.
-    fn come(receiving: &mut Receiving, groups: Range<u64>) {
+    fn come(receiving: &Receiving, groups: Range<u64>) {
         for group in groups {
             let data = Bytes::from(vec![7; GROUP_BYTES as usize]);
             let leaf = Leaf { offset: group * GROUP_BYTES, data };
@@ -500,25 +589,21 @@ mod tests {
     #[test]
     fn what_came_rests_and_is_gone_on_with() {
         let (_dir, store) = store();
-        let mut receiving = store.receive(root(1), SIZE).expect("room");
-        assert_eq!(receiving.bytes(), 0);
-        assert!(receiving.missing().into_iter().eq(std::iter::once(0..SIZE)));
-        come(&mut receiving, 0..3);
-        come(&mut receiving, 5..6);
+        let receiving = store.receive(root(1), SIZE).expect("room");
+        assert!(receiving.here().is_empty());
+        come(&receiving, 0..3);
+        come(&receiving, 5..6);
         drop(receiving);
         let here: Groups = [0..3, 5..6].into_iter().collect();
         for store in [store.clone(), again(&store)] {
             assert_eq!((files(&store), store.stats().reserved), (3, 0));
             let receiving = store.receive(root(1), SIZE).expect("room");
-            assert_eq!(receiving.here(), &here);
-            assert_eq!(receiving.bytes(), 4 * GROUP_BYTES);
-            let after = 3 * GROUP_BYTES..5 * GROUP_BYTES;
-            assert_eq!(receiving.missing(), [after, 6 * GROUP_BYTES..SIZE]);
-            // Another size of the same root is something else, and so is a second transfer.
-            for size in [SIZE, SIZE - 1] {
-                let other = store.receive(root(1), size).expect("room");
-                assert!(other.here().is_empty());
-            }
+            assert_eq!(receiving.here(), here);
+            // Another size of the same root is something else; the same is received once.
+            let other = store.receive(root(1), SIZE - 1).expect("room");
+            assert!(other.here().is_empty());
+            let again = store.receive(root(1), SIZE);
+            assert!(matches!(again, Err(PayloadError::Arriving(r)) if r == root(1)), "{again:?}");
         }
         // One of which nothing came leaves nothing.
         drop(store.receive(root(2), SIZE).expect("room"));
@@ -527,19 +612,71 @@ mod tests {
             store.receive(root(1), SIZE).expect("room").keep(),
             Err(PayloadError::WrongSize { .. })
         ));
-        let mut receiving = store.receive(root(1), SIZE).expect("room");
-        come(&mut receiving, 0..GROUPS);
-        assert!(receiving.missing().is_empty());
+        let receiving = store.receive(root(1), SIZE).expect("room");
+        come(&receiving, 0..GROUPS);
+        assert_eq!(receiving.here(), Groups::first(GROUPS));
         receiving.keep().expect("all is there");
         assert_eq!((files(&store), store.has(root(1))), (0, Some(SIZE)));
+    }
+
+    #[tokio::test]
+    #[allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
+    async fn what_is_there_is_passed_on_while_the_rest_arrives() {
+        let (_dir, store) = store();
+        let receiving = store.receive(root(1), SIZE).expect("room");
+        assert!(store.part(root(1), SIZE + 1).is_none() && store.part(root(2), SIZE).is_none());
+        let mut part = store.part(root(1), SIZE).expect("it arrives");
+        let mut told = Groups::new();
+        assert!(part.news(&told).is_empty());
+        come(&receiving, 0..3);
+        come(&receiving, 9..10);
+        assert!(part.more().await);
+        let news = part.news(&told);
+        assert_eq!(news, [0..3, 9..10].into_iter().collect());
+        told.extend(news.runs());
+        come(&receiving, 2..4);
+        assert!(part.more().await);
+        assert_eq!(part.news(&told), [3..4].into_iter().collect());
+
+        let bytes = |run: Range<u64>| run.start * GROUP_BYTES..run.end * GROUP_BYTES;
+        let open = |runs: &[Range<u64>]| {
+            let ranges: Vec<_> = runs.iter().cloned().map(bytes).collect();
+            store.open_part(root(1), SIZE, &ranges)
+        };
+        let opened = open(&[0..4, 9..10]).expect("all of that is there");
+        for lacking in [vec![], vec![3..5], vec![0..1, 8..9], vec![9..11]] {
+            let refused = open(&lacking);
+            assert!(matches!(refused, Err(PayloadError::NotHeld(_))), "{lacking:?}: {refused:?}");
+        }
+        // What was opened stays readable, whatever becomes of the transfer.
+        drop(receiving);
+        assert!(!part.more().await);
+        assert!(store.part(root(1), SIZE).is_none());
+        let read = opened.read_at(9 * GROUP_BYTES, 5).expect("reads");
+        assert_eq!(read, [7; 5][..]);
+    }
+
+    #[test]
+    fn what_is_synced_outlives_the_boot() {
+        let (_dir, store) = store();
+        let receiving = store.receive(root(1), SIZE).expect("room");
+        come(&receiving, 0..5);
+        receiving.sync().expect("syncs");
+        come(&receiving, 5..9);
+        drop(receiving);
+        let marks = store.inner.stem(&(root(1), SIZE)).with_extension("groups");
+        let read = read_marks(&marks).expect("reads");
+        let name = (root(1), SIZE);
+        assert_eq!(decode(&read, &name, &clock::boot_id().0), Some(Groups::first(9)));
+        assert_eq!(decode(&read, &name, &[1; 16]), Some(Groups::first(5)));
     }
 
     #[test]
     fn a_process_that_is_killed_has_lost_four_mebibytes_at_most() {
         let (_dir, store) = store();
-        let mut receiving = store.receive(root(1), SIZE).expect("room");
+        let receiving = store.receive(root(1), SIZE).expect("room");
         for came in 1..=GROUPS {
-            come(&mut receiving, came - 1..came);
+            come(&receiving, came - 1..came);
             let marks = store.inner.stem(&(root(1), SIZE)).with_extension("groups");
             let here = read_marks(&marks).ok();
             let here = here.and_then(|read| decode(&read, &(root(1), SIZE), &clock::boot_id().0));
@@ -584,8 +721,8 @@ mod tests {
         ];
         for (ending, spoil) in spoils {
             let (_dir, store) = store();
-            let mut receiving = store.receive(root(1), SIZE).expect("room");
-            come(&mut receiving, 0..3);
+            let receiving = store.receive(root(1), SIZE).expect("room");
+            come(&receiving, 0..3);
             drop(receiving);
             spoil(&store.inner.stem(&(root(1), SIZE)).with_extension(ending));
             let reopened = again(&store);
@@ -604,7 +741,7 @@ mod tests {
         let limits = Limits { quota: 3 * each, ..limits() };
         let store = PayloadStore::open_dir(dir.path(), limits).expect("opens");
         for n in 1..=3 {
-            come(&mut store.receive(root(n), SIZE).expect("room"), 0..1);
+            come(&store.receive(root(n), SIZE).expect("room"), 0..1);
         }
         assert_eq!(files(&store), 9);
         // The one that came longest ago goes; the one that goes on stays.
@@ -613,7 +750,7 @@ mod tests {
         assert!(matches!(store.check_room(3 * SIZE), Err(PayloadError::NoSpace { .. })));
         let fourth = store.receive(root(4), SIZE).expect("room");
         assert_eq!(files(&store), 3 + 3 + 2);
-        assert_eq!(store.receive(root(3), SIZE).expect("room").here(), &Groups::first(1));
+        assert_eq!(store.receive(root(3), SIZE).expect("room").here(), Groups::first(1));
         let fifth = store.receive(root(5), SIZE).expect("room");
         assert!(matches!(store.receive(root(6), SIZE), Err(PayloadError::NoSpace { .. })));
         drop((goes_on, fourth, fifth));

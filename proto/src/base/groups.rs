@@ -178,12 +178,18 @@ impl Groups {
     }
 }
 
+impl Extend<Range<u64>> for Groups {
+    fn extend<I: IntoIterator<Item = Range<u64>>>(&mut self, ranges: I) {
+        for range in ranges {
+            self.insert(range);
+        }
+    }
+}
+
 impl FromIterator<Range<u64>> for Groups {
     fn from_iter<I: IntoIterator<Item = Range<u64>>>(ranges: I) -> Self {
         let mut groups = Self::new();
-        for range in ranges {
-            groups.insert(range);
-        }
+        groups.extend(ranges);
         groups
     }
 }

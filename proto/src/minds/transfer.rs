@@ -171,9 +171,7 @@ impl Transfer {
     pub fn is_hopeless(&self) -> bool {
         let mut could = Groups::new();
         let good = self.holders.values().filter(|holder| !holder.banned);
-        good.flat_map(|holder| holder.has.runs()).for_each(|run| {
-            could.insert(run);
-        });
+        could.extend(good.flat_map(|holder| holder.has.runs()));
         !self.here.gaps(0..self.groups).all(|gap| could.covers(gap))
     }
 
@@ -331,9 +329,7 @@ impl Transfer {
         self.taken.remove(closed.left.clone());
         let others = self.asks.values().map(|other| other.left.clone());
         let still: Vec<_> = others.chain(self.here.overlaps(closed.left.clone())).collect();
-        for run in still {
-            self.taken.insert(run);
-        }
+        self.taken.extend(still);
         Some(closed)
     }
 
@@ -444,9 +440,7 @@ impl Transfer {
             if holder.has.runs().any(|run| missing.touches(run)) {
                 all += rate(holder);
                 some += rate(holder);
-                holder.has.runs().for_each(|run| {
-                    bring.insert(run);
-                });
+                bring.extend(holder.has.runs());
             }
         }
         if some == 0 {

@@ -440,7 +440,8 @@ async fn fetch(
     let key = unhex(key).context("the sender's key is no key")?;
     let before = machine::cpu_s();
     let start = Instant::now();
-    data.fetch(key, vec![address], root, size, |_| {}).await?;
+    let holders = vec![Holder { key, addresses: vec![address], whole: true }];
+    data.fetch(holders, root, size, |_| {}).await?;
     line(&Ended {
         seconds: start.elapsed().as_secs_f64(),
         cpu_s: machine::cpu_s() - before,

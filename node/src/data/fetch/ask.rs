@@ -1,0 +1,359 @@
+//! One ask: a run of groups from one holder, verified and written.
+//!
+//! ```text
+//!   network                        data thread                       blocking thread
+//! ┌─────────┐  packets  ┌───────────────────────────────┐ queue  ┌─────────────────────────┐
+//! │ holder  │ ────────> │ pairs and one group, gathered │ ─────> │ verify, write, tell the │
+//! └─────────┘           │ in one buffer; pace is kept   │  of 4  │ transfer what came      │
+//!                       └───────────────────────────────┘        └─────────────────────────┘
+//! ```
+
+use std::{collections::VecDeque, io, net::SocketAddr, ops::Range, sync::Arc};
+
+use bao_tree::{
+    BaoTree, ChunkRanges,
+    io::{
+        BaoContentItem, DecodeError,
+        fsm::{ResponseDecoder, ResponseDecoderNext},
+    },
+    iter::{BaoChunk, ResponseIter},
+};
+use bytes::{Bytes, BytesMut};
+use iroh_io::AsyncStreamReader;
+use leasehold_proto::base::groups::GROUP_BYTES;
+use leasehold_proto::minds::transfer::AskId;
+use quinn::ReadError;
+use tokio::{
+    runtime::Handle,
+    sync::mpsc,
+    task::{JoinHandle, spawn_blocking},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Event, FetchError};
+use crate::data::{
+    Shared,
+    dial::{Answered, LinkError, link_error},
+    frame::{Code, Get, Refusal, Refused, Request, Response},
+    serve::chunk_ranges,
+    stream::{Pace, Stalled},
+};
+use crate::payload::{PayloadError, Receiving};
+
+/// How many gathered groups may wait to be verified and written.
+const WRITE_BEHIND: usize = 4;
+
+/// How many received segments are taken from a stream at once.
+const SEGMENTS: usize = 64;
+
+/// What is asked of whom.
+pub(super) struct Ask {
+    pub(super) id: AskId,
+    pub(super) peer: [u8; 32],
+    pub(super) addresses: Vec<SocketAddr>,
+    pub(super) run: Range<u64>,
+    pub(super) receiving: Arc<Receiving>,
+    pub(super) events: mpsc::Sender<Event>,
+    /// Cancelled when what would still come is not wanted any more.
+    pub(super) unwanted: CancellationToken,
+}
+
+impl Ask {
+    /// Asks, and returns when all has come or nothing more will. Nothing is written afterwards.
+    pub(super) async fn make(self, shared: &Arc<Shared>) -> Result<(), FetchError> {
+        let Self { peer, run, receiving, .. } = &self;
+        let (peer, root, size) = (*peer, receiving.root(), receiving.tree().size());
+        let closed = |_| LinkError::Closed;
+        let own = shared.asking_each.of(&peer);
+        let unwanted = self.unwanted.clone();
+        let permits = async {
+            let own = own.acquire().await.map_err(closed)?;
+            Ok::<_, LinkError>((own, shared.asking.acquire().await.map_err(closed)?))
+        };
+        let _permits = tokio::select! {
+            permits = permits => permits?,
+            () = unwanted.cancelled() => return Ok(()),
+        };
+        let bytes = run.start * GROUP_BYTES..(run.end * GROUP_BYTES).min(size);
+        // Of an empty payload, which has one group without bytes, all is asked for.
+        let ranges = if size == 0 { Vec::new() } else { vec![bytes] };
+        let get = Request::Get(Get { root, size, ranges: ranges.clone() });
+        let frame = get.encode().map_err(LinkError::Request)?;
+        let asked = tokio::select! {
+            asked = shared.request(peer, &self.addresses, &frame, true) => asked,
+            () = unwanted.cancelled() => return Ok(()),
+        };
+        let Answered { mut send, mut recv, response } = asked.map_err(|e| match e {
+            LinkError::Reset { peer, code } => FetchError::GivenUp { peer, root, code },
+            e => e.into(),
+        })?;
+        match response {
+            Response::Ready { size: actual } if actual == size => {}
+            Response::Ready { size: actual }
+            | Response::Refused(Refused { why: Refusal::WrongSize, figure: actual, .. }) => {
+                return Err(FetchError::WrongSize { peer, root, expected: size, actual });
+            }
+            Response::Refused(Refused { why: Refusal::NotHeld, .. }) => {
+                return Err(FetchError::NotHeld { peer, root });
+            }
+            Response::Refused(refused) => return Err(LinkError::Refused { peer, refused }.into()),
+        }
+
+        let (groups, queue) = mpsc::channel(WRITE_BEHIND);
+        let (tree, ranges) = (receiving.tree(), chunk_ranges(&ranges, size));
+        let mut verified = self.verifier(shared, ranges.clone(), queue);
+        let mut gather = Gather {
+            stream: &mut recv.stream,
+            segments: VecDeque::new(),
+            staged: 0,
+            received: 0,
+            pace: Pace::new(shared.config.stall, shared.config.min_rate),
+        };
+        // The verifier ends first where it finds a wrong byte or the disk fails: then its reason
+        // counts, and waiting for more of the stream would be waiting for nothing.
+        let (gathered, verified) = tokio::select! {
+            biased;
+            verified = &mut verified => (Ok(()), verified),
+            gathered = gather.all(tree, ranges, groups) => (gathered, verified.await),
+            () = unwanted.cancelled() => (Err(NotGathered::Unwanted), verified.await),
+        };
+        let received = gather.received;
+        let outcome = match (verified, gathered) {
+            (Err(_), _) => Err(LinkError::Closed.into()),
+            (Ok(Err(Unverified::Store(e))), _) => Err(e.into()),
+            (Ok(Err(Unverified::Corrupt { offset })), _) => {
+                Err(FetchError::Corrupt { peer, root, offset })
+            }
+            (Ok(Ok(())), _) => Ok(()),
+            (Ok(Err(Unverified::Short)), Err(why)) => match why {
+                NotGathered::Unwanted => {
+                    send.reset(Code::Cancelled);
+                    recv.stop(Code::Cancelled);
+                    return Ok(());
+                }
+                NotGathered::Stalled => Err(FetchError::Stalled { peer, root, received }),
+                NotGathered::Trailing => Err(FetchError::Trailing { peer, root }),
+                NotGathered::Read(ReadError::ConnectionLost(e)) => Err(link_error(peer, &e).into()),
+                NotGathered::Read(ReadError::Reset(code)) => {
+                    let code = Code::from_u64(code.into_inner());
+                    Err(FetchError::GivenUp { peer, root, code })
+                }
+                NotGathered::Ended | NotGathered::Read(_) => {
+                    Err(FetchError::Truncated { peer, root, received })
+                }
+            },
+            (Ok(Err(Unverified::Short)), Ok(())) => {
+                Err(FetchError::Truncated { peer, root, received })
+            }
+        };
+        // The verdict, for the holder.
+        match &outcome {
+            Ok(()) => send.finish(),
+            Err(e) => {
+                let code = match e {
+                    FetchError::Corrupt { .. } => Code::Corrupt,
+                    FetchError::Stalled { .. } => Code::Stalled,
+                    FetchError::Trailing { .. } => Code::Malformed,
+                    _ => Code::Cancelled,
+                };
+                send.reset(code);
+                recv.stop(code);
+            }
+        }
+        outcome
+    }
+
+    fn verifier(
+        &self,
+        shared: &Arc<Shared>,
+        ranges: ChunkRanges,
+        queue: mpsc::Receiver<Gathered>,
+    ) -> JoinHandle<Result<(), Unverified>> {
+        let (shared, receiving) = (Arc::clone(shared), Arc::clone(&self.receiving));
+        let (id, events) = (self.id, self.events.clone());
+        spawn_blocking(move || {
+            Handle::current().block_on(verify(&shared, &receiving, ranges, queue, id, &events))
+        })
+    }
+}
+
+/// Why not all of a payload's stream was gathered.
+enum NotGathered {
+    Ended,
+    Trailing,
+    Stalled,
+    Unwanted,
+    Read(ReadError),
+}
+
+/// Gathers the stream's segments into one buffer per group, with the hash pairs before it.
+struct Gather<'a> {
+    stream: &'a mut quinn::RecvStream,
+    segments: VecDeque<Bytes>,
+    /// Bytes in `segments`.
+    staged: usize,
+    received: u64,
+    pace: Pace,
+}
+
+impl Gather<'_> {
+    async fn all(
+        &mut self,
+        tree: BaoTree,
+        ranges: ChunkRanges,
+        groups: mpsc::Sender<Gathered>,
+    ) -> Result<(), NotGathered> {
+        // The tree says what comes: nothing that is sent decides how much is taken.
+        let mut len = 0;
+        for item in ResponseIter::new(tree, ranges) {
+            match item {
+                BaoChunk::Parent { .. } => len += 64,
+                BaoChunk::Leaf { size, .. } => {
+                    let group = self.take(len + size).await?;
+                    // An empty payload has one group, of no bytes.
+                    if !group.is_empty() && groups.send(Gathered::Group(group)).await.is_err() {
+                        // The verifier has ended and knows why.
+                        return Ok(());
+                    }
+                    len = 0;
+                }
+            }
+        }
+        if self.staged > 0 || self.more().await? {
+            return Err(NotGathered::Trailing);
+        }
+        let _ = groups.send(Gathered::End).await;
+        Ok(())
+    }
+
+    async fn take(&mut self, len: usize) -> Result<Bytes, NotGathered> {
+        while self.staged < len {
+            if !self.more().await? {
+                return Err(NotGathered::Ended);
+            }
+        }
+        let mut taken = BytesMut::with_capacity(len);
+        while taken.len() < len {
+            let Some(mut segment) = self.segments.pop_front() else { break };
+            let wanted = len - taken.len();
+            if segment.len() > wanted {
+                self.segments.push_front(segment.split_off(wanted));
+            }
+            taken.extend_from_slice(&segment);
+        }
+        self.staged -= taken.len();
+        Ok(taken.freeze())
+    }
+
+    /// Waits for more of the stream. Whether there was more.
+    async fn more(&mut self) -> Result<bool, NotGathered> {
+        let mut segments = [const { Bytes::new() }; SEGMENTS];
+        let read = self.pace.during(self.stream.read_chunks(&mut segments)).await;
+        let read = match read {
+            Err(Stalled) => return Err(NotGathered::Stalled),
+            Ok(read) => read.map_err(NotGathered::Read)?,
+        };
+        let Some(count) = read else { return Ok(false) };
+        let came: usize = segments.iter().map(Bytes::len).sum();
+        self.segments.extend(segments.into_iter().take(count));
+        self.staged += came;
+        self.received += came as u64;
+        self.pace.moved(came as u64);
+        Ok(true)
+    }
+}
+
+/// What the data thread hands to the verifier.
+enum Gathered {
+    Group(Bytes),
+    /// The stream ended where it should.
+    End,
+}
+
+/// Why a payload was not kept.
+enum Unverified {
+    Corrupt {
+        offset: u64,
+    },
+    /// Not all was gathered; the gatherer knows why.
+    Short,
+    Store(PayloadError),
+}
+
+/// Verifies and writes what comes through `queue`. Blocks on the disk, and is only polled on a
+/// thread for that.
+async fn verify(
+    shared: &Shared,
+    receiving: &Receiving,
+    ranges: ChunkRanges,
+    queue: mpsc::Receiver<Gathered>,
+    id: AskId,
+    events: &mpsc::Sender<Event>,
+) -> Result<(), Unverified> {
+    let root = receiving.root().hash();
+    let source = Source { queue, group: Bytes::new() };
+    let mut decoder = ResponseDecoder::new(root, ranges, receiving.tree(), source);
+    let mut source = loop {
+        match decoder.next().await {
+            ResponseDecoderNext::Done(source) => break source,
+            ResponseDecoderNext::More((next, item)) => {
+                match item.map_err(unverified)? {
+                    BaoContentItem::Parent(parent) => {
+                        receiving.pair(&parent).map_err(Unverified::Store)?;
+                    }
+                    BaoContentItem::Leaf(leaf) => {
+                        receiving.group(&leaf).map_err(Unverified::Store)?;
+                        let bytes = leaf.data.len() as u64;
+                        shared.counters.payload_received.add(bytes);
+                        let next = leaf.offset / GROUP_BYTES + 1;
+                        if events.send(Event::Came(id, next, bytes)).await.is_err() {
+                            // Nobody wants more of it.
+                            return Err(Unverified::Short);
+                        }
+                    }
+                }
+                decoder = next;
+            }
+        }
+    };
+    match source.queue.recv().await {
+        Some(Gathered::End) => Ok(()),
+        Some(Gathered::Group(_)) | None => Err(Unverified::Short),
+    }
+}
+
+fn unverified(e: DecodeError) -> Unverified {
+    match e {
+        DecodeError::ParentHashMismatch(node) => {
+            Unverified::Corrupt { offset: node.chunk_range().start.to_bytes() }
+        }
+        DecodeError::LeafHashMismatch(chunk) => Unverified::Corrupt { offset: chunk.to_bytes() },
+        DecodeError::ParentNotFound(_) | DecodeError::LeafNotFound(_) | DecodeError::Io(_) => {
+            Unverified::Short
+        }
+    }
+}
+
+/// The gathered groups as bao-tree reads them. Gathering follows the same tree, so no read
+/// crosses from one buffer into the next, and none is copied.
+struct Source {
+    queue: mpsc::Receiver<Gathered>,
+    group: Bytes,
+}
+
+impl AsyncStreamReader for Source {
+    async fn read_bytes(&mut self, len: usize) -> io::Result<Bytes> {
+        if self.group.is_empty() && len > 0 {
+            match self.queue.recv().await {
+                Some(Gathered::Group(group)) => self.group = group,
+                Some(Gathered::End) | None => return Ok(Bytes::new()),
+            }
+        }
+        Ok(self.group.split_to(len.min(self.group.len())))
+    }
+
+    async fn read<const L: usize>(&mut self) -> io::Result<[u8; L]> {
+        let bytes = self.read_bytes(L).await?;
+        bytes.as_ref().try_into().map_err(|_| io::ErrorKind::UnexpectedEof.into())
+    }
+}
