@@ -16,7 +16,7 @@ use leasehold_proto::words::contract::{
 };
 use leasehold_proto::words::equivocation::{Conviction, Reinstatement};
 use leasehold_proto::words::object::{Body, Envelope, Header, Kind, Object, draft_json};
-use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
+use leasehold_proto::words::record::{Addresses, HostRecord, Offer, Payloads};
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::usage::{Acknowledgement, Objection, Receipt, Usage};
 use leasehold_proto::words::wire::{self, MAX_OBJECT};
@@ -435,6 +435,7 @@ impl Page<'_> {
             Kind::Gang => self.of::<Gang>(body),
             Kind::Commit => self.of::<Commit>(body),
             Kind::Reinstatement => self.of::<Reinstatement>(body),
+            Kind::Payloads => self.of::<Payloads>(body),
             Kind::Unknown(_) => {
                 self.line("body", format!("{} bytes of an unknown kind", body.len()));
             }
@@ -567,6 +568,18 @@ impl Shown for Offer {
         page.line("longest term", max_term);
         page.line("runtimes", list(runtimes));
         page.line("isolation", list(isolation));
+    }
+}
+
+impl Shown for Payloads {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { roots } = self;
+        page.line("payloads", roots.len());
+        for root in roots {
+            // As the root itself begins.
+            let begins: String = root.to_le_bytes().iter().map(|b| format!("{b:02x}")).collect();
+            page.line("has one that begins", begins);
+        }
     }
 }
 

@@ -11,7 +11,8 @@ use leasehold_proto::{KeyId, LeaseId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::attach::{self, AttachError, Attached};
-use crate::data::{Data, FetchError, FetchStats, Holder};
+use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
+use crate::holders::Holders;
 use crate::payload::{PayloadStore, Root};
 use crate::records::{self, ProofError};
 use crate::run::Counts;
@@ -34,6 +35,7 @@ struct Inner {
     store: Store,
     payloads: PayloadStore,
     data: Data,
+    holders: Holders,
     counts: Arc<Counts>,
 }
 
@@ -78,10 +80,11 @@ impl Handle {
         signer: Arc<Signer>,
         store: Store,
         payloads: PayloadStore,
-        data: Data,
+        (data, holders): (Data, Holders),
         counts: Arc<Counts>,
     ) -> Self {
-        Self { inner: Arc::new(Inner { commands, facts, signer, store, payloads, data, counts }) }
+        let inner = Inner { commands, facts, signer, store, payloads, data, holders, counts };
+        Self { inner: Arc::new(inner) }
     }
 
     /// What does not change.
@@ -155,23 +158,27 @@ impl Handle {
         attach::open(&self.inner.data, lessor, addresses, lease, stdout, stderr).await
     }
 
-    /// Fetches a payload from `holder`, verified while it streams; nothing is sent when it is
-    /// here already.
+    /// Fetches a payload, verified while it streams, from `holder` if one is named, which should
+    /// have all of it, and from whoever else has some; nothing is sent when it is here already.
     ///
     /// # Errors
-    /// When the holder cannot be reached, does not hold it, or sends wrong bytes.
+    /// When nobody can be reached who holds it, or those who do send wrong bytes.
     pub async fn fetch(
         &self,
-        holder: KeyId,
+        holder: Option<KeyId>,
         root: Root,
         size: u64,
+        progress: impl FnMut(Progress),
     ) -> Result<FetchStats, FetchError> {
-        let addresses = match self.ask(Command::Reach(holder)).await {
-            Ok(Reply::Reached(_, addresses)) => addresses,
-            _ => Vec::new(),
-        };
-        let holders = vec![Holder { key: holder.0, addresses, whole: true }];
-        self.inner.data.fetch(holders, root, size, |_| {}).await
+        let mut named = Vec::new();
+        if let Some(holder) = holder {
+            let addresses = match self.ask(Command::Reach(holder)).await {
+                Ok(Reply::Reached(_, addresses)) => addresses,
+                _ => Vec::new(),
+            };
+            named.push(Holder { key: holder.0, addresses, whole: true });
+        }
+        self.inner.holders.fetch(named, root, size, progress).await
     }
 
     /// Everything that proves a lease this node granted or holds, as kept on disk.

@@ -322,7 +322,11 @@ fn name(command: &Command) -> Option<String> {
         Command::Reinstate(_) => Some("reinstate".into()),
         Command::AwaitEnd(lease) => of("await the end of", lease),
         Command::DraftOrder { .. } => Some("draft an order".into()),
-        Command::Plan(_) | Command::Lessor(_) | Command::Reach(_) | Command::View => None,
+        Command::Plan(_)
+        | Command::Lessor(_)
+        | Command::Reach(_)
+        | Command::Holders(_)
+        | Command::View => None,
     }
 }
 

@@ -32,8 +32,9 @@ use tokio_util::task::TaskTracker;
 use crate::attach::{self, End, Frame, MAX_FRAME, OutputFile, Request};
 use crate::clock;
 use crate::data::frame::Refusal;
-use crate::data::{Arriving, Data, FetchError, Holder, LinkError};
+use crate::data::{Arriving, FetchError, Holder, LinkError};
 use crate::handle::Asked;
+use crate::holders::Holders;
 use crate::payload::{PayloadStore, Root};
 use crate::work::{self, Spec, Stream, Work, WorkEvent};
 
@@ -140,7 +141,7 @@ pub(crate) struct Jobs {
 #[derive(Debug)]
 struct Inner {
     work: Work,
-    data: Data,
+    holders: Holders,
     payloads: PayloadStore,
     events: mpsc::Sender<Event>,
     /// To ask the core where a delegate is.
@@ -170,7 +171,7 @@ fn root_of(payload: &Payload) -> Root {
 impl Jobs {
     pub(crate) fn new(
         work: Work,
-        data: Data,
+        holders: Holders,
         payloads: PayloadStore,
         (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
         isolation: Vec<String>,
@@ -179,7 +180,7 @@ impl Jobs {
         let keeping = Semaphore::new(MAX_KEEPING);
         let inner = Inner {
             work,
-            data,
+            holders,
             payloads,
             events,
             commands,
@@ -466,7 +467,7 @@ impl Jobs {
         loop {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
-            let fetched = self.inner.data.fetch(holders, root, size, |_| {}).await;
+            let fetched = self.inner.holders.fetch(holders, root, size, |_| {}).await;
             let error = match fetched {
                 Ok(stats) => {
                     tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");

@@ -21,6 +21,7 @@ pub mod config;
 pub mod data;
 pub mod handle;
 pub mod history;
+mod holders;
 pub mod home;
 pub mod host;
 mod jobs;

@@ -19,6 +19,7 @@ use crate::config::{Config, ConfigError};
 use crate::data::{self, Data, DataConfig};
 use crate::handle::{Facts, Handle};
 use crate::history::{History, HistoryError};
+use crate::holders::{self, Holders};
 use crate::home::{Home, HomeError, Identity};
 use crate::jobs::Jobs;
 use crate::net::{Limits, Net, NetConfig, NetError, NetEvent};
@@ -318,18 +319,20 @@ impl Node {
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
         let (commands, command_input) = mpsc::channel(QUEUE);
+        let shutdown = CancellationToken::new();
+        tokio::spawn(holders::tell(payloads.clone(), events.clone(), shutdown.clone()));
         let inputs = (events, commands.clone());
-        let jobs = Jobs::new(work, data.clone(), payloads.clone(), inputs, isolation);
+        let holders = Holders::new(data.clone(), commands.clone());
+        let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());
-        let shutdown = CancellationToken::new();
         let handle = Handle::new(
             commands,
             facts,
             Arc::new(Signer::from_seed(seed)),
             store.clone(),
             payloads,
-            data.clone(),
+            (data.clone(), holders),
             Arc::clone(&counts),
         );
         let tell = jobs.clone();

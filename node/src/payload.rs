@@ -48,7 +48,7 @@ use rustix::fs::FallocateFlags;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tracing::warn;
 
@@ -248,6 +248,8 @@ struct Inner {
     dir: PathBuf,
     limits: Limits,
     held: Mutex<Held>,
+    /// Told whenever something is held or arrives that was not, or no longer is.
+    changed: watch::Sender<()>,
     /// Held while files are renamed in `dir`, so that two imports of the same bytes, or an import
     /// and a removal, do not mix their renames.
     renames: Mutex<()>,
@@ -258,7 +260,7 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct Held {
-    payloads: BTreeMap<Root, u64>,
+    payloads: BTreeMap<Root, Known>,
     /// Bytes of them on disk.
     bytes: u64,
     /// Bytes promised to partial files.
@@ -269,8 +271,24 @@ struct Held {
     arriving: BTreeMap<arriving::Name, Weak<Receiving>>,
     /// What came of payloads whose transfer ended.
     resting: AtRest,
-    /// Numbers them.
+    /// Numbers the uses of payloads, and what rests.
     turn: u64,
+}
+
+/// What is known of a payload that is held.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// In bytes.
+    size: u64,
+    /// When it was last read, or came: the higher the later.
+    used: u64,
+}
+
+impl Held {
+    fn next_turn(&mut self) -> u64 {
+        self.turn += 1;
+        self.turn
+    }
 }
 
 type AtRest = BTreeMap<arriving::Name, arriving::Resting>;
@@ -306,6 +324,7 @@ impl PayloadStore {
             dir,
             limits,
             held: Mutex::default(),
+            changed: watch::channel(()).0,
             renames: Mutex::default(),
             next_partial: AtomicU64::new(0),
             set_aside: AtomicU64::new(0),
@@ -318,18 +337,35 @@ impl PayloadStore {
 
     /// The size in bytes of a payload that is held.
     pub fn has(&self, root: Root) -> Option<u64> {
-        lock(&self.inner.held).payloads.get(&root).copied()
+        lock(&self.inner.held).payloads.get(&root).map(|known| known.size)
     }
 
     /// Where the bytes of a payload lie, for handing them to a program; none when it is not held.
     /// The file is the payload itself: whoever changes it changes the payload.
     pub fn path(&self, root: Root) -> Option<PathBuf> {
-        self.has(root).map(|_| self.inner.data_path(root))
+        self.inner.used(root).map(|_| self.inner.data_path(root))
     }
 
     /// All payloads with their sizes in bytes, by name.
     pub fn list(&self) -> Vec<(Root, u64)> {
-        lock(&self.inner.held).payloads.iter().map(|(root, size)| (*root, *size)).collect()
+        let held = lock(&self.inner.held);
+        held.payloads.iter().map(|(root, known)| (*root, known.size)).collect()
+    }
+
+    /// What can be had from here, or soon can: the names of at most `most` payloads that arrive or
+    /// are held, those that were used last first.
+    pub fn newest(&self, most: usize) -> Vec<Root> {
+        let held = lock(&self.inner.held);
+        let mut known: Vec<_> =
+            held.payloads.iter().map(|(root, known)| (known.used, *root)).collect();
+        known.sort_unstable_by(|one, other| other.cmp(one));
+        let arriving = held.arriving.keys().map(|(root, _)| *root);
+        arriving.chain(known.into_iter().map(|(_, root)| root)).take(most).collect()
+    }
+
+    /// Hears when [`Self::newest`] may have changed by more than its order.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.inner.changed.subscribe()
     }
 
     /// What is held and reserved now.
@@ -355,7 +391,7 @@ impl PayloadStore {
 
     /// Opens a payload for reading. The handle stays good when the payload is removed.
     pub fn open(&self, root: Root) -> Result<Payload, PayloadError> {
-        let size = self.has(root).ok_or(PayloadError::NotHeld(root))?;
+        let size = self.inner.used(root).ok_or(PayloadError::NotHeld(root))?;
         let open = |path: PathBuf| File::open(&path).map_err(io_error("opening", &path));
         let data = open(self.inner.data_path(root))?;
         let outboard = open(self.inner.outboard_path(root))?;
@@ -657,16 +693,30 @@ impl Inner {
 
     fn remember(&self, root: Root, size: u64) {
         let mut held = lock(&self.held);
-        if held.payloads.insert(root, size).is_none() {
+        let used = held.next_turn();
+        if held.payloads.insert(root, Known { size, used }).is_none() {
             held.bytes = held.bytes.saturating_add(on_disk(size));
         }
+        drop(held);
+        self.changed.send_replace(());
+    }
+
+    /// The size of a payload that is held, which is used now.
+    fn used(&self, root: Root) -> Option<u64> {
+        let mut held = lock(&self.held);
+        let turn = held.next_turn();
+        let known = held.payloads.get_mut(&root)?;
+        known.used = turn;
+        Some(known.size)
     }
 
     fn forget(&self, root: Root) {
         let mut held = lock(&self.held);
-        if let Some(size) = held.payloads.remove(&root) {
-            held.bytes = held.bytes.saturating_sub(on_disk(size));
+        if let Some(known) = held.payloads.remove(&root) {
+            held.bytes = held.bytes.saturating_sub(on_disk(known.size));
         }
+        drop(held);
+        self.changed.send_replace(());
     }
 
     fn check_payload(&self, size: u64) -> Result<(), PayloadError> {

@@ -26,6 +26,7 @@ mod lessee;
 mod lessor;
 mod links;
 mod operator;
+mod payloads;
 pub mod view;
 
 pub use effect::{Effect, Notice, Notified, StartJob};
@@ -352,6 +353,8 @@ pub struct Core {
     conduct_at: Boot,
     expire_at: Boot,
     host_record_at: Boot,
+    /// What it says of its payloads.
+    stock: payloads::Stock,
     /// How often this node had come back when it last said so.
     returns_said: u32,
     counters: Counters,
@@ -455,6 +458,7 @@ impl Core {
             conduct_at: now.boot,
             expire_at: now.boot,
             host_record_at: now.boot,
+            stock: payloads::Stock::default(),
             returns_said: 0,
             counters: Counters::default(),
             admitted: BTreeMap::from([(config.me, admitted)]),
@@ -543,6 +547,7 @@ impl Core {
                 self.job_ended(now, &lease, outcome, usage, out);
             }
             Event::DiskFull(full) => self.disk_full = full,
+            Event::Payloads(roots) => self.has_payloads(now, roots),
             Event::Woke => {}
             Event::Leave => self.leave(now, out),
         }
@@ -551,6 +556,7 @@ impl Core {
 
     fn wake(&mut self, now: Now, out: &mut Vec<Effect>) {
         self.wake_links(now, out);
+        self.wake_payloads(now, out);
         self.wake_lessor(now, out);
         self.wake_lessee(now, out);
         self.wake_gangs(now, out);
@@ -565,6 +571,7 @@ impl Core {
             self.spread.next_wake(),
             self.book.next_wake(),
             self.untold_due.next(),
+            self.stock.next_wake(),
             Some(self.pricing.next_wake().max(self.last_publish_floor())),
             self.next_pursuit(),
             self.next_gang(),
@@ -593,6 +600,11 @@ impl Core {
             }
             Command::Reach(node) => {
                 out.push(Effect::Answer(command, Ok(self.reached(node))));
+                return;
+            }
+            Command::Holders(root) => {
+                let holders = self.holders(now, &root);
+                out.push(Effect::Answer(command, Ok(Reply::Holders(holders))));
                 return;
             }
             Command::Lessor(lease) => {

@@ -7,7 +7,7 @@ mod common {
 
 use common::people::{People, WALL, body_of, job, sign, sign_until, want};
 use common::shell::{Disk, Net, Shell, config};
-use leasehold_proto::base::id::{KeyId, LeaseId, RequestId};
+use leasehold_proto::base::id::{Hash, KeyId, LeaseId, RequestId};
 use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Span, Wall};
@@ -19,7 +19,7 @@ use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal, Rene
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{self, Message, Utterance, Word};
 use leasehold_proto::words::object::{Kind, key_subject};
-use leasehold_proto::words::record::Offer;
+use leasehold_proto::words::record::{Offer, Payloads};
 use leasehold_proto::words::sign::{Hand, Signed, Signer};
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::words::want::Want;
@@ -42,6 +42,72 @@ fn lift(shell: &mut Shell<'_>, above: u64) {
         Ok(Reply::Reinstated(of, epoch)) => assert_eq!((of, epoch), (key, above)),
         other => panic!("{other:?}"),
     }
+}
+
+// --- payloads ---
+
+/// The payload records that a node has signed, as lists of what stands for payloads.
+fn payload_records(shell: &Shell<'_>) -> Vec<Vec<u64>> {
+    let own = shell.own_records().into_iter();
+    let said =
+        own.filter_map(|signed| match message::verify_record(&signed, &shell.people.fabric) {
+            Ok(message::RecordSaid::Payloads(record)) => Some(record.body().roots.clone()),
+            _ => None,
+        });
+    said.collect()
+}
+
+#[test]
+fn who_has_a_payload_is_known_to_all() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let [root, other] = [Hash::of(b"a program"), Hash::of(b"another")];
+    let holders =
+        |net: &mut Net<'_>, node: usize, root: Hash| match net.ask(node, Command::Holders(root)) {
+            Ok(Reply::Holders(holders)) => holders,
+            other => panic!("{other:?}"),
+        };
+    assert_eq!(holders(&mut net, LESSEE, root), []);
+    let has = |roots: &[Hash]| Event::Payloads(roots.iter().map(Payloads::brief).collect());
+    net.tell(LESSOR, has(&[root, other]));
+    net.pass(Span::secs(1));
+    let lessor = net.nodes[LESSOR].me.id();
+    let at = net.nodes[LESSOR].core.data_addresses(&lessor);
+    assert_eq!(holders(&mut net, LESSEE, root), [(lessor, at)]);
+    // It does not ask itself.
+    assert_eq!(holders(&mut net, LESSOR, root), []);
+    net.tell(LESSOR, has(&[other]));
+    net.pass(Span::secs(1));
+    assert_eq!(holders(&mut net, LESSEE, root), []);
+    assert_eq!(holders(&mut net, LESSEE, other).len(), 1);
+    net.tell(LESSOR, has(&[]));
+    net.pass(Span::secs(1));
+    assert_eq!(holders(&mut net, LESSEE, other), []);
+}
+
+#[test]
+fn what_changes_often_is_said_seldom_and_at_last_as_it_is() {
+    let people = People::new();
+    let mut node = Shell::start(&people, &people.lessor, Disk::new(), 0);
+    node.pass(Span::secs(1));
+    assert_eq!(payload_records(&node), Vec::<Vec<u64>>::new(), "there is nothing to say");
+    for n in 0..600 {
+        node.tell(Event::Payloads((0..=n).rev().collect()));
+        node.pass(Span::millis(200));
+    }
+    // Two minutes: four at once, and as many again every 40 s.
+    let said = payload_records(&node);
+    assert!((12..=16).contains(&said.len()), "{}", said.len());
+    node.pass(Span::secs(60));
+    let said = payload_records(&node);
+    let last = said.last().expect("it was said");
+    // The newest, as many as one record names.
+    assert!(last.iter().copied().eq(600 - 512..600), "{last:?}");
+    let before = said.len();
+    node.pass(Span::secs(20 * 60));
+    assert_eq!(payload_records(&node).len(), before, "unchanged, it is not said again soon");
+    node.pass(Span::secs(15 * 60));
+    assert_eq!(payload_records(&node).len(), before + 1, "but before it is over");
 }
 
 // --- halts ---

@@ -31,7 +31,7 @@ use leasehold_proto::proof::{self, Proof};
 use leasehold_proto::words::charter::Certificate;
 use leasehold_proto::words::message::{self, Message, RecordSaid, Said, Utterance, Word};
 use leasehold_proto::words::object::Kind;
-use leasehold_proto::words::record::Addresses;
+use leasehold_proto::words::record::{Addresses, Payloads};
 use leasehold_proto::words::sign::{Draft, Papers, Signature, Signed, Verified, VerifyError};
 use leasehold_proto::words::usage::{Outcome, Usage};
 
@@ -1358,6 +1358,11 @@ impl<'a> World<'a> {
         known.jobs.insert(lease, started);
         self.see(host, Seen::JobStarted(lease));
         self.see(host, Seen::JobDeadline(lease));
+        // Each job has a payload of its own, and a host room for one.
+        if let Some(life) = self.life(host) {
+            let has = Event::Payloads(vec![Payloads::brief(&lease.0)]);
+            self.push(us, What::Input(host, life, Input::Event(Box::new(has))));
+        }
         if let Some(begins) = begins {
             self.push(begins, What::JobBegins(host, lease));
         }
@@ -1676,5 +1681,6 @@ const fn tag(event: &Event) -> u8 {
         Event::Leave => 14,
         Event::Extended(..) => 15,
         Event::JobBegun(_) => 16,
+        Event::Payloads(_) => 17,
     }
 }

@@ -442,7 +442,7 @@ pub(super) async fn file(
     let lessor: KeyId = held.ok_or(Failure::UnknownLease)?.lessor;
     if app.handle.payloads().has(root).is_none() {
         app.handle.payloads().check_room(params.size)?;
-        app.handle.fetch(lessor, root, params.size).await?;
+        app.handle.fetch(Some(lessor), root, params.size, |_| {}).await?;
     }
     payload::send(app.handle.payloads().clone(), root, app.shutdown.clone()).await
 }

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
-use crate::data::DataConfig;
+use crate::data::{Data, DataConfig};
 use crate::payload::{Declared, Limits};
 use crate::work::{Exec, Process, State, Status};
 
@@ -229,7 +229,9 @@ impl Room {
         let (events_in, events) = mpsc::channel(64);
         let (commands_in, commands) = mpsc::channel(64);
         let inputs = (events_in, commands_in);
-        let jobs = Jobs::new(work.clone(), data, payloads, inputs, vec![]);
+        // Nobody else has the payloads.
+        let holders = Holders::new(data, mpsc::channel(1).0);
+        let jobs = Jobs::new(work.clone(), holders, payloads, inputs, vec![]);
         let tell = jobs.clone();
         tokio::spawn(async move {
             while let Some(event) = heard.recv().await {

@@ -131,6 +131,7 @@ impl PayloadStore {
         };
         let receiving = Arc::new(Receiving::new(root, size, here, Claim { partial, marks })?);
         lock(&self.inner.held).arriving.insert(name, Arc::downgrade(&receiving));
+        self.inner.changed.send_replace(());
         Ok(receiving)
     }
 
@@ -433,8 +434,7 @@ impl Marks {
     fn leave(&mut self, bytes: u64) {
         self.file.leave();
         let mut held = lock(&self.store.held);
-        held.turn += 1;
-        let turn = held.turn;
+        let turn = held.next_turn();
         held.resting.insert(self.name, Resting { bytes, turn });
     }
 }
@@ -442,6 +442,7 @@ impl Marks {
 impl Drop for Marks {
     fn drop(&mut self) {
         lock(&self.store.held).arriving.remove(&self.name);
+        self.store.changed.send_replace(());
     }
 }
 

@@ -94,6 +94,9 @@ pub enum Event {
     JobEnded(LeaseId, Outcome, Usage),
     /// Whether the disk has room for what new leases would write.
     DiskFull(bool),
+    /// Which payloads this node has now, or is fetching, the last used first: what stands for each
+    /// in a record.
+    Payloads(Vec<u64>),
     /// Time has passed.
     Woke,
     /// The node is about to stop.
@@ -175,6 +178,8 @@ pub enum Command {
     Lessor(LeaseId),
     /// Tell where a node serves its data plane.
     Reach(KeyId),
+    /// Tell who may have a payload, and where these nodes serve their data planes.
+    Holders(Hash),
     /// Tell how things stand.
     View,
 }
@@ -223,6 +228,9 @@ pub enum Reply {
     Ended(Ended),
     /// A node, and where it serves its data plane.
     Reached(KeyId, Vec<SocketAddr>),
+    /// Nodes that are up and may have the payload, in random order, at most 64, and where they serve
+    /// their data planes.
+    Holders(Vec<(KeyId, Vec<SocketAddr>)>),
     /// How things stand.
     View(Box<View>),
 }

@@ -745,6 +745,10 @@ impl Core {
                 let seq = offer.header().seq;
                 name.seq > seq || (name.seq == seq && offer.id() != id)
             }),
+            Kind::Payloads => self.spread.payloads(&name.key).is_none_or(|payloads| {
+                let seq = payloads.header().seq;
+                name.seq > seq || (name.seq == seq && payloads.id() != id)
+            }),
             _ => self.is_foreign(name.seq, id),
         };
         if ahead || same && foreign {
@@ -892,6 +896,7 @@ impl Core {
         if step > SKEW {
             self.pricing.restate();
             self.host_record_at = now.boot;
+            self.restate_payloads(now);
             self.reconcile_at = now.boot;
         }
     }

@@ -16,7 +16,7 @@ use crate::base::time::{Boot, Span, Wall};
 use crate::words::charter::Certificate;
 use crate::words::message::{BUCKETS, MAX_NAMES, MAX_RECORDS, RecordName, RecordSaid};
 use crate::words::object::Kind;
-use crate::words::record::{HostRecord, Offer};
+use crate::words::record::{HostRecord, Offer, Payloads};
 use crate::words::sign::{Signed, Verified};
 
 /// How long news are collected before they are announced: three or four hops and as many pulls stay
@@ -67,6 +67,7 @@ impl Spread {
         let not_after = match &said {
             RecordSaid::Host(record, _) => record.header().not_after,
             RecordSaid::Offer(record) => record.header().not_after,
+            RecordSaid::Payloads(record) => record.header().not_after,
             RecordSaid::Unread(record) => record.header().not_after,
         };
         if not_after < wall || not_after > wall + MAX_LIFE {
@@ -263,6 +264,7 @@ impl Spread {
             let keep = match &held.said {
                 RecordSaid::Host(record, _) => record.header().not_after >= wall,
                 RecordSaid::Offer(record) => record.header().not_after >= wall,
+                RecordSaid::Payloads(record) => record.header().not_after >= wall,
                 RecordSaid::Unread(record) => record.header().not_after >= wall,
             };
             if !keep && matches!(kind, Kind::Unknown(_)) {
@@ -289,6 +291,23 @@ impl Spread {
             RecordSaid::Offer(offer) => Some((offer, held.heard)),
             _ => None,
         }
+    }
+
+    /// Which payloads `key` has, as it said last.
+    #[must_use]
+    pub fn payloads(&self, key: &KeyId) -> Option<&Verified<Payloads>> {
+        match &self.records.get(&(*key, Kind::Payloads))?.said {
+            RecordSaid::Payloads(payloads) => Some(payloads),
+            _ => None,
+        }
+    }
+
+    /// Who said last that it has this payload, or is fetching it.
+    pub fn holders(&self, root: &Hash) -> impl Iterator<Item = KeyId> {
+        self.records.iter().filter_map(|((key, _), held)| match &held.said {
+            RecordSaid::Payloads(payloads) => payloads.body().may_have(root).then_some(*key),
+            _ => None,
+        })
     }
 
     /// Every host whose slow record is known.

@@ -14,7 +14,7 @@ use super::contract::{
 };
 use super::equivocation::{Conviction, Equivocation, Reinstatement};
 use super::object::Kind;
-use super::record::{HostRecord, Offer};
+use super::record::{HostRecord, Offer, Payloads};
 use super::sign::{Draft, Papers, Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
 use super::wire::{self, DecodeError, EncodeError, MAX_MESSAGE};
@@ -230,6 +230,8 @@ pub enum RecordSaid {
     Host(Verified<HostRecord>, Verified<Certificate>),
     /// A fast record.
     Offer(Verified<Offer>),
+    /// Which payloads a node has.
+    Payloads(Verified<Payloads>),
     /// A kind that this version does not know: relayed unread.
     Unread(Verified<Vec<u8>>),
 }
@@ -241,12 +243,14 @@ impl RecordSaid {
         let header = match self {
             Self::Host(record, _) => record.header(),
             Self::Offer(record) => record.header(),
+            Self::Payloads(record) => record.header(),
             Self::Unread(record) => record.header(),
         };
         let (kind, epoch, seq) = (header.kind, header.epoch, header.seq);
         let id = match self {
             Self::Host(record, _) => record.id(),
             Self::Offer(record) => record.id(),
+            Self::Payloads(record) => record.id(),
             Self::Unread(record) => record.id(),
         };
         let tag = id.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
@@ -259,6 +263,7 @@ impl RecordSaid {
         match self {
             Self::Host(record, _) => record.signed(),
             Self::Offer(record) => record.signed(),
+            Self::Payloads(record) => record.signed(),
             Self::Unread(record) => record.signed(),
         }
     }
@@ -460,6 +465,7 @@ fn record(
             Ok(RecordSaid::Host(record, certificate))
         }
         Kind::Offer => signed.verify(fabric).map(RecordSaid::Offer),
+        Kind::Payloads => signed.verify(fabric).map(RecordSaid::Payloads),
         Kind::Unknown(_) => signed.verify_opaque(fabric).map(RecordSaid::Unread),
         got => Err(VerifyError::Kind { expected: Kind::Offer, got }),
     }

@@ -19,7 +19,7 @@ use super::contract::{
     Termination,
 };
 use super::equivocation::Reinstatement;
-use super::record::{HostRecord, Offer};
+use super::record::{HostRecord, Offer, Payloads};
 use super::sign::{Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
 use super::wire::{self, DecodeError, MAX_OBJECT};
@@ -267,6 +267,8 @@ kinds! {
     19 "commit" 1 KiB Commit
     /// That a quarantined key is believed again. Subject: the key.
     20 "reinstatement" 1 KiB Reinstatement
+    /// Which payloads can be fetched from a node. Subject: the node's key.
+    21 "payloads" 5 KiB Payloads
 }
 
 impl fmt::Display for Kind {

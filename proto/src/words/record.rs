@@ -1,8 +1,8 @@
-//! What nodes tell everybody about themselves: two signed records each.
+//! What nodes tell everybody about themselves: up to three signed records each.
 //!
 //! The *host record* changes rarely: addresses, hardware, labels, certificate. The *offer* is
-//! small and changes with every lease: what is free, in which shapes, at what price. Of each, the
-//! one with the highest (epoch, seq) counts.
+//! small and changes with every lease: what is free, in which shapes, at what price. The *payloads*
+//! say what can be fetched from it. Of each, the one with the highest (epoch, seq) counts.
 
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use super::charter::MAX_NAME;
 use super::contract::{Class, EarlyEnd};
 use super::sign::Signed;
+use crate::base::id::Hash;
 use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::Span;
@@ -22,6 +23,9 @@ pub const MAX_LABELS: usize = 32;
 pub const MAX_SHAPES: usize = 16;
 /// The most runtimes, classes or isolation words in an offer.
 pub const MAX_WORDS: usize = 24;
+
+/// The most payloads that a node names.
+pub const MAX_PAYLOADS: usize = 512;
 
 /// A node's slow record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +81,37 @@ pub struct Offer {
     pub runtimes: Vec<String>,
     /// What confines a job here, as probed by doing: `wasm`, `cgroup1`, `landlock7`, ….
     pub isolation: Vec<String>,
+}
+
+/// Which payloads a node has, or is fetching. It is a hint where to ask; what somebody really has,
+/// and whether it is what it should be, shows when it is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Payloads {
+    /// The first eight bytes of their roots, as little-endian numbers, ascending; of more than
+    /// [`MAX_PAYLOADS`] those that were used last.
+    pub roots: Vec<u64>,
+}
+
+impl Payloads {
+    /// What stands for `root` in a record.
+    #[must_use]
+    pub fn brief(root: &Hash) -> u64 {
+        root.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        let sorted = self.roots.is_sorted_by(|one, next| one < next);
+        if self.roots.len() > MAX_PAYLOADS || !sorted {
+            return Err("a node names at most 512 payloads, sorted, each once");
+        }
+        Ok(())
+    }
+
+    /// Whether a payload with this root is among them, or one whose root begins like it.
+    #[must_use]
+    pub fn may_have(&self, root: &Hash) -> bool {
+        self.roots.binary_search(&Self::brief(root)).is_ok()
+    }
 }
 
 fn is_text(text: &str) -> bool {

@@ -18,7 +18,7 @@ use leasehold_proto::words::contract::{
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{BUCKETS, Message, RecordName};
 use leasehold_proto::words::object::{Body, Envelope, Kind, key_subject, order_subject};
-use leasehold_proto::words::record::{Addresses, HostRecord, Offer};
+use leasehold_proto::words::record::{Addresses, HostRecord, Offer, Payloads};
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, Signer};
 use leasehold_proto::words::usage::{
     Acknowledgement, Objection, ObjectionReason, Outcome, Receipt, Usage,
@@ -60,6 +60,7 @@ pub(crate) struct Story {
     pub(crate) gang: Signed,
     pub(crate) commit: Signed,
     pub(crate) reinstatement: Signed,
+    pub(crate) payloads: Signed,
     pub(crate) receipts: Vec<Signed>,
     pub(crate) acknowledgements: Vec<Signed>,
     pub(crate) objection: Signed,
@@ -289,6 +290,11 @@ impl Story {
             outcome: Some(Outcome::Exited(0)),
         };
         let termination = node_pen.sign(lease.0, &termination);
+        // Last, so that the numbers of the others stay.
+        let mut roots =
+            [&b"a program"[..], b"an input"].map(|bytes| Payloads::brief(&Hash::of(bytes)));
+        roots.sort_unstable();
+        let payloads = node_pen.sign(key_subject(&node), &Payloads { roots: roots.to_vec() });
         Self {
             fabric,
             charter,
@@ -308,6 +314,7 @@ impl Story {
             gang,
             commit,
             reinstatement,
+            payloads,
             receipts,
             acknowledgements,
             objection,
@@ -363,6 +370,7 @@ impl Story {
             &self.gang,
             &self.commit,
             &self.reinstatement,
+            &self.payloads,
         ]
         .map(|signed| {
             let kind = signed.header().expect("an envelope").kind;

@@ -28,7 +28,7 @@ use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use clap::{Args, Subcommand};
 use leasehold_node::{
-    data::{Data, DataConfig},
+    data::{Data, DataConfig, Holder},
     payload::{Declared, Limits, PayloadStore, Root},
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
