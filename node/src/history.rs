@@ -320,12 +320,14 @@ fn name(command: &Command) -> Option<String> {
         Command::Drain { .. } => Some("drain".into()),
         Command::Resume => Some("resume".into()),
         Command::Reinstate(_) => Some("reinstate".into()),
+        Command::Pin(..) => Some("pin".into()),
         Command::AwaitEnd(lease) => of("await the end of", lease),
         Command::DraftOrder { .. } => Some("draft an order".into()),
         Command::Plan(_)
         | Command::Lessor(_)
         | Command::Reach(_)
         | Command::Holders(_)
+        | Command::InUse
         | Command::View => None,
     }
 }

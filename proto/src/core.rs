@@ -30,7 +30,7 @@ mod payloads;
 pub mod view;
 
 pub use effect::{Effect, Notice, Notified, StartJob};
-pub use event::{Command, CommandId, Ended, Event, Failure, Leased, Reply, Ticket, Token};
+pub use event::{Command, CommandId, Ended, Event, Failure, InUse, Leased, Reply, Ticket, Token};
 pub use kept::{Holdback, Kept};
 pub use view::View;
 
@@ -483,7 +483,8 @@ impl Core {
         now: Now,
         out: &mut Vec<Effect>,
     ) -> Result<(), StartError> {
-        let Saved { lent, held, mut receipts, mut claimed, holdback, gangs, .. } = saved;
+        let Saved { lent, held, mut receipts, mut claimed, holdback, gangs, pinned, .. } = saved;
+        self.stock.pinned = pinned;
         self.book.withhold(holdback.withheld.clone());
         self.holdback = holdback;
         let mut offers: BTreeMap<Hash, Draft> = BTreeMap::new();
@@ -613,6 +614,11 @@ impl Core {
                 out.push(Effect::Answer(command, reached.ok_or(Failure::UnknownLease)));
                 return;
             }
+            Command::InUse => {
+                let in_use = self.payloads_in_use();
+                out.push(Effect::Answer(command, Ok(Reply::InUse(in_use))));
+                return;
+            }
             _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
             Command::Lease(_) | Command::LeaseBy(_) | Command::Gang { .. } if self.disk_full => {
                 Err(Failure::DiskFull)
@@ -637,6 +643,7 @@ impl Core {
                 self.drain(now, command, within, (revoke, dry_run), out);
                 Ok(())
             }
+            Command::Pin(root, pinned) => self.pin(command, root, pinned, out),
             Command::Reinstate(signed) => self.reinstate(now, command, &signed, out),
             Command::Resume => {
                 self.resume(now, command, out);
@@ -656,7 +663,7 @@ impl Core {
         self.pending.insert(token, about);
         let linked = self.links.get(&to).is_some_and(|link| link.admitted);
         if linked || to == self.config.me {
-            out.push(Effect::Ask { to, token, what });
+            self.leaves(to, token, what, out);
             return;
         }
         let first = !self.waiting.contains_key(&to);
@@ -666,6 +673,16 @@ impl Core {
             let addresses = host.map(|host| host.body().addresses.link.clone());
             out.push(Effect::Dial { peer: Some(to), addresses: addresses.unwrap_or_default() });
         }
+    }
+
+    /// Hands a question to the link that its peer has.
+    fn leaves(&mut self, to: KeyId, token: Token, what: Utterance, out: &mut Vec<Effect>) {
+        if let Some(Pending::Renew(lease)) = self.pending.get(&token)
+            && let Some(holding) = self.holdings.get_mut(lease)
+        {
+            holding.renew_left = true;
+        }
+        out.push(Effect::Ask { to, token, what });
     }
 
     /// How things stand.
@@ -762,6 +779,7 @@ struct Saved {
     gangs: BTreeMap<Hash, (Draft, bool)>,
     proofs: Vec<Equivocation>,
     reinstated: Vec<Signed>,
+    pinned: BTreeSet<Hash>,
 }
 
 impl Saved {
@@ -835,7 +853,11 @@ impl Saved {
                 Kept::Gang(certificate, draft, together) => {
                     sorted.gangs.insert(certificate, (draft, together));
                 }
+                Kept::Pinned(root) => {
+                    sorted.pinned.insert(root);
+                }
                 Kept::DropHeld(_)
+                | Kept::Unpinned(_)
                 | Kept::DropClaimed(_)
                 | Kept::DropGang(_)
                 | Kept::Acknowledged(..)

@@ -12,13 +12,14 @@ use leasehold_proto::base::money::{Amount, UNIT};
 use leasehold_proto::base::resource::Resources;
 use leasehold_proto::base::time::{Span, Wall};
 use leasehold_proto::core::{
-    Command, CommandId, Effect, Ended, Event, Failure, Kept, LentStage, Orphan, Orphans, Reply,
+    Command, CommandId, Effect, Ended, Event, Failure, InUse, Kept, LentStage, Orphan, Orphans,
+    Reply,
 };
 use leasehold_proto::words::charter::{Certificate, Role};
-use leasehold_proto::words::contract::{EndReason, JobSpec, Reason, Refusal, Renew};
+use leasehold_proto::words::contract::{EndReason, Grant, JobSpec, Reason, Refusal, Renew};
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{self, Message, Utterance, Word};
-use leasehold_proto::words::object::{Kind, key_subject};
+use leasehold_proto::words::object::{Kind, body_in, key_subject};
 use leasehold_proto::words::record::{Offer, Payloads};
 use leasehold_proto::words::sign::{Hand, Signed, Signer};
 use leasehold_proto::words::usage::{Outcome, Usage};
@@ -83,6 +84,41 @@ fn who_has_a_payload_is_known_to_all() {
     net.tell(LESSOR, has(&[]));
     net.pass(Span::secs(1));
     assert_eq!(holders(&mut net, LESSEE, other), []);
+}
+
+#[test]
+fn what_is_pinned_or_leased_is_in_use() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let in_use = |net: &mut Net<'_>, node: usize| match net.ask(node, Command::InUse) {
+        Ok(Reply::InUse(in_use)) => in_use,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(in_use(&mut net, LESSEE), InUse::default());
+    let root = Hash::of(b"precious");
+    for pinned in [true, true, false, true] {
+        let done = net.ask(LESSOR, Command::Pin(root, pinned));
+        assert!(matches!(done, Ok(Reply::Pinned)), "{done:?}");
+        assert_eq!(in_use(&mut net, LESSOR).pinned.contains(&root), pinned);
+    }
+    // It outlives the process, and so does its end.
+    let lessor = net.nodes.remove(LESSOR).again();
+    let mut lessor = lessor;
+    let answer = lessor.ask(Command::InUse);
+    assert!(matches!(&answer, Ok(Reply::InUse(of)) if of.pinned.contains(&root)), "{answer:?}");
+    lessor.ask(Command::Pin(root, false)).expect("unpinned");
+    let answer = lessor.again().ask(Command::InUse);
+    assert!(matches!(&answer, Ok(Reply::InUse(of)) if of.pinned.is_empty()), "{answer:?}");
+
+    // The lessee keeps what its lessor may come for, until the lease is over.
+    let mut net = pair(&people);
+    let lease = working(&mut net, false);
+    let program = job().program.root;
+    assert!(in_use(&mut net, LESSEE).leased.contains(&program));
+    net.ask(LESSEE, Command::Release(lease)).expect("released");
+    net.tell(LESSOR, Event::JobEnded(lease, Outcome::Stopped, Usage::default()));
+    net.pass(Span::secs(10));
+    assert_eq!(in_use(&mut net, LESSEE), InUse::default());
 }
 
 #[test]
@@ -550,6 +586,52 @@ fn what_went_astray_about_conduct_is_said_again() {
     net.lost = |_, _| false;
     net.pass(Span::secs(70));
     assert_eq!(net.nodes[LESSEE].view().quarantine.len(), 1);
+}
+
+#[test]
+fn a_renewal_that_never_left_is_not_agreed_to() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let want = Want { longest: Span::secs(200), exposure: Amount::MAX, ..little() };
+    let lease = leased(&mut net, &want);
+    let claimed = net.ask(LESSEE, Command::Claim { lease, job: job() });
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    net.pass(Span::secs(40));
+    // The lessor is not there while it is to be asked, and is back when all is over.
+    let lessor = people.lessor.id();
+    let longer = || Command::Renew { lease, term: Span::secs(90) };
+    let node = &mut net.nodes[LESSEE];
+    node.tell(Event::Unlinked(lessor));
+    node.tell(Event::Asked { command: CommandId(u64::MAX), what: longer() });
+    // As often as it is tried.
+    (0..9).for_each(|_| drop(node.tell(Event::DialFailed(lessor))));
+    node.pass(Span::secs(40));
+    node.met(&lessor, &people.certificate(lessor, "lessor"), None);
+    let held = node.disk.values().find_map(|kept| match kept {
+        Kept::Held(_, held) => Some(held.clone()),
+        _ => None,
+    });
+    let held = held.expect("it is held");
+    assert!(held.renew.is_some(), "it was asked for");
+    let grant: Grant = body_in(&held.grant.expect("granted").envelope).expect("a grant");
+    // What it would have to agree to had it asked: 70 s, of which 80 have passed.
+    let usage = Usage { billed: Span::secs(70), ..Usage::default() };
+    let receipt = held.chain.next(lease, (&grant, Span::secs(90)), usage, None, WALL);
+    let signed = sign(people.fabric, &people.lessor, lease.0, &receipt);
+    let answer = |node: &mut Shell<'_>| {
+        let out = node.hears(lessor, &Message::Receipt(signed.clone()));
+        let said = out.into_iter().find_map(|effect| match effect {
+            Effect::Reply { what, .. } => Some(what),
+            _ => None,
+        });
+        node.carry(said.expect("it answers"))
+    };
+    assert!(matches!(answer(node), Message::Objected(_)), "it was told of no renewal");
+    // Once it has left, heard or not, it may be billed for; what a run before this one did is not
+    // known.
+    let mut again = Shell::start(&people, &people.delegate, node.disk.clone(), node.at);
+    again.met(&lessor, &people.certificate(lessor, "lessor"), None);
+    assert!(matches!(answer(&mut again), Message::Acknowledged(_)), "it may have been told");
 }
 
 /// Two different host records of a key under one version.

@@ -373,6 +373,15 @@ impl Check {
             let was = host.lived_epoch.max(host.signed_epoch);
             self.found("8 (epochs)", at, format!("it started in epoch {epoch} after {was}"));
         }
+        // What an earlier run asked for it may have said, too, as far as it knows itself.
+        for kept in kept {
+            if let Kept::Held(_, held) = kept
+                && let (Some((_, term)), Some(grant)) = (&held.renew, &held.grant)
+            {
+                let longest = self.asked_terms.entry(LeaseId(grant.id())).or_default();
+                *longest = (*term).max(*longest);
+            }
+        }
         let (found, leases) = recovered(kept);
         if !spared {
             // A claim that was refused may have given way to another one.

@@ -1,5 +1,6 @@
 //! What the core is told: one enum, and the commands that people and programs give.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
@@ -178,6 +179,10 @@ pub enum Command {
     Lessor(LeaseId),
     /// Tell where a node serves its data plane.
     Reach(KeyId),
+    /// Keep a payload whatever else needs its room, or no longer.
+    Pin(Hash, bool),
+    /// Tell which payloads are not to be removed.
+    InUse,
     /// Tell who may have a payload, and where these nodes serve their data planes.
     Holders(Hash),
     /// Tell how things stand.
@@ -228,11 +233,24 @@ pub enum Reply {
     Ended(Ended),
     /// A node, and where it serves its data plane.
     Reached(KeyId, Vec<SocketAddr>),
+    /// A payload is pinned, or no longer.
+    Pinned,
+    /// The payloads that are not to be removed.
+    InUse(InUse),
     /// Nodes that are up and may have the payload, in random order, at most 64, and where they serve
     /// their data planes.
     Holders(Vec<(KeyId, Vec<SocketAddr>)>),
     /// How things stand.
     View(Box<View>),
+}
+
+/// Payloads that are not to be removed, by their roots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Those that the operator pinned.
+    pub pinned: BTreeSet<Hash>,
+    /// Those of jobs under leases that this node holds, or that it granted and has not begun.
+    pub leased: BTreeSet<Hash>,
 }
 
 /// A granted lease.

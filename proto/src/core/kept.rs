@@ -81,6 +81,10 @@ pub enum Kept {
     Equivocation(Signed, Signed),
     /// That a key is believed again.
     Reinstated(KeyId, Signed),
+    /// The operator wants this payload kept, whatever else needs its room.
+    Pinned(Hash),
+    /// No longer.
+    Unpinned(Hash),
 }
 
 /// What the operator keeps out of new leases.
@@ -154,6 +158,7 @@ impl Kept {
             Self::Objected(lease, signed) => key(b'o', &[&lease.0.0, &signed.id().0]),
             Self::Reinstated(of, _) => key(b'R', &[&of.0]),
             Self::Equivocation(a, b) => key(b'q', &[&a.id().0, &b.id().0]),
+            Self::Pinned(root) | Self::Unpinned(root) => key(b'p', &[&root.0]),
         }
     }
 
@@ -171,7 +176,10 @@ impl Kept {
             Self::Held(_, held) => put(held),
             Self::Holdback(holdback) => put(holdback),
             Self::Gang(_, draft, together) => put(&(draft, together)),
-            Self::DropHeld(_) | Self::DropClaimed(_) | Self::DropGang(_) => Ok(None),
+            Self::Pinned(_) => put(&()),
+            Self::DropHeld(_) | Self::DropClaimed(_) | Self::DropGang(_) | Self::Unpinned(_) => {
+                Ok(None)
+            }
             Self::Receipt(_, _, draft) => put(draft),
             Self::Acknowledged(_, _, signed)
             | Self::Objected(_, signed)
@@ -216,6 +224,7 @@ impl Kept {
                 Self::Countersigned(lease()?, number()?, receipt, ack)
             }
             b'o' => Self::Objected(lease()?, get(value)?),
+            b'p' => Self::Pinned(hash().ok_or_else(unknown)?),
             b'R' => Self::Reinstated(KeyId(hash().ok_or_else(unknown)?.0), get(value)?),
             b'q' => {
                 let (a, b) = get(value)?;

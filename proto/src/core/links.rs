@@ -275,7 +275,7 @@ impl Core {
             }
             self.tell_conduct(from, out);
             for Waiting { token, what } in self.waiting.remove(&from).unwrap_or_default() {
-                out.push(Effect::Ask { to: from, token, what });
+                self.leaves(from, token, what, out);
             }
             self.greet_member(now, &from, out);
         }

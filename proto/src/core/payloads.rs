@@ -1,15 +1,18 @@
-//! Which payloads this node has, told to everybody, and who else has one.
+//! Which payloads this node has, told to everybody; who else has one; which are not to be removed.
 //!
 //! A record that changes with every payload would be most of what a busy fabric says. So a few
 //! changes are told at once, those beyond when they have become few again; whoever hears of a
 //! payload too late has asked others meanwhile.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 
-use super::{Core, Effect};
+use super::{CommandId, Core, Effect, Failure, InUse, Kept, Reply};
 use crate::base::id::{Hash, KeyId};
 use crate::base::time::{Boot, Now, Span};
-use crate::words::object::key_subject;
+use crate::minds::holdings;
+use crate::words::contract::Claim;
+use crate::words::object::{body_in, key_subject};
 use crate::words::record::{MAX_PAYLOADS, Payloads};
 
 /// How many changes are told in [`WITHIN`] at most.
@@ -33,6 +36,8 @@ pub(super) struct Stock {
     /// When something was said last.
     told: VecDeque<Boot>,
     seq: u64,
+    /// What the operator wants kept.
+    pub(super) pinned: BTreeSet<Hash>,
 }
 
 impl Stock {
@@ -84,16 +89,41 @@ impl Core {
         }
     }
 
+    pub(super) fn pin(
+        &mut self,
+        command: CommandId,
+        root: Hash,
+        pinned: bool,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Failure> {
+        if pinned && self.stock.pinned.insert(root) {
+            out.push(Effect::Keep(Kept::Pinned(root)));
+        } else if !pinned && self.stock.pinned.remove(&root) {
+            out.push(Effect::Keep(Kept::Unpinned(root)));
+        }
+        out.push(Effect::Answer(command, Ok(Reply::Pinned)));
+        Ok(())
+    }
+
+    /// What a lessor may still come for, and what a job here has not been given yet.
+    pub(super) fn payloads_in_use(&self) -> InUse {
+        let held = self.holdings.all().filter(|(_, h)| h.kept.stage != holdings::Stage::Ended);
+        let claims = held.filter_map(|(_, holding)| {
+            let claim = holding.kept.claim.as_ref()?;
+            body_in::<Claim>(&claim.envelope)
+        });
+        let lent = self.book.leases().filter_map(|(_, lease)| lease.pending.as_ref());
+        let jobs = claims.map(|claim| claim.job).chain(lent.map(|claim| claim.body().job.clone()));
+        let leased = jobs.flat_map(|job| job.payloads().map(|p| p.root).collect::<Vec<_>>());
+        InUse { pinned: self.stock.pinned.clone(), leased: leased.collect() }
+    }
+
     /// Says it again, with another date.
     pub(super) fn restate_payloads(&mut self, now: Now) {
         self.stock.due = self.stock.due.map(|_| self.stock.after(now.boot));
     }
 
-    pub(super) fn holders(
-        &mut self,
-        now: Now,
-        root: &Hash,
-    ) -> Vec<(KeyId, Vec<std::net::SocketAddr>)> {
+    pub(super) fn holders(&mut self, now: Now, root: &Hash) -> Vec<(KeyId, Vec<SocketAddr>)> {
         let mut keys: Vec<_> = self
             .spread
             .holders(root)

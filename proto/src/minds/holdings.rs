@@ -137,6 +137,9 @@ pub struct Holding {
     objected: Option<(Hash, Draft, u64)>,
     /// How many claims and renewals were drafted in this run: each is a statement of its own.
     pub acts: u64,
+    /// Whether the renewal that was asked for last may have left: in this run, or in an earlier one,
+    /// of which nobody knows.
+    pub renew_left: bool,
     /// How its job ended, by the termination.
     pub ended: Option<Over>,
 }
@@ -186,14 +189,16 @@ impl Holdings {
         });
         let lost = (kept.stage == Stage::Ended).then(|| unheard(&kept));
         let ended = ended.or(lost);
-        let holding = Holding { kept, terms, objected: None, acts: 0, ended };
+        let renew_left = kept.renew.is_some();
+        let holding = Holding { kept, terms, objected: None, acts: 0, renew_left, ended };
         self.orders.insert(order, Box::new(holding));
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
         let order = kept.order.id();
-        let holding = Holding { kept, terms: None, objected: None, acts: 0, ended: None };
+        let (terms, objected, ended) = (None, None, None);
+        let holding = Holding { kept, terms, objected, acts: 0, renew_left: false, ended };
         self.orders.insert(order, Box::new(holding));
     }
 
@@ -264,7 +269,8 @@ impl Holdings {
             return Judged::Agreed(answer.clone(), false);
         }
         // Who asked for a renewal has consented to be billed for it, heard or not.
-        let term = kept.renew.as_ref().map_or(kept.term, |(_, asked)| kept.term.max(*asked));
+        let asked = kept.renew.as_ref().filter(|_| holding.renew_left);
+        let term = asked.map_or(kept.term, |(_, asked)| kept.term.max(*asked));
         let checked = kept.chain.check(&terms, term, body).and_then(|()| {
             // What was never claimed costs nothing. After a reboot of this host the boot clock
             // says nothing about the claim any more, and the wall clock has to do, unless it has

@@ -337,6 +337,7 @@ impl Core {
                 let draft = draft.map_err(|error| Failure::BadOrder(error.to_string()))?;
                 holding.acts += 1;
                 kept.renew = Some((draft.clone(), term));
+                holding.renew_left = false;
                 draft
             }
         };
