@@ -40,7 +40,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware;
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, get, post, put};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -106,7 +106,21 @@ fn routes() -> Vec<Route> {
         route("/v1/offers", &["get"], Quick, get(node::offers)),
         route("/v1/jobs", &["get"], Quick, get(lease::jobs)),
         route("/v1/payloads", &["get", "post"], Slow, get(payload::list).post(payload::upload)),
-        route("/v1/payloads/{root}", &["get"], Slow, get(payload::download)),
+        route(
+            "/v1/payloads/{root}",
+            &["get", "delete"],
+            Slow,
+            get(payload::download).delete(payload::remove),
+        ),
+        route("/v1/payloads/{root}/holders", &["get"], Quick, get(payload::holders)),
+        route("/v1/payloads/{root}/fetch", &["post"], Slow, post(payload::fetch)),
+        route("/v1/payloads/{root}/verify", &["post"], Slow, post(payload::verify)),
+        route(
+            "/v1/payloads/{root}/pin",
+            &["put", "delete"],
+            Quick,
+            put(payload::pin).delete(payload::unpin),
+        ),
         route("/v1/plan", &["post"], Quick, post(lease::plan)),
         route("/v1/orders", &["post"], Quick, post(lease::order)),
         route("/v1/leases", &["get", "post"], Quick, get(lease::list).post(lease::request)),

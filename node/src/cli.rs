@@ -5,6 +5,7 @@
 //! tables of a plan and progress go to standard error. The exit code says what happened
 //! ([`Exit`]); `run` exits with the program's own.
 
+mod blob;
 mod explain;
 mod find;
 mod follow;
@@ -134,6 +135,9 @@ enum Command {
     Logs(logs::Logs),
     /// Fetch what a job left behind
     Outputs(outputs::Outputs),
+    /// Import, get, export, list, pin, verify and remove payloads
+    #[command(subcommand)]
+    Blob(blob::Blob),
     /// List the receipts of a lease
     Receipts(receipts::Receipts),
     /// Check proofs and signed objects, with no node and no network
@@ -353,6 +357,7 @@ async fn dispatch(cli: Cli, exec: Exec) -> Result<u8, Failure> {
         Command::Ps(args) => args.run(&Session::open(&global)?).await?,
         Command::Logs(args) => args.run(&Session::open(&global)?).await?,
         Command::Outputs(args) => args.run(&Session::open(&global)?).await?,
+        Command::Blob(args) => args.run(&Session::open(&global)?).await?,
         Command::Receipts(args) => args.run(&Session::open(&global)?).await?,
         Command::Explain(args) => args.run(&Session::open(&global)?).await?,
         Command::Run(args) => return args.run(&Session::open(&global)?).await,
@@ -396,6 +401,16 @@ mod tests {
             "leasehold receipts abcd",
             "leasehold verify f",
             "leasehold explain --max-price 1 --budget 1",
+            "leasehold blob import a b -",
+            "leasehold blob get \
+             ea8f163db38682925e4491c5e58d4bb3506ef8c14eb78a86e908c5624a67200f -o -",
+            "leasehold blob export abcd f",
+            "leasehold blob list --json",
+            "leasehold blob stat abcd",
+            "leasehold blob pin abcd efgh",
+            "leasehold blob unpin abcd",
+            "leasehold blob verify",
+            "leasehold blob rm abcd --force",
         ] {
             assert!(parse(line).is_ok(), "{line}: {:?}", parse(line).err());
         }
@@ -413,6 +428,10 @@ mod tests {
             "leasehold run --max-price 1 --budget 1 p.wasm arg",
             "leasehold lease request --order f --max-price 1",
             "leasehold lease export abcd",
+            "leasehold blob",
+            "leasehold blob get abcd",
+            "leasehold blob import",
+            "leasehold blob rm",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -296,6 +296,30 @@ impl Client {
         Ok(pieces(response.into_body(), stall))
     }
 
+    /// Asks for something to be done that takes no body, and reads what is said about it as it
+    /// comes, as for [`Client::stream`].
+    ///
+    /// # Errors
+    /// When the node cannot be reached or says no.
+    pub async fn follow(
+        &self,
+        path: &str,
+        wait: Duration,
+        stall: Option<Duration>,
+    ) -> Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>, ClientError> {
+        let response = self.send(Method::POST, path, None, empty(), wait + ANSWER).await?;
+        Ok(pieces(response.into_body(), stall))
+    }
+
+    /// Asks for something to be done that takes no body and is answered by none, within `wait`
+    /// beyond the usual.
+    ///
+    /// # Errors
+    /// When the node cannot be reached or says no.
+    pub async fn act(&self, method: Method, path: &str, wait: Duration) -> Result<(), ClientError> {
+        self.send(method, path, None, empty(), wait + ANSWER).await.map(drop)
+    }
+
     async fn send(
         &self,
         method: Method,

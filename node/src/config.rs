@@ -34,6 +34,8 @@ pub struct Config {
     pub fabric: Fabric,
     /// What it sells.
     pub offer: Offer,
+    /// What it keeps of programs, inputs and outputs.
+    pub payloads: Payloads,
     /// How it logs.
     pub log: Log,
 }
@@ -129,6 +131,16 @@ pub struct Offer {
     pub credit: String,
     /// Free disk space below which nothing new is promised.
     pub min_disk_free: String,
+}
+
+/// `[payloads]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Payloads {
+    /// What all payloads together may take on disk (`"200G"`); empty: all but
+    /// `offer.min_disk_free`. When more is wanted, those make room that were not used for longest,
+    /// but for those that are pinned or belong to a lease.
+    pub quota: String,
 }
 
 /// `[log]`
@@ -414,6 +426,17 @@ impl Config {
     /// When it does not read.
     pub fn grace(&self) -> Result<Span, ConfigError> {
         self.span("offer.grace", &self.offer.grace)
+    }
+
+    /// What all payloads together may take on disk, in bytes.
+    ///
+    /// # Errors
+    /// When it does not read.
+    pub fn payload_quota(&self) -> Result<u64, ConfigError> {
+        if self.payloads.quota.is_empty() {
+            return Ok(u64::MAX);
+        }
+        quantity::bytes(&self.payloads.quota).map_err(|why| value("payloads.quota", why))
     }
 
     /// Free disk space below which nothing new is promised, in bytes.

@@ -504,6 +504,21 @@ impl Data {
         fetch::fetch(&self.shared, &self.runtime, wanted, progress).await
     }
 
+    /// How many bytes the payload `root` has, as `holder` proves: for one of which only the name
+    /// is known.
+    pub async fn size_of(&self, holder: &Holder, root: Root) -> Result<u64, FetchError> {
+        let (shared, holder) = (self.shared.clone(), holder.clone());
+        let (answer, answered) = oneshot::channel();
+        self.runtime.spawn(async move {
+            let mut answer = answer;
+            tokio::select! {
+                size = fetch::size::of(&shared, &holder, root) => drop(answer.send(size)),
+                () = answer.closed() => {}
+            }
+        });
+        answered.await.map_err(|_| LinkError::Closed)?
+    }
+
     /// Names more holders of a payload, for the case that it is being fetched.
     pub fn name_holders(&self, root: Root, size: u64, holders: Vec<Holder>) {
         fetch::name_holders(&self.shared, root, size, holders);

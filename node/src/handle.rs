@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use leasehold_proto::core::{Command, Failure, Reply, View};
+use leasehold_proto::core::{Command, Failure, InUse, Reply, View};
 use leasehold_proto::proof::Proof;
 use leasehold_proto::words::sign::{Signed, Signer};
 use leasehold_proto::{KeyId, LeaseId};
@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::attach::{self, AttachError, Attached};
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
 use crate::holders::Holders;
-use crate::payload::{PayloadStore, Root};
+use crate::payload::{PayloadError, PayloadStore, Root};
 use crate::records::{self, ProofError};
 use crate::run::Counts;
 use crate::store::Store;
@@ -179,6 +179,44 @@ impl Handle {
             named.push(Holder { key: holder.0, addresses, whole: true });
         }
         self.inner.holders.fetch(named, root, size, progress).await
+    }
+
+    /// Which payloads are not to be removed.
+    pub async fn in_use(&self) -> InUse {
+        self.inner.holders.in_use().await
+    }
+
+    /// Who else says that it has a payload, or is fetching it.
+    pub async fn holders(&self, root: Root) -> Vec<KeyId> {
+        let holders = self.inner.holders.of(root).await;
+        holders.into_iter().map(|holder| KeyId(holder.key)).collect()
+    }
+
+    /// How many bytes a payload has, as one of its holders proves.
+    ///
+    /// # Errors
+    /// When nobody is known who has it, or none proves a size.
+    pub async fn size_of(&self, root: Root) -> Result<u64, FetchError> {
+        self.inner.holders.size_of(root).await
+    }
+
+    /// Sees to room for a payload that is to come, unless it is here.
+    ///
+    /// # Errors
+    /// When there is not enough for it, whatever is removed.
+    pub async fn make_room(&self, root: Root, size: u64) -> Result<(), PayloadError> {
+        match self.inner.payloads.has(root) {
+            Some(_) => Ok(()),
+            None => self.make_room_for(size).await,
+        }
+    }
+
+    /// Sees to room for a payload of so many bytes.
+    ///
+    /// # Errors
+    /// When there is not enough for it, whatever is removed.
+    pub async fn make_room_for(&self, size: u64) -> Result<(), PayloadError> {
+        self.inner.holders.make_room(size).await
     }
 
     /// Everything that proves a lease this node granted or holds, as kept on disk.

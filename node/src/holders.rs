@@ -1,21 +1,25 @@
-//! Who has a payload: those it was named for, and those who say so by gossip.
+//! Who has a payload: those it was named for, and those who say so by gossip; and the room for one
+//! that is to come.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use leasehold_proto::Hash;
-use leasehold_proto::core::{Command, Event, Reply};
+use leasehold_proto::core::{Command, Event, InUse, Reply};
 use leasehold_proto::words::record::{MAX_PAYLOADS, Payloads};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
 use crate::handle::Asked;
-use crate::payload::{PayloadStore, Root};
+use crate::payload::{PayloadError, PayloadStore, Root};
 
 /// How long those who are named have before others are looked for: a small payload is here by then.
 const ALONE: Duration = Duration::from_millis(100);
 /// How often others are looked for while a payload is on its way.
 const LOOK: Duration = Duration::from_secs(1);
+/// How many holders are asked for a payload's size.
+const MAX_ASKED: usize = 8;
 /// How long changes of what is held wait for others.
 const BATCH: Duration = Duration::from_millis(50);
 
@@ -23,22 +27,74 @@ const BATCH: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug)]
 pub(crate) struct Holders {
     data: Data,
+    payloads: PayloadStore,
     commands: mpsc::Sender<Asked>,
 }
 
 impl Holders {
-    pub(crate) const fn new(data: Data, commands: mpsc::Sender<Asked>) -> Self {
-        Self { data, commands }
+    pub(crate) const fn new(
+        data: Data,
+        payloads: PayloadStore,
+        commands: mpsc::Sender<Asked>,
+    ) -> Self {
+        Self { data, payloads, commands }
+    }
+
+    async fn ask(&self, command: Command) -> Option<Reply> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send((command, reply)).await.ok()?;
+        answer.await.ok()?.ok()
+    }
+
+    /// Which payloads are not to be removed.
+    pub(crate) async fn in_use(&self) -> InUse {
+        match self.ask(Command::InUse).await {
+            Some(Reply::InUse(in_use)) => in_use,
+            _ => InUse::default(),
+        }
+    }
+
+    /// Sees to room for a payload of `size` bytes, at the cost of those that nobody uses.
+    ///
+    /// # Errors
+    /// When there is not enough for it, whatever is removed.
+    pub(crate) async fn make_room(&self, size: u64) -> Result<(), PayloadError> {
+        match self.payloads.check_room(size) {
+            Err(PayloadError::NoSpace { .. }) => {}
+            checked => return checked,
+        }
+        let Some(Reply::InUse(in_use)) = self.ask(Command::InUse).await else {
+            return self.payloads.check_room(size);
+        };
+        let spared = in_use.pinned.into_iter().chain(in_use.leased);
+        let spared: HashSet<_> = spared.map(|root| Root::from_bytes(root.0)).collect();
+        let payloads = self.payloads.clone();
+        let made = tokio::task::spawn_blocking(move || payloads.make_room(size, &spared)).await;
+        made.map_err(|error| PayloadError::Source(std::io::Error::other(error)))?.map(drop)
+    }
+
+    /// The size of a payload in bytes, as one of its holders can prove.
+    ///
+    /// # Errors
+    /// When nobody is known who has it, or none of them proves a size.
+    pub(crate) async fn size_of(&self, root: Root) -> Result<u64, FetchError> {
+        if let Some(size) = self.payloads.has(root) {
+            return Ok(size);
+        }
+        let mut last = FetchError::NoHolder { root };
+        for holder in self.of(root).await.into_iter().take(MAX_ASKED) {
+            match self.data.size_of(&holder, root).await {
+                Ok(size) => return Ok(size),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 
     /// Who says that it has this payload, or is fetching it.
     pub(crate) async fn of(&self, root: Root) -> Vec<Holder> {
-        let (reply, answer) = oneshot::channel();
         let command = Command::Holders(Hash(*root.as_bytes()));
-        if self.commands.send((command, reply)).await.is_err() {
-            return Vec::new();
-        }
-        let Ok(Ok(Reply::Holders(found))) = answer.await else { return Vec::new() };
+        let Some(Reply::Holders(found)) = self.ask(command).await else { return Vec::new() };
         let holder = |(key, addresses): (leasehold_proto::KeyId, _)| Holder {
             key: key.0,
             addresses,
@@ -58,6 +114,9 @@ impl Holders {
         size: u64,
         progress: impl FnMut(Progress),
     ) -> Result<FetchStats, FetchError> {
+        if self.payloads.has(root).is_none() {
+            self.make_room(size).await?;
+        }
         let mut pause = ALONE;
         if named.is_empty() {
             named = self.of(root).await;

@@ -164,7 +164,9 @@ impl Node {
         let (store, saved) = open_store(home, &identity, min_disk_free).await?;
         let mut history = History::open(&config.node.history)?;
         history.read_back(&saved);
-        let limits = payload::Limits { keep_free: min_disk_free, ..payload::Limits::default() };
+        let quota = config.payload_quota()?;
+        let limits =
+            payload::Limits { keep_free: min_disk_free, quota, ..payload::Limits::default() };
         let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
         let seed = *identity.secret.seed();
         let (net, net_events, link) = Net::start(NetConfig {
@@ -322,7 +324,7 @@ impl Node {
         let shutdown = CancellationToken::new();
         tokio::spawn(holders::tell(payloads.clone(), events.clone(), shutdown.clone()));
         let inputs = (events, commands.clone());
-        let holders = Holders::new(data.clone(), commands.clone());
+        let holders = Holders::new(data.clone(), payloads.clone(), commands.clone());
         let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());

@@ -25,7 +25,7 @@
 mod arriving;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
@@ -36,6 +36,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, SystemTime},
 };
 
 use bao_tree::{
@@ -50,12 +51,15 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::{mpsc, watch},
 };
-use tracing::warn;
+use tracing::{info, warn};
 
 pub(crate) use arriving::{Part, Receiving};
 
 /// [`GROUP_BYTES`] in bao-tree's terms: 2^8 chunks of 1024 bytes.
 pub(crate) const GROUP: BlockSize = BlockSize::from_chunk_log(8);
+
+/// How exactly a file's time says when its payload was last used.
+const USED_WITHIN: Duration = Duration::from_secs(3600);
 
 /// Room for an import of unknown size is taken in steps of this many bytes.
 const STEP: u64 = 16 << 20;
@@ -395,6 +399,12 @@ impl PayloadStore {
         let open = |path: PathBuf| File::open(&path).map_err(io_error("opening", &path));
         let data = open(self.inner.data_path(root))?;
         let outboard = open(self.inner.outboard_path(root))?;
+        // So that the next run knows as well, within an hour. Failing to say so costs little.
+        let now = SystemTime::now();
+        let since = data.metadata().and_then(|about| about.modified());
+        if since.is_ok_and(|since| since + USED_WITHIN < now) {
+            let _ = data.set_modified(now);
+        }
         Ok(Payload { root, size, data, outboard })
     }
 
@@ -512,6 +522,31 @@ impl PayloadStore {
         Ok(true)
     }
 
+    /// Makes room for a payload of `size` bytes by removing others, those that were not used for
+    /// longest first, but for those in `spared`. Nothing is removed where that would not do. How
+    /// many were.
+    pub fn make_room(&self, size: u64, spared: &HashSet<Root>) -> Result<usize, PayloadError> {
+        let mut removed = 0;
+        loop {
+            let full = match self.check_room(size) {
+                Ok(()) => return Ok(removed),
+                Err(full @ PayloadError::NoSpace { .. }) => full,
+                Err(error) => return Err(error),
+            };
+            let held = lock(&self.inner.held);
+            let may_go = held.payloads.iter().filter(|(root, _)| !spared.contains(root));
+            let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();
+            let most = may_go.clone().fold(rests, |sum, (_, known)| sum + on_disk(known.size));
+            let oldest = may_go.min_by_key(|(_, known)| known.used).map(|(root, _)| *root);
+            let would_do = self.inner.check_room(&held, on_disk(size), most).is_ok();
+            drop(held);
+            let Some(root) = oldest.filter(|_| would_do) else { return Err(full) };
+            info!(%root, "removing a payload that was not used for long: its room is wanted");
+            self.remove(root)?;
+            removed += 1;
+        }
+    }
+
     /// Reads all of a payload against its root, and sets it aside if it does not match.
     pub fn verify(&self, root: Root) -> Result<(), PayloadError> {
         let payload = self.open(root)?;
@@ -624,7 +659,7 @@ impl PayloadStore {
 
     fn scan(&self) -> Result<(), PayloadError> {
         let dir = &self.inner.dir;
-        let mut outboards = Vec::new();
+        let (mut outboards, mut payloads) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(dir).map_err(io_error("listing", dir))? {
             let entry = entry.map_err(io_error("listing", dir))?;
             let name = entry.file_name();
@@ -632,11 +667,17 @@ impl PayloadStore {
                 continue;
             };
             match (stem.parse::<Root>(), ending) {
-                (Ok(root), "data") => self.take_up(root)?,
+                (Ok(root), "data") => {
+                    let since = entry.metadata().and_then(|about| about.modified()).ok();
+                    payloads.push((since.unwrap_or(SystemTime::UNIX_EPOCH), root));
+                }
                 (Ok(root), "outboard") => outboards.push(root),
                 _ => warn!(path = %entry.path().display(), "no payload: left alone"),
             }
         }
+        // In the order of their last use.
+        payloads.sort_unstable();
+        payloads.into_iter().try_for_each(|(_, root)| self.take_up(root))?;
         // An outboard alone is what a crash between two renames, or two removals, leaves.
         for root in outboards {
             let alone = self.has(root).is_none();
@@ -1183,6 +1224,43 @@ mod tests {
         assert!(matches!(full.check_room(1), Err(PayloadError::NoSpace { available: 0, .. })));
         let (_dir, picky) = store(Limits { max_payload: 9, ..roomy() });
         assert!(matches!(picky.check_room(10), Err(PayloadError::TooLarge { limit: 9 })));
+    }
+
+    #[test]
+    fn the_least_recently_used_make_room_and_what_is_spared_stays() {
+        let each = on_disk(GROUP_BYTES);
+        // And a hash pair.
+        let limits = Limits { quota: 4 * each + 64, ..roomy() };
+        let (_dir, store) = store(limits);
+        let import = |n: u8| {
+            let bytes = vec![n; G];
+            store.import(Cursor::new(&bytes), Declared::Exactly(GROUP_BYTES)).expect("fits").root
+        };
+        let roots = [1, 2, 3, 4].map(import);
+        let held = || roots.map(|root| store.has(root).is_some());
+        let spared = HashSet::from([roots[1]]);
+        assert_eq!(store.make_room(0, &spared).expect("there is room"), 0);
+        // Not enough, whatever goes: then nothing does.
+        let refused = store.make_room(4 * GROUP_BYTES, &spared);
+        assert!(matches!(refused, Err(PayloadError::NoSpace { .. })), "{refused:?}");
+        assert_eq!(held(), [true; 4]);
+        // The first was used since.
+        store.open(roots[0]).expect("opens");
+        assert_eq!(store.make_room(GROUP_BYTES, &spared).expect("makes room"), 1);
+        assert_eq!(held(), [true, true, false, true]);
+        assert_eq!(store.make_room(2 * GROUP_BYTES, &spared).expect("makes room"), 1);
+        assert_eq!(held(), [true, true, false, false]);
+        // The order outlives the process: files keep their times.
+        let day = Duration::from_secs(86_400);
+        for (root, days) in [(roots[0], 1), (roots[1], 2)] {
+            let file = File::open(store.inner.data_path(root)).expect("opens");
+            file.set_modified(SystemTime::now() - day * days).expect("dated");
+        }
+        let reopened = PayloadStore::open_dir(&store.inner.dir, limits).expect("opens again");
+        assert_eq!(reopened.newest(9), [roots[0], roots[1]]);
+        reopened.open(roots[1]).expect("opens");
+        let reopened = PayloadStore::open_dir(&store.inner.dir, limits).expect("opens again");
+        assert_eq!(reopened.newest(9), [roots[1], roots[0]]);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use leasehold_proto::words::want::{Choice, Heard};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use utoipa::ToSchema;
 
+use super::error::ErrorInside;
 use super::want::{JobText, Text, WantText};
 
 /// Money as a decimal text, exact to the billionth.
@@ -367,6 +368,65 @@ pub struct PayloadLine {
     pub root: String,
     /// How many bytes.
     pub size: u64,
+    /// Whether the operator wants it kept, whatever else needs its room.
+    pub pinned: bool,
+    /// Whether it belongs to a lease that this node holds, or to a job that it has yet to begin.
+    pub leased: bool,
+}
+
+/// A node that says it has a payload, or is fetching it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HolderLine {
+    /// Its key.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// A payload, as this node and the fabric have it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PayloadStat {
+    /// Its BLAKE3 root.
+    pub root: String,
+    /// How many bytes, where this node holds it.
+    pub size: Option<u64>,
+    /// Whether the operator wants it kept here.
+    pub pinned: bool,
+    /// Whether it belongs to a lease that this node holds, or to a job that it has yet to begin.
+    pub leased: bool,
+    /// Other nodes that say they have it, at most 64 of them.
+    pub holders: Vec<HolderLine>,
+}
+
+/// Where a fetch stands: one line of many, the last of which is `done` or `failed`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Fetching {
+    /// It is on its way.
+    Moving {
+        /// Bytes that are here and verified.
+        bytes: u64,
+        /// Bytes in all.
+        size: u64,
+        /// Holders that something is under way from.
+        holders: usize,
+    },
+    /// It is held.
+    Done {
+        /// Bytes in all.
+        size: u64,
+        /// Bytes that came over the network.
+        received: u64,
+        /// Holders that sent some of it.
+        holders: usize,
+        /// How long it took, in milliseconds.
+        took_ms: u64,
+    },
+    /// It did not come. What did rests for another try.
+    Failed {
+        /// What went wrong.
+        error: ErrorInside,
+    },
 }
 
 /// Every payload that the node holds.

@@ -7,6 +7,8 @@
 //! `code` is stable and for programs, `message` is for people and says what to do, `detail` has
 //! the figures where there are any.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -116,6 +118,15 @@ impl ApiError {
 
     pub(super) fn not_found(what: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, Code::NotFound, what)
+    }
+
+    /// What it says, for where the status is sent already.
+    pub(super) fn into_inside(self) -> ErrorInside {
+        self.inside
+    }
+
+    pub(super) fn conflict(why: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, Code::Conflict, why)
     }
 
     pub(super) fn stopping() -> Self {
@@ -240,7 +251,12 @@ impl From<FetchError> for ApiError {
     fn from(error: FetchError) -> Self {
         let said = error.to_string();
         match error {
-            FetchError::NotHeld { .. } => Self::not_found(said),
+            FetchError::NotHeld { .. } | FetchError::NoHolder { .. } => Self::not_found(said),
+            FetchError::Store(error) => match Arc::try_unwrap(error) {
+                Ok(error) => error.into(),
+                // Others wait for the same.
+                Err(error) => Self::internal("keeping a payload", &error),
+            },
             _ => Self::new(StatusCode::BAD_GATEWAY, Code::Unreachable, said),
         }
     }

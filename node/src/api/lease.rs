@@ -441,7 +441,6 @@ pub(super) async fn file(
     let held = view.held.iter().find(|held| held.id == Some(lease));
     let lessor: KeyId = held.ok_or(Failure::UnknownLease)?.lessor;
     if app.handle.payloads().has(root).is_none() {
-        app.handle.payloads().check_room(params.size)?;
         app.handle.fetch(Some(lessor), root, params.size, |_| {}).await?;
     }
     payload::send(app.handle.payloads().clone(), root, app.shutdown.clone()).await

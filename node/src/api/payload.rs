@@ -13,20 +13,27 @@ use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _, stream};
+use leasehold_proto::Hash;
 use leasehold_proto::base::groups::GROUP_BYTES;
+use leasehold_proto::core::Command;
 use serde::Deserialize;
+use tokio::sync::{mpsc, watch};
 use tokio_util::io::StreamReader;
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
 use super::App;
-use super::body::{PayloadLine, Payloads, Uploaded};
+use super::body::{Fetching, HolderLine, PayloadLine, PayloadStat, Payloads, Uploaded};
 use super::error::{ApiError, ErrorBody};
 use super::guard::Params;
-use crate::payload::{Declared, Payload, PayloadStore, Root};
+use crate::data::{FetchStats, Progress};
+use crate::payload::{Declared, Payload, PayloadError, PayloadStore, Root};
 
 /// An upload that brings nothing for this long is given up.
 const STALL: Duration = Duration::from_secs(30);
+
+/// How often it is said how far a fetch is.
+const TELL_EVERY: Duration = Duration::from_millis(200);
 
 /// How an upload is declared.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -60,6 +67,9 @@ pub(super) async fn upload(
         Some(size) => Declared::Exactly(size),
         None => Declared::AtMost(u64::MAX),
     };
+    if let Declared::Exactly(size) = declared {
+        app.handle.make_room_for(size).await?;
+    }
     let source = arriving(request.into_body(), app.shutdown.clone());
     let source = StreamReader::new(Box::pin(source));
     let kept = app.handle.payloads().import_stream(source, declared).await?;
@@ -90,9 +100,197 @@ fn arriving(body: Body, shutdown: CancellationToken) -> impl Stream<Item = io::R
 #[utoipa::path(get, path = "/v1/payloads", tag = "payloads", responses(
     (status = 200, body = Payloads), (status = 401, body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>) -> Json<Payloads> {
+    let in_use = app.handle.in_use().await;
     let held = app.handle.payloads().list();
-    let line = |(root, size): (Root, u64)| PayloadLine { root: root.to_string(), size };
+    let line = |(root, size): (Root, u64)| {
+        let hash = Hash(*root.as_bytes());
+        let (pinned, leased) = (in_use.pinned.contains(&hash), in_use.leased.contains(&hash));
+        PayloadLine { root: root.to_string(), size, pinned, leased }
+    };
     Json(Payloads { payloads: held.into_iter().map(line).collect() })
+}
+
+/// Whether the node holds a payload, and which others say that they do
+#[utoipa::path(get, path = "/v1/payloads/{root}/holders", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 200, body = PayloadStat), (status = 400, body = ErrorBody),
+    (status = 401, body = ErrorBody)))]
+pub(super) async fn holders(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<Json<PayloadStat>, ApiError> {
+    let root = root_in(&root)?;
+    let (in_use, view) = (app.handle.in_use().await, app.handle.view().await?);
+    let hash = Hash(*root.as_bytes());
+    let holders = app.handle.holders(root).await.into_iter().map(|key| {
+        let name = view.nodes.iter().find(|node| node.id == key).map(|node| node.name.clone());
+        HolderLine { id: key.to_string(), name: name.unwrap_or_default() }
+    });
+    Ok(Json(PayloadStat {
+        root: root.to_string(),
+        size: app.handle.payloads().has(root),
+        pinned: in_use.pinned.contains(&hash),
+        leased: in_use.leased.contains(&hash),
+        holders: holders.collect(),
+    }))
+}
+
+/// How a payload is asked for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FetchParams {
+    /// How many bytes it has; where that is not said, a holder has to prove it.
+    size: Option<u64>,
+}
+
+/// Fetch a payload from all who have it, and say how far it is: one JSON object a line
+#[utoipa::path(post, path = "/v1/payloads/{root}/fetch", tag = "payloads",
+    params(("root" = String, Path), FetchParams), responses(
+    (status = 200, body = Fetching, content_type = "application/x-ndjson"),
+    (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+    (status = 404, body = ErrorBody), (status = 502, body = ErrorBody),
+    (status = 507, body = ErrorBody)))]
+pub(super) async fn fetch(
+    State(app): State<App>,
+    Path(root): Path<String>,
+    Params(params): Params<FetchParams>,
+) -> Result<Response, ApiError> {
+    let root = root_in(&root)?;
+    let size = match params.size {
+        Some(size) => size,
+        None => app.handle.size_of(root).await?,
+    };
+    app.handle.make_room(root, size).await?;
+    let (lines, told) = mpsc::channel(1);
+    // Given up when nobody reads any more.
+    tokio::spawn(tell_fetch(app, root, size, lines));
+    let body = stream::unfold(told, |mut told| async move {
+        let line: Fetching = told.recv().await?;
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        Some((Ok::<_, io::Error>(Bytes::from(text)), told))
+    });
+    let headers = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    Ok((headers, Body::from_stream(body)).into_response())
+}
+
+async fn tell_fetch(app: App, root: Root, size: u64, lines: mpsc::Sender<Fetching>) {
+    let (moving, mut moved) = watch::channel(Progress::default());
+    let fetching = app.handle.fetch(None, root, size, |now| {
+        moving.send_replace(now);
+    });
+    let telling = async {
+        while moved.changed().await.is_ok() {
+            let Progress { bytes, holders } = *moved.borrow_and_update();
+            if lines.send(Fetching::Moving { bytes, size, holders }).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(TELL_EVERY).await;
+        }
+        std::future::pending().await
+    };
+    let last = tokio::select! {
+        fetched = fetching => match fetched {
+            Ok(FetchStats { bytes: received, took, holders, .. }) => {
+                let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                Fetching::Done { size, received, holders, took_ms }
+            }
+            Err(error) => Fetching::Failed { error: ApiError::from(error).into_inside() },
+        },
+        () = telling => return,
+        () = app.shutdown.cancelled() => {
+            Fetching::Failed { error: ApiError::stopping().into_inside() }
+        }
+    };
+    let _ = lines.send(last).await;
+}
+
+/// How a payload is removed.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RemoveParams {
+    /// Also where it is pinned, or belongs to a lease.
+    #[serde(default)]
+    force: bool,
+}
+
+/// Remove a payload from this node
+#[utoipa::path(delete, path = "/v1/payloads/{root}", tag = "payloads",
+    params(("root" = String, Path), RemoveParams), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+    (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+pub(super) async fn remove(
+    State(app): State<App>,
+    Path(root): Path<String>,
+    Params(params): Params<RemoveParams>,
+) -> Result<StatusCode, ApiError> {
+    let root = root_in(&root)?;
+    let (hash, in_use) = (Hash(*root.as_bytes()), app.handle.in_use().await);
+    if !params.force && in_use.pinned.contains(&hash) {
+        return Err(ApiError::conflict("it is pinned: unpin it first, or force it"));
+    }
+    if !params.force && in_use.leased.contains(&hash) {
+        return Err(ApiError::conflict("it belongs to a lease: release that first, or force it"));
+    }
+    let payloads = app.handle.payloads().clone();
+    let removed = tokio::task::spawn_blocking(move || payloads.remove(root)).await;
+    match removed.map_err(|error| ApiError::internal("removing a payload", &error))?? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(PayloadError::NotHeld(root).into()),
+    }
+}
+
+/// Keep a payload, whatever else needs its room
+#[utoipa::path(put, path = "/v1/payloads/{root}/pin", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+    (status = 404, body = ErrorBody)))]
+pub(super) async fn pin(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let root = root_in(&root)?;
+    if app.handle.payloads().has(root).is_none() {
+        return Err(PayloadError::NotHeld(root).into());
+    }
+    app.handle.ask(Command::Pin(Hash(*root.as_bytes()), true)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Let a payload make room again
+#[utoipa::path(delete, path = "/v1/payloads/{root}/pin", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
+pub(super) async fn unpin(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let root = root_in(&root)?;
+    app.handle.ask(Command::Pin(Hash(*root.as_bytes()), false)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Read a payload against its name; one that does not match is set aside and no longer held
+#[utoipa::path(post, path = "/v1/payloads/{root}/verify", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+    (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+pub(super) async fn verify(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let root = root_in(&root)?;
+    let payloads = app.handle.payloads().clone();
+    let verified = tokio::task::spawn_blocking(move || payloads.verify(root)).await;
+    match verified.map_err(|error| ApiError::internal("verifying a payload", &error))? {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Err(error @ PayloadError::Corrupt(_)) => Err(ApiError::conflict(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn root_in(text: &str) -> Result<Root, ApiError> {
+    text.parse().map_err(|error| ApiError::field("root", error))
 }
 
 /// The bytes of a payload; HEAD asks whether the node holds it
@@ -105,7 +303,7 @@ pub(super) async fn download(
     State(app): State<App>,
     Path(root): Path<String>,
 ) -> Result<Response, ApiError> {
-    let root = root.parse().map_err(|error| ApiError::field("root", error))?;
+    let root = root_in(&root)?;
     send(app.handle.payloads().clone(), root, app.shutdown.clone()).await
 }
 

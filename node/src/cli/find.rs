@@ -11,9 +11,10 @@ use leasehold_keys::exit::Exit;
 use leasehold_proto::LeaseId;
 
 use super::{Failure, Global, Session};
-use crate::api::body::{LeaseLine, Leases};
+use crate::api::body::{LeaseLine, Leases, Payloads};
 use crate::api::token::{self, Token};
 use crate::client::{self, Client};
+use crate::payload::Root;
 
 /// The fewest digits by which a lease is looked up.
 const MIN_DIGITS: usize = 4;
@@ -84,18 +85,48 @@ pub(super) async fn lease(session: &Session, text: &str) -> Result<String, Failu
 
 fn one_of(leases: &[LeaseLine], digits: &str) -> Result<String, Failure> {
     let ids = leases.iter().filter_map(|line| line.lease.as_deref());
+    let none = || format!("no lease {digits}… is held or granted by this node");
+    only(ids, digits, "leases", none).map(str::to_string)
+}
+
+/// The payload that `text` names, and its size where the node holds it: a whole root, or its first
+/// digits where they fit one payload that the node holds.
+pub(super) async fn payload(session: &Session, text: &str) -> Result<(String, u64), Failure> {
+    let held: Payloads = session.client.get("/v1/payloads").await?;
+    let size_of = |root: &str| held.payloads.iter().find(|line| line.root == root).map(|l| l.size);
+    if let Ok(root) = text.parse::<Root>() {
+        let root = root.to_string();
+        let size = size_of(&root).unwrap_or(0);
+        return Ok((root, size));
+    }
+    let digits = text.len() >= MIN_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !digits || text.len() > 64 {
+        let message = "a payload is named by its root, or by four or more of its first digits";
+        return Err(Failure::say(Exit::Usage, message));
+    }
+    let digits = text.to_ascii_lowercase();
+    let roots = held.payloads.iter().map(|line| line.root.as_str());
+    let none = || format!("no payload {digits}… is held by this node");
+    let root = only(roots, &digits, "payloads", none)?;
+    Ok((root.to_string(), size_of(root).unwrap_or(0)))
+}
+
+/// The one of `ids` that begins with `digits`.
+fn only<'a>(
+    ids: impl Iterator<Item = &'a str>,
+    digits: &str,
+    what: &str,
+    none: impl Fn() -> String,
+) -> Result<&'a str, Failure> {
     let mut fitting: Vec<_> = ids.filter(|id| id.starts_with(digits)).collect();
     // A node may hold a lease that it granted itself.
     fitting.sort_unstable();
     fitting.dedup();
     match fitting.as_slice() {
-        [one] => Ok((*one).to_string()),
-        [] => {
-            let message = format!("no lease {digits}… is held or granted by this node");
-            Err(Failure::say(Exit::No, message))
-        }
+        [one] => Ok(one),
+        [] => Err(Failure::say(Exit::No, none())),
         several => {
-            let message = format!("{} leases start with {digits}: say more digits", several.len());
+            let message = format!("{} {what} start with {digits}: say more digits", several.len());
             Err(Failure::say(Exit::Usage, message))
         }
     }

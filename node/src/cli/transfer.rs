@@ -2,13 +2,14 @@
 //! again, and checked when they come back.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
+use hyper::StatusCode;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use leasehold_keys::exit::Exit;
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ use tokio_util::io::ReaderStream;
 
 use super::output::Out;
 use super::{Failure, Session};
-use crate::api::body::Uploaded;
+use crate::api::body::{Fetching, Uploaded};
 use crate::api::want::PayloadText;
 use crate::client::{ClientError, escaped};
 
@@ -27,6 +28,8 @@ const PIECE: usize = 256 * 1024;
 const STALL: Duration = Duration::from_secs(60);
 /// How long a download may take to begin.
 const BEGIN: Duration = Duration::from_secs(600);
+/// The longest line that is read of a fetch.
+const MAX_LINE: usize = 64 * 1024;
 /// How often a download is tried.
 const TRIES: u32 = 3;
 
@@ -66,7 +69,7 @@ fn bar(out: &Out, message: &str, size: u64) -> ProgressBar {
     let hidden = !out.watched() || out.json;
     let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let bar = ProgressBar::with_draw_target(Some(size), target);
-    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
     if let Ok(style) = ProgressStyle::with_template(style) {
         bar.set_style(style);
     }
@@ -125,6 +128,82 @@ pub(super) async fn upload_stdin(session: &Session) -> Result<PayloadText, Failu
     Ok(PayloadText { root: sent.root, size: sent.size })
 }
 
+/// Has the node fetch a payload, and shows how far it is. Gives the last that it said.
+pub(super) async fn get(session: &Session, root: &str, query: &str) -> Result<Fetching, Failure> {
+    let path = format!("/v1/payloads/{root}/fetch{query}");
+    let stream = session.client.follow(&path, BEGIN, None).await?;
+    let mut stream = std::pin::pin!(stream);
+    let bar = bar(&session.out, "fetching", 0);
+    let mut text = Vec::new();
+    let broken = |why: String| {
+        let message = format!("the node at {} broke off: {why}", session.client.at());
+        Failure::say(Exit::Remote, message)
+    };
+    while let Some(piece) = stream.next().await {
+        text.extend_from_slice(&piece.map_err(|why| broken(why.to_string()))?);
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = text.drain(..=end).collect();
+            let line = serde_json::from_slice(&line).map_err(|why| broken(why.to_string()))?;
+            match line {
+                Fetching::Moving { bytes, size, holders } => {
+                    bar.set_length(size);
+                    bar.set_position(bytes);
+                    bar.set_message(match holders {
+                        1 => "from 1 holder".to_string(),
+                        n => format!("from {n} holders"),
+                    });
+                }
+                Fetching::Failed { error } => {
+                    bar.finish_and_clear();
+                    let status = StatusCode::BAD_GATEWAY;
+                    return Err(ClientError::Answer { status, inside: error }.into());
+                }
+                done @ Fetching::Done { .. } => {
+                    bar.finish_and_clear();
+                    return Ok(done);
+                }
+            }
+        }
+        if text.len() > MAX_LINE {
+            return Err(broken("it says too much in one line".into()));
+        }
+    }
+    Err(broken("it did not say how the fetch ended".into()))
+}
+
+/// Writes a payload that the node holds to `path`, checked against its root; the file appears whole
+/// or not at all. `-` is standard output, which learns of a mismatch only at the end.
+pub(super) async fn export(
+    session: &Session,
+    root: &str,
+    size: u64,
+    path: &Path,
+) -> Result<(), Failure> {
+    let from = format!("/v1/payloads/{root}");
+    let wrong = |trouble| match trouble {
+        Trouble::Client(error) => Failure::from(error),
+        Trouble::Broken(why) => Failure::say(Exit::Remote, format!("{root} broke off: {why}")),
+        Trouble::Disk(why) => Failure::file("cannot write", path, &why),
+        Trouble::Wrong => {
+            Failure::say(Exit::No, format!("what the node has of {root} does not match its name"))
+        }
+    };
+    let payload = PayloadText { root: root.to_string(), size };
+    if path.as_os_str() == "-" {
+        let mut out = io::stdout();
+        return take(session, (&from, root), &payload, &mut out).await.map_err(wrong);
+    }
+    let name = path.file_name().and_then(|name| name.to_str());
+    let Some(name) = name else {
+        let message = format!("'{}' names no file", path.display());
+        return Err(Failure::say(Exit::Usage, message));
+    };
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let partial = Partial::create(dir, name).map_err(Trouble::Disk).map_err(wrong)?;
+    take(session, (&from, root), &payload, &mut &partial.file).await.map_err(wrong)?;
+    partial.keep(path).map_err(Trouble::Disk).map_err(wrong)
+}
+
 /// A fetched output as `--json` shows it.
 pub(super) fn line(name: &str, path: &Path, payload: &PayloadText) -> Value {
     json!({ "name": name, "path": path, "size": payload.size, "root": payload.root })
@@ -176,10 +255,22 @@ async fn try_download(
     to: &Path,
 ) -> Result<(), Trouble> {
     let PayloadText { root, size } = payload;
-    let path = format!("/v1/leases/{lease}/outputs/{}?root={root}&size={size}", escaped(name));
-    let stream = session.client.stream(&path, BEGIN, Some(STALL)).await;
-    let mut stream = std::pin::pin!(stream.map_err(Trouble::Client)?);
+    let from = format!("/v1/leases/{lease}/outputs/{}?root={root}&size={size}", escaped(name));
     let partial = Partial::create(dir, name).map_err(Trouble::Disk)?;
+    take(session, (&from, name), payload, &mut &partial.file).await?;
+    partial.keep(to).map_err(Trouble::Disk)
+}
+
+/// Writes what the API gives at `from` to `out`, and checks it against its root.
+async fn take(
+    session: &Session,
+    (from, name): (&str, &str),
+    payload: &PayloadText,
+    out: &mut impl io::Write,
+) -> Result<(), Trouble> {
+    let PayloadText { root, size } = payload;
+    let stream = session.client.stream(from, BEGIN, Some(STALL)).await;
+    let mut stream = std::pin::pin!(stream.map_err(Trouble::Client)?);
     let bar = bar(&session.out, &leasehold_keys::text::shown(name), *size);
     let mut hasher = blake3::Hasher::new();
     while let Some(piece) = stream.next().await {
@@ -188,14 +279,14 @@ async fn try_download(
         if hasher.count() > *size {
             return Err(Trouble::Wrong);
         }
-        (&partial.file).write_all(&piece).map_err(Trouble::Disk)?;
+        out.write_all(&piece).map_err(Trouble::Disk)?;
         bar.inc(piece.len() as u64);
     }
     bar.finish_and_clear();
     if hasher.count() != *size || hasher.finalize().to_string() != *root {
         return Err(Trouble::Wrong);
     }
-    partial.keep(to).map_err(Trouble::Disk)
+    out.flush().map_err(Trouble::Disk)
 }
 
 /// A file that is not whole yet; gone when dropped.
@@ -233,6 +324,8 @@ impl Drop for Partial {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[tokio::test]

@@ -22,6 +22,7 @@
 //! the holders that each of them knows. A transfer that nobody waits for any more is given up.
 
 mod ask;
+pub(super) mod size;
 
 use std::{
     collections::HashMap,

@@ -46,7 +46,12 @@ pub(super) async fn serve(
             return refuse(shared, &mut send, Refusal::WrongSize, actual, "").await;
         }
         (None, Some(part)) => Some(part),
-        (None, None) => return refuse(shared, &mut send, Refusal::NotHeld, 0, "").await,
+        (None, None) => {
+            // Of another size than asked for, which some of it has proven.
+            let other = shared.store.arriving_size(root);
+            let why = other.map_or(Refusal::NotHeld, |_| Refusal::WrongSize);
+            return refuse(shared, &mut send, why, other.unwrap_or(0), "").await;
+        }
     };
     let telling = tell(shared, &mut send, (root, size), part);
     let told = tokio::select! {

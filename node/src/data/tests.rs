@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    frame::{Get, MAX_REQUEST, MAX_RESPONSE, Refusal},
+    frame::{Get, MAX_REQUEST, MAX_RESPONSE, Refusal, Refused},
     serve::chunk_ranges,
     stream::read_frame,
     tls::Met,
@@ -880,6 +880,58 @@ async fn who_has_no_holder_is_told_so() {
         let fetched = asker.data.fetch(vec![holder], root, size, |_| {}).await;
         assert!(matches!(fetched, Err(FetchError::NotHeld { .. })), "{fetched:?}");
     }
+}
+
+#[tokio::test]
+async fn a_size_is_proven_or_not_believed() {
+    let (holder, asker) = (Node::new(1), Node::new(2));
+    for len in [0, 1, G - 1, G, G + 1, 3 * G, 9 * G + 7] {
+        let (root, size) = holder.import(&content(len));
+        let proven = asker.data.size_of(&holder.holder(), root).await;
+        assert_eq!(proven.expect("is proven"), size);
+    }
+    let unknown = asker.data.size_of(&holder.holder(), Root::of(b"x")).await;
+    assert!(matches!(unknown, Err(FetchError::NotHeld { .. })), "{unknown:?}");
+    // One that says another size, and shows a part of the payload for it, or nothing, or too much.
+    let bytes = content(3 * G);
+    let root = Root::of(&bytes);
+    let shown = |bytes: &[u8]| {
+        let last = (bytes.len() as u64 - 1) / GROUP_BYTES * GROUP_BYTES;
+        encoded(bytes, &chunk_ranges(&[last..bytes.len() as u64], bytes.len() as u64))
+    };
+    for (seed, size, body) in [
+        (10, 2 * G as u64, shown(&bytes[..2 * G])),
+        (11, 3 * G as u64 - 1, shown(&bytes)),
+        (12, 3 * G as u64 + 1, shown(&bytes)),
+        (13, 3 * G as u64, vec![]),
+        (14, 3 * G as u64, vec![0; 2 * G]),
+        (15, u64::MAX, shown(&bytes)),
+    ] {
+        let liar = Liar::new(seed, move |mut send, mut recv| {
+            let body = body.clone();
+            async move {
+                let frame = read_frame(&mut recv, MAX_REQUEST).await.expect("a request");
+                let response = match Request::decode(&frame).expect("decodes") {
+                    Request::Get(_) => Response::Ready { size },
+                    _ => Response::Refused(Refused {
+                        why: Refusal::WrongSize,
+                        figure: size,
+                        detail: String::new(),
+                    }),
+                };
+                send.write_all(&response.encode().expect("encodes")).await.expect("sends");
+                if matches!(response, Response::Ready { .. }) {
+                    let _ = send.write_all(&body).await;
+                }
+                let _ = send.finish();
+                let _ = recv.read_to_end(10).await;
+            }
+        });
+        let believed = asker.data.size_of(&liar.holder(), root).await;
+        assert!(matches!(believed, Err(FetchError::Corrupt { .. })), "{seed}: {believed:?}");
+    }
+    let honest = asker.data.size_of(&holder.holder(), root).await;
+    assert_eq!(honest.expect("is proven"), 3 * GROUP_BYTES);
 }
 
 #[tokio::test]

@@ -230,7 +230,7 @@ impl Room {
         let (commands_in, commands) = mpsc::channel(64);
         let inputs = (events_in, commands_in);
         // Nobody else has the payloads.
-        let holders = Holders::new(data, mpsc::channel(1).0);
+        let holders = Holders::new(data, payloads.clone(), mpsc::channel(1).0);
         let jobs = Jobs::new(work.clone(), holders, payloads, inputs, vec![]);
         let tell = jobs.clone();
         tokio::spawn(async move {

@@ -142,6 +142,17 @@ impl PayloadStore {
         Some(Part { here: Arc::clone(&receiving.here), changed })
     }
 
+    /// The size in bytes of a payload that is arriving and of which some is there: a size that is a
+    /// lie verifies no group.
+    pub(crate) fn arriving_size(&self, root: Root) -> Option<u64> {
+        let held = lock(&self.inner.held);
+        let sizes = held.arriving.range((root, 0)..=(root, u64::MAX));
+        let known: Vec<_> = sizes.filter_map(|(_, of)| of.upgrade()).collect();
+        drop(held);
+        let some = known.iter().find(|receiving| !lock(&receiving.here).is_empty());
+        some.map(|receiving| receiving.tree.size())
+    }
+
     /// Opens a payload that is arriving, for reading `ranges` of it, in bytes, all of which must be
     /// there. None at all is all of it.
     pub(crate) fn open_part(
