@@ -141,6 +141,9 @@ pub struct Payloads {
     /// `offer.min_disk_free`. When more is wanted, those make room that were not used for longest,
     /// but for those that are pinned or belong to a lease.
     pub quota: String,
+    /// How many bytes of payloads are sent to others per second, all together (`"100M"`); empty: as
+    /// many as there are.
+    pub upload: String,
 }
 
 /// `[log]`
@@ -437,6 +440,21 @@ impl Config {
             return Ok(u64::MAX);
         }
         quantity::bytes(&self.payloads.quota).map_err(|why| value("payloads.quota", why))
+    }
+
+    /// How many bytes of payloads are sent to others per second; none for as many as there are.
+    ///
+    /// # Errors
+    /// When it does not read, or is nothing.
+    pub fn upload_rate(&self) -> Result<Option<u64>, ConfigError> {
+        let text = &self.payloads.upload;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        match quantity::bytes(text).map_err(|why| value("payloads.upload", why))? {
+            0 => Err(value("payloads.upload", "nothing could be sent then: leave it out".into())),
+            rate => Ok(Some(rate)),
+        }
     }
 
     /// Free disk space below which nothing new is promised, in bytes.

@@ -8,6 +8,7 @@
 //! | `serve` | what others are answered |
 //! | `fetch` | a payload from its holders to a verified file |
 //! | `have` | what of a payload a node has, told to those who want it |
+//! | `buffers` | memory for groups, used again and again |
 //! | `stream` | the halves of a stream, and the pace they keep |
 //!
 //! ```text
@@ -26,6 +27,7 @@
 
 pub mod frame;
 
+mod buffers;
 mod dial;
 mod fetch;
 mod have;
@@ -60,19 +62,21 @@ use tracing::{debug, warn};
 
 use crate::payload::{PayloadStore, Root};
 
+use self::{
+    buffers::Buffers,
+    dial::Pool,
+    fetch::{Transfers, Wanted},
+    frame::{Code, Open, Request, Response},
+    serve::{Examined, Served},
+    stream::Throttle,
+    tls::Identity,
+};
 pub use self::{
     dial::LinkError,
     fetch::{FetchError, FetchStats, Holder, Progress},
     serve::Arriving,
     stream::{RecvHalf, SendHalf},
     tls::IdentityError,
-};
-use self::{
-    dial::Pool,
-    fetch::{Transfers, Wanted},
-    frame::{Code, Open, Request, Response},
-    serve::{Examined, Served},
-    tls::Identity,
 };
 
 /// Asked after every handshake and for every stream: is this Ed25519 key admitted now? It must
@@ -140,6 +144,8 @@ pub struct DataConfig {
     pub max_asking: usize,
     /// Of them, those asked of one holder: a slow one holds up its own only.
     pub max_asking_per_key: usize,
+    /// Bytes of payloads sent to others per second, all together; none for as much as there is.
+    pub upload_rate: Option<u64>,
     /// Streams to the node that wait to be taken up; more are refused as busy.
     pub max_arriving: usize,
     /// How long a handshake may take.
@@ -176,6 +182,7 @@ impl DataConfig {
             max_serving_per_key: 8,
             max_asking: 64,
             max_asking_per_key: 8,
+            upload_rate: None,
             max_arriving: 64,
             handshake_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),
@@ -347,6 +354,10 @@ struct Shared {
     asking: Semaphore,
     serving_each: PerKey,
     asking_each: PerKey,
+    upload: Throttle,
+    /// For groups that are read to be sent, and for those that are gathered.
+    reading: Buffers,
+    gathering: Buffers,
     examining: Arc<Semaphore>,
     examined: Mutex<Examined>,
 }
@@ -451,6 +462,9 @@ impl Data {
             serving_each: PerKey::new(config.max_serving_per_key),
             asking: Semaphore::new(config.max_asking),
             asking_each: PerKey::new(config.max_asking_per_key),
+            upload: Throttle::new(config.upload_rate),
+            reading: Buffers::default(),
+            gathering: Buffers::default(),
             examining: Arc::new(Semaphore::new(1)),
             examined: Mutex::default(),
             config,

@@ -183,7 +183,8 @@ impl Node {
                 admitted.read().unwrap_or_else(PoisonError::into_inner).contains(&key)
             })
         };
-        let data_config = DataConfig::new(config.listen.data);
+        let mut data_config = DataConfig::new(config.listen.data);
+        data_config.upload_rate = config.upload_rate()?;
         let (data, arrivals) = Data::start(data_config, seed, payloads.clone(), admit)?;
         let addresses = config.addresses(&link, probe_at, data.local_addr())?;
         let mut dice = [0; 8];

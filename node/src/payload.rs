@@ -806,6 +806,11 @@ impl Payload {
         Ok(bytes.freeze())
     }
 
+    /// Fills `buffer` from `offset` on, as the disk has the bytes: not verified.
+    pub(crate) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.data.read_exact_at(buffer, offset)
+    }
+
     pub(crate) fn tree(&self) -> BaoTree {
         tree(self.size)
     }
@@ -1006,7 +1011,11 @@ impl Partial {
         let already_held = lock(&store.held).payloads.contains_key(&root);
         if !already_held {
             let (data, outboard) = (store.data_path(root), store.outboard_path(root));
-            fs::rename(&self.outboard_path, &outboard)
+            // Under both names until the data is there: who is killed in between goes on from the
+            // partial files.
+            let _ = fs::remove_file(&outboard);
+            fs::hard_link(&self.outboard_path, &outboard)
+                .or_else(|_| fs::rename(&self.outboard_path, &outboard))
                 .map_err(io_error("renaming to", &outboard))?;
             fs::rename(&self.data_path, &data).map_err(io_error("renaming to", &data))?;
             sync_dir(&store.dir)?;

@@ -72,7 +72,7 @@ const COMES_BACK: Duration = Duration::from_secs(30);
 /// For how long more is hoped for from holders that lack what is missing, but may yet get it.
 const HOPE: Duration = Duration::from_secs(30);
 /// After how long a holder that was given up may be tried again, when it is named again.
-const AGAIN: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_millis(900);
 /// How long a transfer of the same payload that is being wound up is waited for, at a time.
 const WIND_UP: Duration = Duration::from_millis(10);
 

@@ -5,7 +5,8 @@
 //!       │                                                   so that the address is proven)
 //!   handshake ───── slow, no sound certificate ──> dropped
 //!       │ key proven
-//!   admission ───── not admitted, too many of this key ──> closed with a code
+//!   admission ───── not admitted, too many in all ──> closed with a code; too many of this key:
+//!       │                                              its oldest is
 //!       │
 //!    streams ────── asked again for every stream: who is not admitted any more is closed
 //!     │    └─ Open ──> Arriving, to the node, which accepts or refuses it
@@ -45,6 +46,7 @@ use tracing::{debug, warn};
 
 use super::{
     Shared,
+    buffers::Buffers,
     dial::close,
     frame::{Code, Get, MAX_REQUEST, Open, Refusal, Refused, Request, Response},
     have, lock, name,
@@ -244,9 +246,16 @@ fn take_place<'a>(
     connection: &quinn::Connection,
 ) -> Option<Place<'a>> {
     let mut served = lock(&shared.served);
-    let full = served.len() >= shared.config.max_connections
-        || served.of(&peer).len() >= shared.config.max_connections_per_key;
-    if full {
+    // Of one key the newest count: those before are most likely of a process that is no more, which
+    // shows only after a while.
+    let own = served.of(&peer);
+    let oldest = own.first().filter(|_| own.len() >= shared.config.max_connections_per_key);
+    if let Some(oldest) = oldest.cloned() {
+        shared.counters.too_many.add(1);
+        close(&oldest, Code::TooMany);
+        served.by_key.entry(peer).or_default().retain(|c| c.stable_id() != oldest.stable_id());
+    }
+    if served.len() >= shared.config.max_connections {
         return None;
     }
     served.by_key.entry(peer).or_default().push(connection.clone());
@@ -424,12 +433,14 @@ async fn send_payload(
     write(send, &mut pace, &mut header).await?;
 
     let (pieces, mut read) = mpsc::channel(READ_AHEAD);
+    let buffers = shared.reading.clone();
     let encoder = spawn_blocking(move || {
-        let encoded = Handle::current().block_on(encode(&payload, &ranges, pieces));
+        let encoded = Handle::current().block_on(encode(&payload, &ranges, buffers, pieces));
         encoded.map_err(|e| (payload.root(), e))
     });
     while let Some(Piece { pairs, group }) = read.recv().await {
         let bytes = group.len() as u64;
+        shared.upload.take(bytes).await;
         write(send, &mut pace, &mut [pairs, group]).await?;
         shared.counters.payload_sent.add(bytes);
     }
@@ -488,25 +499,36 @@ struct Piece {
 async fn encode(
     payload: &Payload,
     ranges: &[Range<u64>],
+    buffers: Buffers,
     pieces: mpsc::Sender<Piece>,
 ) -> Result<(), EncodeError> {
     let root = payload.root().hash();
     let outboard = PreOrderOutboard { root, tree: payload.tree(), data: Pairs(payload) };
     let queue = Queue { pieces, pairs: BytesMut::new() };
-    fsm::encode_ranges(Groups(payload), outboard, &chunk_ranges(ranges, payload.size()), queue)
-        .await
+    fsm::encode_ranges(
+        Groups { payload, buffers },
+        outboard,
+        &chunk_ranges(ranges, payload.size()),
+        queue,
+    )
+    .await
 }
 
 /// Reads groups. Blocks, and is only polled on a thread for that.
-struct Groups<'a>(&'a Payload);
+struct Groups<'a> {
+    payload: &'a Payload,
+    buffers: Buffers,
+}
 
 impl AsyncSliceReader for Groups<'_> {
     async fn read_at(&mut self, offset: u64, len: usize) -> io::Result<Bytes> {
-        self.0.read_at(offset, len)
+        let mut group = self.buffers.filled(len);
+        self.payload.read_exact_at(group.as_mut(), offset)?;
+        Ok(group.freeze())
     }
 
     async fn size(&mut self) -> io::Result<u64> {
-        Ok(self.0.size())
+        Ok(self.payload.size())
     }
 }
 

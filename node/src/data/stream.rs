@@ -4,6 +4,7 @@
 use std::{
     fmt, io,
     pin::Pin,
+    sync::Mutex,
     task::{Context, Poll},
     time::Duration,
 };
@@ -12,12 +13,13 @@ use quinn::VarInt;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
     dial::InUse,
     frame::{Code, FrameError, announced},
+    lock,
 };
 
 /// The sending half of a stream. It ends well only by [`SendHalf::finish`] or a shutdown: one
@@ -210,6 +212,40 @@ impl Pace {
     }
 }
 
+/// At most so many bytes a second for all who take from it, in the order in which they come.
+#[derive(Debug)]
+pub(super) struct Throttle {
+    /// None for as much as there is.
+    rate: Option<u64>,
+    /// When what was taken so far has had its time.
+    free_at: Mutex<Instant>,
+}
+
+impl Throttle {
+    /// What may be taken at once after a rest.
+    const BURST: Duration = Duration::from_millis(20);
+
+    pub(super) fn new(rate: Option<u64>) -> Self {
+        Self { rate, free_at: Mutex::new(Instant::now()) }
+    }
+
+    /// Waits until so many bytes more may go.
+    pub(super) async fn take(&self, bytes: u64) {
+        if let Some(rate) = self.rate {
+            sleep_until(self.reserve(bytes, rate)).await;
+        }
+    }
+
+    /// When these bytes have had their time.
+    fn reserve(&self, bytes: u64, rate: u64) -> Instant {
+        let mut free_at = lock(&self.free_at);
+        let now = Instant::now();
+        let begins = (*free_at).max(now.checked_sub(Self::BURST).unwrap_or(now));
+        *free_at = begins + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+        *free_at
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::future::{pending, ready};
@@ -235,6 +271,17 @@ mod tests {
             }
             assert_eq!(keeps, !stalls, "{step} bytes a second");
         }
+    }
+
+    #[tokio::test]
+    async fn no_more_goes_than_the_rate_whoever_takes_it() {
+        let throttle = Throttle::new(Some(10_000));
+        let start = Instant::now();
+        let take = |bytes| throttle.take(bytes);
+        tokio::join!(take(1_000), take(500), take(500));
+        // Less what may go at once.
+        assert!(start.elapsed() >= Duration::from_millis(180), "{:?}", start.elapsed());
+        Throttle::new(None).take(u64::MAX).await;
     }
 
     #[tokio::test]

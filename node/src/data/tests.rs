@@ -1023,8 +1023,9 @@ async fn connections_of_one_key_are_bounded() {
         open.push(connect(9, &node).await);
     }
     until("all are taken up", || node.data.stats().serving == allowed).await;
+    // One more takes the place of the oldest.
     let one_more = connect(9, &node).await;
-    let closed = one_more.closed().await;
+    let closed = open.remove(0).closed().await;
     assert!(
         matches!(
             &closed,
@@ -1039,7 +1040,9 @@ async fn connections_of_one_key_are_bounded() {
     drop(other);
     open.pop();
     until("places are free again", || node.data.stats().serving < allowed).await;
-    connect(9, &node).await;
+    open.push(connect(9, &node).await);
+    open.push(one_more);
+    until("all are taken up", || node.data.stats().serving == allowed).await;
     assert_eq!(node.data.stats().too_many, 1);
 
     node.data.disconnect(Identity::new([9; 32]).expect("an identity").public);

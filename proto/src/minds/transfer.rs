@@ -13,10 +13,11 @@
 //! verified on arrival. How long a run is asked for follows how quick the holder is and how much is
 //! left; two are out to each at a time, so that none waits for the next request.
 //!
-//! What few have is asked for first (of several that are as rare, a random one): hosts that want
-//! the same payload then soon have different parts to give to each other. A holder that has all of
-//! it is spared while those that have some can bring what they have soon enough: so the origin of a
-//! payload sends little more than one copy to all who feed each other.
+//! What few have is asked for first (of several that are as rare, what follows on what its holder was
+//! asked for last, or a random one): hosts that want the same payload then soon have different parts
+//! to give to each other. A holder that has all of it is spared while those that have some can bring
+//! what they have soon enough: so the origin of a payload sends little more than one copy to all who
+//! feed each other.
 //!
 //! When all that is missing is under way, who is idle takes over the second half of what the
 //! slowest would take longest for. A group comes from at most two at once; who finds that all it
@@ -97,6 +98,8 @@ struct Holder {
     /// Since when bytes are counted for the next measurement, and how many came.
     window: Option<(Boot, u64)>,
     out: Vec<AskId>,
+    /// Behind what it was asked for last.
+    next: u64,
     /// How many asks in a row ended early.
     failures: u32,
     resting: Boot,
@@ -183,6 +186,7 @@ impl Transfer {
             rate: None,
             window: None,
             out: Vec::new(),
+            next: u64::MAX,
             failures: 0,
             resting: Boot(0),
             banned: false,
@@ -311,6 +315,7 @@ impl Transfer {
                 holder.window = Some((now, 0));
             }
             holder.out.push(id);
+            holder.next = run.end;
         }
         self.taken.insert(run.clone());
         self.asks.insert(id, Ask { holder: key, left: run.clone() });
@@ -377,8 +382,10 @@ impl Transfer {
     fn choose(&mut self, key: &KeyId, spares: bool) -> Option<Range<u64>> {
         let holder = self.holders.get(key)?;
         let spared = spares && self.has_all(holder);
-        // One of the rarest, each as likely as the other.
+        // One of the rarest, each as likely as the other; on from where it is, which is easier for
+        // its disk and ours, where that is as rare.
         let mut best: Option<(u16, Range<u64>)> = None;
+        let mut onward = None;
         let mut alike = 0;
         let mut at = 0;
         while let Some(gap) = self.taken.gap(at..self.groups) {
@@ -390,6 +397,9 @@ impl Transfer {
             if spared && rarity > 0 {
                 continue;
             }
+            if run.start == holder.next {
+                onward = Some((rarity, run.clone()));
+            }
             match &best {
                 Some((least, _)) if rarity > *least => continue,
                 Some((least, _)) if rarity == *least => alike += 1,
@@ -399,7 +409,8 @@ impl Transfer {
                 best = Some((rarity, run));
             }
         }
-        let (rarity, mut run) = best?;
+        let best = best?;
+        let (rarity, mut run) = onward.filter(|(rarity, _)| *rarity == best.0).unwrap_or(best);
         let most = self.run_len(holder);
         // On from there, as long as it is as rare.
         while run.end < self.groups && run.end - run.start < most && self.rarity(run.end) == rarity

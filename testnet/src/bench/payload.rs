@@ -13,10 +13,15 @@
 //! ```
 //!
 //! Each run is two fresh processes, so that peaks of memory are of one transfer. The two cases
-//! take turns, so that what else happens on the machine hits both alike.
+//! take turns, so that what else happens on the machine hits both alike. With `--case memory` the
+//! receiver's files are in memory, too.
+//!
+//! Two more cases have more processes: `holders`, one receiver and several senders that each send
+//! so much a second at most, beside the sum of that; `fan-out`, one sender and several receivers
+//! that know of each other, and how many copies of the payload the sender sends.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Read},
+    io::{self, BufRead as _, BufReader, Read, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -26,7 +31,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use leasehold_node::{
     data::{Data, DataConfig, Holder},
     payload::{Declared, Limits, PayloadStore, Root},
@@ -55,12 +60,15 @@ fn limit(size: u64) -> Duration {
     Duration::from_secs(30 + size / 4_000_000)
 }
 
+/// How often a receiver is told again who else there is.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What raw QUIC sends, again and again.
 const BUFFER: usize = 1 << 20;
 
-/// The keys of the two sides. Nothing is kept under them but what the benchmark made up.
+/// The key of raw QUIC's sender, and of the side with number one. Nothing is kept under such keys
+/// but what the benchmark made up.
 const SENDER: [u8; 32] = [1; 32];
-const RECEIVER: [u8; 32] = [2; 32];
 
 /// Options of `bench payload`.
 #[derive(Debug, Args)]
@@ -74,6 +82,28 @@ pub(super) struct Options {
     /// Where the receiver's files go [default: the directory for temporary files].
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// What to measure.
+    #[arg(long, value_enum, default_value_t = Case::File)]
+    case: Case,
+    /// Senders of `holders`, receivers of `fan-out`.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
+    hosts: u32,
+    /// Bytes a second that each sends at most, in `holders` and, if said, in `fan-out`.
+    #[arg(long, value_parser = size)]
+    upload: Option<u64>,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Case {
+    /// Memory to a verified file, synced, beside raw QUIC.
+    File,
+    /// Memory to verified memory, beside raw QUIC.
+    Memory,
+    /// Several holders of limited speed, to one.
+    Holders,
+    /// One holder, to several that feed each other.
+    FanOut,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -91,10 +121,11 @@ pub(super) struct Side {
 
 #[derive(Debug, Subcommand)]
 enum Role {
-    /// Serves the payloads in `store` on the data plane.
-    Serve { store: PathBuf },
-    /// Fetches a payload into `store`.
-    Fetch { store: PathBuf, address: SocketAddr, key: String, root: Root, size: u64 },
+    /// Serves the payloads in `store` on the data plane, as the node with this number.
+    Serve { store: PathBuf, number: u8, upload: Option<u64> },
+    /// Fetches a payload into `store`, from the holders that are said on standard input, and serves
+    /// it.
+    Fetch { store: PathBuf, number: u8, root: Root, size: u64, upload: Option<u64> },
     /// Sends what it is asked for over a raw stream.
     RawServe,
     /// Asks for `size` bytes and drops them.
@@ -112,10 +143,22 @@ struct Listens {
 #[derive(Debug, Serialize, Deserialize)]
 struct Ended {
     seconds: f64,
+    /// Bytes of payloads that it sent.
+    #[serde(default)]
+    sent: u64,
     cpu_s: f64,
     peak_mb: Option<f64>,
     /// The size of packets that the path was found to take.
     mtu: Option<u16>,
+}
+
+/// Whom a fetching side is to ask.
+#[derive(Debug, Serialize, Deserialize)]
+struct Known {
+    address: SocketAddr,
+    key: String,
+    /// Whether it has the payload already.
+    whole: bool,
 }
 
 /// One run of one case.
@@ -157,6 +200,37 @@ struct RatioLine {
     runs: usize,
 }
 
+#[derive(Debug, Serialize)]
+struct SeveralLine {
+    bench: &'static str,
+    case: &'static str,
+    peer: &'static str,
+    hosts: u32,
+    size: u64,
+    mb_per_s: f64,
+    min: f64,
+    max: f64,
+    peer_mb_per_s: f64,
+    ratio: f64,
+    runs: usize,
+    peak_mb_receiver: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct FanOutLine {
+    bench: &'static str,
+    case: &'static str,
+    hosts: u32,
+    size: u64,
+    /// Bytes that the origin sent, by the payload's size: median, least and most.
+    copies_of_origin: f64,
+    min: f64,
+    max: f64,
+    /// Until the last had it, median.
+    seconds: f64,
+    runs: usize,
+}
+
 /// Runs the benchmark.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let size = options.size;
@@ -166,15 +240,35 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     }
     let base = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     let held = temporary(memory.as_deref().unwrap_or(&base))?;
-    let target = temporary(&base)?;
+    let target = match options.case {
+        Case::File => temporary(&base)?,
+        _ => temporary(memory.as_deref().unwrap_or(&base))?,
+    };
     let root = prepare(held.path(), size)?;
-    let runs = options.runs as usize;
+    let payload = Payload { held: held.path(), target: target.path(), root, size };
+    match options.case {
+        Case::File | Case::Memory => beside_quinn(options, &payload),
+        Case::Holders => from_several(options, &payload),
+        Case::FanOut => to_several(options, &payload),
+    }
+}
+
+/// What is moved, from where to where.
+struct Payload<'a> {
+    held: &'a Path,
+    target: &'a Path,
+    root: Root,
+    size: u64,
+}
+
+fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
+    let (size, runs) = (payload.size, options.runs as usize);
     let (mut ours, mut raw) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
     for turn in 0..options.runs {
         // Who goes first takes turns, too.
         for first in [true, false] {
             if first == (turn % 2 == 0) {
-                ours.push(leasehold(held.path(), target.path(), root, size)?);
+                ours.push(leasehold(payload)?);
             } else {
                 raw.push(quinn_alone(size)?);
             }
@@ -188,7 +282,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         );
     }
     let mtu = raw.iter().find_map(|run| run.sender.mtu);
-    let sink = format!("verified file on {}, synced", machine::file_system(target.path()));
+    let sink = format!("verified file on {}, synced", machine::file_system(payload.target));
     // The packets of both are of one size, by the same configuration.
     line(&case("leasehold", &ours, size, mtu, sink))?;
     line(&case("quinn", &raw, size, mtu, "dropped".to_owned()))?;
@@ -204,6 +298,106 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             max: rounded(pairs.max, 3),
             runs,
         })?;
+    }
+    Ok(())
+}
+
+/// One receiver, and several senders that each send so much a second at most.
+fn from_several(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
+    let upload = options.upload.unwrap_or(50_000_000);
+    let (mut speeds, mut peaks) = (Vec::new(), Vec::new());
+    for turn in 1..=options.runs {
+        let mut senders = Vec::new();
+        let mut known = Vec::new();
+        for number in 1..=options.hosts {
+            // Each has it all, in the same files.
+            let copy = temporary(payload.target)?;
+            link(payload, copy.path())?;
+            let (sender, listens) = sending(copy.path(), number, Some(upload))?;
+            known.push(Known { address: listens.address, key: listens.key, whole: true });
+            senders.push((sender, copy));
+        }
+        let store = temporary(payload.target)?;
+        let mut receiver = fetching(store.path(), 0, payload, None)?.0;
+        receiver.tell(&known)?;
+        let ended: Ended = receiver.says(limit(payload.size)).context("the receiver")?;
+        let speed = payload.size as f64 / 1e6 / ended.seconds;
+        eprintln!("run {turn} of {}: {speed:.0} MB/s", options.runs);
+        speeds.push(speed);
+        peaks.extend(ended.peak_mb);
+    }
+    let sum = f64::from(options.hosts) * upload as f64 / 1e6;
+    let speeds = Spread::of(speeds).context("there was no run")?;
+    line(&SeveralLine {
+        bench: "payload",
+        case: "holders",
+        peer: "the sum of what they may send",
+        hosts: options.hosts,
+        size: payload.size,
+        mb_per_s: rounded(speeds.median, 1),
+        min: rounded(speeds.min, 1),
+        max: rounded(speeds.max, 1),
+        peer_mb_per_s: rounded(sum, 1),
+        ratio: rounded(speeds.median / sum, 3),
+        runs: options.runs as usize,
+        peak_mb_receiver: Spread::of(peaks).map(|peaks| rounded(peaks.max, 1)),
+    })
+}
+
+/// One sender, and several receivers that know of each other.
+fn to_several(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
+    let (mut copies, mut took) = (Vec::new(), Vec::new());
+    for turn in 1..=options.runs {
+        let (mut origin, listens) = sending(payload.held, 1, options.upload)?;
+        let origin_known = Known { address: listens.address, key: listens.key, whole: true };
+        let mut receivers = Vec::new();
+        let mut all = vec![origin_known];
+        for number in 0..options.hosts {
+            let store = temporary(payload.target)?;
+            let (receiver, listens) = fetching(store.path(), number + 2, payload, options.upload)?;
+            all.push(Known { address: listens.address, key: listens.key, whole: false });
+            receivers.push((receiver, store));
+        }
+        for (receiver, _) in &mut receivers {
+            receiver.tell(&all)?;
+        }
+        let mut last: f64 = 0.0;
+        for (receiver, _) in &mut receivers {
+            // They share the machine.
+            let within = limit(payload.size.saturating_mul(options.hosts.into()));
+            let ended: Ended = receiver.says(within).context("a receiver")?;
+            last = last.max(ended.seconds);
+        }
+        drop(receivers);
+        origin.stdin.take();
+        let ended: Ended = origin.says(limit(0)).context("the origin")?;
+        let sent = ended.sent as f64 / payload.size as f64;
+        eprintln!("run {turn} of {}: {sent:.2} copies, all after {last:.1} s", options.runs);
+        copies.push(sent);
+        took.push(last);
+    }
+    let copies = Spread::of(copies).context("there was no run")?;
+    line(&FanOutLine {
+        bench: "payload",
+        case: "fan-out",
+        hosts: options.hosts,
+        size: payload.size,
+        copies_of_origin: rounded(copies.median, 2),
+        min: rounded(copies.min, 2),
+        max: rounded(copies.max, 2),
+        seconds: rounded(Spread::of(took).map_or(0.0, |took| took.median), 2),
+        runs: options.runs as usize,
+    })
+}
+
+/// Another store with the same payload, in the same files.
+fn link(payload: &Payload<'_>, to: &Path) -> anyhow::Result<()> {
+    for ending in ["data", "outboard"] {
+        let name = format!("{}.{ending}", payload.root);
+        let (from, to) = (payload.held.join(&name), to.join(&name));
+        if std::fs::hard_link(&from, &to).is_err() {
+            std::fs::copy(&from, &to).with_context(|| format!("cannot copy {name}"))?;
+        }
     }
     Ok(())
 }
@@ -276,20 +470,40 @@ fn open(dir: &Path) -> anyhow::Result<PayloadStore> {
 }
 
 /// One transfer over the data plane.
-fn leasehold(held: &Path, target: &Path, root: Root, size: u64) -> anyhow::Result<Run> {
-    let store = temporary(target)?;
-    let mut sender = Process::start(&["serve".as_ref(), held.as_os_str()])?;
-    let Listens { address, key } = sender.says(limit(0))?;
-    let (root, address) = (root.to_string(), address.to_string());
-    let mut receiver = Process::start(&[
-        "fetch".as_ref(),
-        store.path().as_os_str(),
-        address.as_ref(),
-        key.as_ref(),
-        root.as_ref(),
-        size.to_string().as_ref(),
-    ])?;
-    finish(&mut sender, &mut receiver, size)
+fn leasehold(payload: &Payload<'_>) -> anyhow::Result<Run> {
+    let store = temporary(payload.target)?;
+    let (mut sender, Listens { address, key }) = sending(payload.held, 1, None)?;
+    let mut receiver = fetching(store.path(), 2, payload, None)?.0;
+    receiver.tell(&[Known { address, key, whole: true }])?;
+    finish(&mut sender, &mut receiver, payload.size)
+}
+
+/// Starts a side that serves, with this number.
+fn sending(store: &Path, number: u32, upload: Option<u64>) -> anyhow::Result<(Process, Listens)> {
+    let (number, upload) = (number.to_string(), upload.map(|rate| rate.to_string()));
+    let mut args = vec!["serve".as_ref(), store.as_os_str(), number.as_ref()];
+    args.extend(upload.as_deref().map(std::ffi::OsStr::new));
+    let mut process = Process::start(&args)?;
+    let listens = process.says(limit(0))?;
+    Ok((process, listens))
+}
+
+/// Starts a side that fetches once it is told from whom.
+fn fetching(
+    store: &Path,
+    number: u32,
+    payload: &Payload<'_>,
+    upload: Option<u64>,
+) -> anyhow::Result<(Process, Listens)> {
+    let (number, root, size) =
+        (number.to_string(), payload.root.to_string(), payload.size.to_string());
+    let upload = upload.map(|rate| rate.to_string());
+    let mut args =
+        vec!["fetch".as_ref(), store.as_os_str(), number.as_ref(), root.as_ref(), size.as_ref()];
+    args.extend(upload.as_deref().map(std::ffi::OsStr::new));
+    let mut process = Process::start(&args)?;
+    let listens = process.says(limit(0))?;
+    Ok((process, listens))
 }
 
 /// One transfer over QUIC alone.
@@ -330,6 +544,14 @@ impl Process {
         let (lines, heard) = std::sync::mpsc::sync_channel(4);
         let process = Self { child, stdin, lines: heard };
         Ok(process.reading(lines))
+    }
+
+    /// Tells it whom to ask.
+    fn tell(&mut self, known: &[Known]) -> anyhow::Result<()> {
+        let mut text = serde_json::to_string(known)?;
+        text.push('\n');
+        let stdin = self.stdin.as_mut().context("it is told no more")?;
+        stdin.write_all(text.as_bytes()).context("cannot tell a process whom to ask")
     }
 
     fn reading(mut self, lines: std::sync::mpsc::SyncSender<io::Result<String>>) -> Self {
@@ -387,12 +609,15 @@ impl Drop for Process {
 pub(super) fn run_side(side: Side) -> anyhow::Result<()> {
     // Like the data plane's own thread: all that is not the disk on one.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let orphaned = std::thread::spawn(end_of_input);
+    let (lines, told) = tokio::sync::mpsc::channel(1);
+    let orphaned = std::thread::spawn(move || end_of_input(&lines));
     runtime.block_on(async move {
         match side.role {
-            Role::Serve { store } => serve(&store, orphaned).await,
-            Role::Fetch { store, address, key, root, size } => {
-                fetch(&store, address, &key, root, size).await
+            Role::Serve { store, number, upload } => {
+                serve(&store, (number, upload), orphaned).await
+            }
+            Role::Fetch { store, number, root, size, upload } => {
+                fetch(&store, (number, upload), (root, size), told, orphaned).await
             }
             Role::RawServe => raw_serve(orphaned).await,
             Role::RawFetch { address, size } => raw_fetch(address, size).await,
@@ -400,9 +625,12 @@ pub(super) fn run_side(side: Side) -> anyhow::Result<()> {
     })
 }
 
-/// Returns when whoever started this process wants it to end, or is gone.
-fn end_of_input() {
-    let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+/// Passes on what is said on standard input. Returns when whoever started this process wants it to
+/// end, or is gone.
+fn end_of_input(lines: &tokio::sync::mpsc::Sender<String>) {
+    for line in io::stdin().lock().lines().map_while(Result::ok) {
+        let _ = lines.blocking_send(line);
+    }
 }
 
 async fn ended(input: std::thread::JoinHandle<()>) {
@@ -413,41 +641,72 @@ fn loopback() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 0).into()
 }
 
-async fn serve(store: &Path, input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
-    let config = DataConfig::new(loopback());
-    let (data, _arriving) = Data::start(config, SENDER, open(store)?, Arc::new(|_| true))?;
+fn plane(store: &Path, number: u8, upload: Option<u64>) -> anyhow::Result<Data> {
+    let mut config = DataConfig::new(loopback());
+    config.upload_rate = upload;
+    let (data, _arriving) = Data::start(config, [number; 32], open(store)?, Arc::new(|_| true))?;
+    Ok(data)
+}
+
+async fn serve(
+    store: &Path,
+    (number, upload): (u8, Option<u64>),
+    input: std::thread::JoinHandle<()>,
+) -> anyhow::Result<()> {
+    let data = plane(store, number, upload)?;
     let before = machine::cpu_s();
     let start = Instant::now();
     line(&Listens { address: data.local_addr(), key: hex(&data.public_key()) })?;
     ended(input).await;
     line(&Ended {
         seconds: start.elapsed().as_secs_f64(),
+        sent: data.stats().payload_sent,
         cpu_s: machine::cpu_s() - before,
         peak_mb: machine::peak_mb(),
         mtu: None,
     })
 }
 
+/// Fetches when it is told from whom, and serves what it has until its input ends.
 async fn fetch(
     store: &Path,
-    address: SocketAddr,
-    key: &str,
-    root: Root,
-    size: u64,
+    (number, upload): (u8, Option<u64>),
+    (root, size): (Root, u64),
+    mut told: tokio::sync::mpsc::Receiver<String>,
+    input: std::thread::JoinHandle<()>,
 ) -> anyhow::Result<()> {
-    let config = DataConfig::new(loopback());
-    let (data, _arriving) = Data::start(config, RECEIVER, open(store)?, Arc::new(|_| true))?;
-    let key = unhex(key).context("the sender's key is no key")?;
+    let data = plane(store, number, upload)?;
+    line(&Listens { address: data.local_addr(), key: hex(&data.public_key()) })?;
+    let known = told.recv().await.context("nobody said whom to ask")?;
+    let known: Vec<Known> =
+        serde_json::from_str(&known).context("whom to ask is not understood")?;
+    let holder = |Known { address, key, whole }: Known| {
+        let key = unhex(&key).context("a holder's key is no key")?;
+        Ok(Holder { key, addresses: vec![address], whole })
+    };
+    let holders = known.into_iter().map(holder).collect::<anyhow::Result<Vec<_>>>()?;
     let before = machine::cpu_s();
     let start = Instant::now();
-    let holders = vec![Holder { key, addresses: vec![address], whole: true }];
-    data.fetch(holders, root, size, |_| {}).await?;
+    // As a node looks for others by gossip while it fetches.
+    let naming = async {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            data.name_holders(root, size, holders.clone());
+        }
+    };
+    tokio::select! {
+        fetched = data.fetch(holders.clone(), root, size, |_| {}) => { fetched?; },
+        never = naming => never,
+    }
     line(&Ended {
         seconds: start.elapsed().as_secs_f64(),
+        sent: data.stats().payload_sent,
         cpu_s: machine::cpu_s() - before,
         peak_mb: machine::peak_mb(),
         mtu: None,
-    })
+    })?;
+    ended(input).await;
+    Ok(())
 }
 
 fn hex(bytes: &[u8; 32]) -> String {
@@ -489,6 +748,7 @@ async fn raw_serve(input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
     ended(input).await;
     line(&Ended {
         seconds: start.elapsed().as_secs_f64(),
+        sent: 0,
         cpu_s: machine::cpu_s() - before,
         peak_mb: machine::peak_mb(),
         mtu: Some(connection.stats().path.current_mtu),
@@ -520,6 +780,7 @@ async fn raw_fetch(address: SocketAddr, size: u64) -> anyhow::Result<()> {
     ensure!(received == size, "{received} bytes came of {size}");
     line(&Ended {
         seconds: start.elapsed().as_secs_f64(),
+        sent: 0,
         cpu_s: machine::cpu_s() - before,
         peak_mb: machine::peak_mb(),
         mtu: Some(connection.stats().path.current_mtu),

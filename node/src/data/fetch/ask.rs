@@ -18,7 +18,7 @@ use bao_tree::{
     },
     iter::{BaoChunk, ResponseIter},
 };
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use iroh_io::AsyncStreamReader;
 use leasehold_proto::base::groups::GROUP_BYTES;
 use leasehold_proto::minds::transfer::AskId;
@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Event, FetchError};
 use crate::data::{
     Shared,
+    buffers::Buffers,
     dial::{Answered, LinkError, link_error},
     frame::{Code, Get, Refusal, Refused, Request, Response},
     serve::chunk_ranges,
@@ -107,6 +108,7 @@ impl Ask {
             segments: VecDeque::new(),
             staged: 0,
             received: 0,
+            buffers: shared.gathering.clone(),
             pace: Pace::new(shared.config.stall, shared.config.min_rate),
         };
         // The verifier ends first where it finds a wrong byte or the disk fails: then its reason
@@ -193,6 +195,7 @@ struct Gather<'a> {
     /// Bytes in `segments`.
     staged: usize,
     received: u64,
+    buffers: Buffers,
     pace: Pace,
 }
 
@@ -232,14 +235,14 @@ impl Gather<'_> {
                 return Err(NotGathered::Ended);
             }
         }
-        let mut taken = BytesMut::with_capacity(len);
+        let mut taken = self.buffers.empty();
         while taken.len() < len {
             let Some(mut segment) = self.segments.pop_front() else { break };
             let wanted = len - taken.len();
             if segment.len() > wanted {
                 self.segments.push_front(segment.split_off(wanted));
             }
-            taken.extend_from_slice(&segment);
+            taken.add(&segment);
         }
         self.staged -= taken.len();
         Ok(taken.freeze())
