@@ -2,7 +2,7 @@
 //! that is to come.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use leasehold_proto::Hash;
 use leasehold_proto::core::{Command, Event, InUse, Reply};
@@ -18,6 +18,8 @@ use crate::payload::{PayloadError, PayloadStore, Root};
 const ALONE: Duration = Duration::from_millis(100);
 /// How often others are looked for while a payload is on its way.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a holder is looked for where none is known.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How many holders are asked for a payload's size.
 const MAX_ASKED: usize = 8;
 /// How long changes of what is held wait for others.
@@ -81,14 +83,22 @@ impl Holders {
         if let Some(size) = self.payloads.has(root) {
             return Ok(size);
         }
-        let mut last = FetchError::NoHolder { root };
-        for holder in self.of(root).await.into_iter().take(MAX_ASKED) {
-            match self.data.size_of(&holder, root).await {
-                Ok(size) => return Ok(size),
-                Err(error) => last = error,
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let mut last = FetchError::NoHolder { root };
+            for holder in self.of(root).await.into_iter().take(MAX_ASKED) {
+                match self.data.size_of(&holder, root).await {
+                    Ok(size) => return Ok(size),
+                    Err(error) => last = error,
+                }
             }
+            // Who has just got it may not have been heard of.
+            let none = matches!(last, FetchError::NoHolder { .. });
+            if !none || Instant::now() >= until {
+                return Err(last);
+            }
+            tokio::time::sleep(PATIENCE / 10).await;
         }
-        Err(last)
     }
 
     /// Who says that it has this payload, or is fetching it.

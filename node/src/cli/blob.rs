@@ -173,7 +173,8 @@ impl Get {
             session.out.tell("the node held it already");
         } else {
             let (bytes, took) = (resource::bytes(received), span(took_ms));
-            session.out.tell(&format!("{bytes} from {holders} holders in {took}"));
+            let plural = if holders == 1 { "" } else { "s" };
+            session.out.tell(&format!("{bytes} from {holders} holder{plural} in {took}"));
         }
         session.out.answer(&answer, || format!("{root}\n"))?;
         Ok(Exit::Ok)

@@ -256,6 +256,7 @@ async fn try_download(
 ) -> Result<(), Trouble> {
     let PayloadText { root, size } = payload;
     let from = format!("/v1/leases/{lease}/outputs/{}?root={root}&size={size}", escaped(name));
+    std::fs::create_dir_all(dir).map_err(Trouble::Disk)?;
     let partial = Partial::create(dir, name).map_err(Trouble::Disk)?;
     take(session, (&from, name), payload, &mut &partial.file).await?;
     partial.keep(to).map_err(Trouble::Disk)
@@ -297,7 +298,6 @@ struct Partial {
 
 impl Partial {
     fn create(dir: &Path, name: &str) -> io::Result<Self> {
-        std::fs::create_dir_all(dir)?;
         let path = dir.join(format!(".{name}.{}.part", std::process::id()));
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(true).mode(0o644).open(&path)?;

@@ -1,10 +1,10 @@
 //! Which payloads this node has, told to everybody; who else has one; which are not to be removed.
 //!
-//! A record that changes with every payload would be most of what a busy fabric says. So a few
-//! changes are told at once, those beyond when they have become few again; whoever hears of a
-//! payload too late has asked others meanwhile.
+//! A record that changes with every payload would be most of what a busy fabric says. So each node
+//! says so many bytes at once, and so many a second beyond: one with few payloads may say every
+//! change, one with many the sum of some. Whoever hears of a payload too late has asked others.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::{CommandId, Core, Effect, Failure, InUse, Kept, Reply};
@@ -15,9 +15,12 @@ use crate::words::contract::Claim;
 use crate::words::object::{body_in, key_subject};
 use crate::words::record::{MAX_PAYLOADS, Payloads};
 
-/// How many changes are told in [`WITHIN`] at most.
-const AT_ONCE: usize = 4;
-const WITHIN: Span = Span::secs(40);
+/// How many bytes of records a node says at once, and how many a second beyond. Two thousand nodes
+/// that all say as much as they may cost each of them 256 KB a second.
+const AT_ONCE: u64 = 64 * 1024;
+const A_SECOND: u64 = 128;
+/// What a record takes beside what it names.
+const RECORD: u64 = 256;
 /// How long a change waits for others.
 const BATCH: Span = Span::millis(100);
 /// How often an unchanged record is signed anew, and how long it is valid.
@@ -33,8 +36,8 @@ pub(super) struct Stock {
     has: Payloads,
     /// When that is to be said.
     due: Option<Boot>,
-    /// When something was said last.
-    told: VecDeque<Boot>,
+    /// How many bytes were said beyond what has had its time, when that was last reckoned.
+    owed: (u64, Boot),
     seq: u64,
     /// What the operator wants kept.
     pub(super) pinned: BTreeSet<Hash>,
@@ -45,11 +48,21 @@ impl Stock {
         self.due
     }
 
+    /// What a record of all that is there costs.
+    fn cost(&self) -> u64 {
+        RECORD + 8 * self.has.roots.len() as u64
+    }
+
+    /// What is owed at `at`.
+    fn owed(&self, at: Boot) -> u64 {
+        let (owed, since) = self.owed;
+        owed.saturating_sub(at.since(since).as_millis().saturating_mul(A_SECOND) / 1_000)
+    }
+
     /// When to say something that is wanted at `at`, with what was said before.
     fn after(&self, at: Boot) -> Boot {
-        let full = self.told.len() >= AT_ONCE;
-        let free = self.told.front().filter(|_| full).map(|first| *first + WITHIN);
-        free.map_or(at, |free| free.max(at))
+        let over = (self.owed(at) + self.cost()).saturating_sub(AT_ONCE);
+        at + Span::millis(over.saturating_mul(1_000).div_ceil(A_SECOND))
     }
 }
 
@@ -77,10 +90,7 @@ impl Core {
         }
         stock.seq += 1;
         stock.said = stock.has.clone();
-        stock.told.push_back(now.boot);
-        if stock.told.len() > AT_ONCE {
-            stock.told.pop_front();
-        }
+        stock.owed = (stock.owed(now.boot) + stock.cost(), now.boot);
         stock.due = Some(stock.after(now.boot + REFRESH));
         let (seq, said) = (stock.seq, stock.said.clone());
         let subject = key_subject(&self.config.me);
