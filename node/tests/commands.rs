@@ -304,3 +304,106 @@ fn a_damaged_payload_runs_nowhere_and_is_replaced_by_a_good_one() {
     assert_eq!(output.status.code(), Some(7), "{output:?}");
     assert_eq!(output.stdout, b"once more");
 }
+
+// ---------------------------------------------------------------- payloads by hand
+
+#[test]
+fn a_payload_goes_from_hand_to_hand() {
+    let fabric = Fabric::new();
+    let first = fabric.node("first", "1", &[]);
+    let second = fabric.node("second", "0", &[&first]);
+    let third = fabric.node("third", "0", &[&first, &second]);
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect();
+    let path = file(&fabric, "weights", &bytes);
+    let imported = first.cli_json(&["blob", "import", "--json", &path]);
+    let root = imported["payloads"][0]["root"].as_str().expect("a root").to_string();
+    assert_eq!(imported["payloads"][0]["sent"], 3_000_000);
+    let again = first.cli_json(&["blob", "import", "--json", &path]);
+    assert_eq!(again["payloads"][0]["sent"], 0);
+
+    // Others hear of it, and can have it by its name alone.
+    let holders = |node: &Node| {
+        let stat = node.get(&format!("/v1/payloads/{root}/holders")).json();
+        let names = stat["holders"].as_array().expect("holders").iter();
+        names.map(|holder| holder["name"].as_str().expect("a name").to_string()).collect::<Vec<_>>()
+    };
+    until("the second has heard of it", || (holders(&second) == ["first"]).then_some(()));
+    let out = fabric.room.path().join("out").display().to_string();
+    let got = second.cli_json(&["blob", "get", "--json", &root, "-o", &out]);
+    assert_eq!((&got["size"], &got["received"]), (&json!(3_000_000), &json!(3_000_000)));
+    assert_eq!(std::fs::read(&out).expect("written"), bytes);
+    let output = second.cli(&["blob", "get", &root]);
+    ended(&output, 0, &["held it already"]);
+    // A part of the name is enough for what is there.
+    let output = second.cli(&["blob", "export", &root[..8], "-"]);
+    assert!(output.status.success() && output.stdout == bytes, "{:?}", stderr(&output));
+
+    // A flipped bit is found when it is looked for, and the payload can be had again.
+    let data = second.dir.join("payloads").join(format!("{root}.data"));
+    let mut rotten = std::fs::read(&data).expect("reads");
+    rotten[1_234_567] ^= 1;
+    std::fs::write(&data, rotten).expect("writes");
+    let output = second.cli(&["blob", "verify"]);
+    ended(&output, 7, &[&root, "no longer matches", "set aside"]);
+    ended(&second.cli(&["blob", "export", &root, "-"]), 1, &["not held"]);
+    second.cli_json(&["blob", "get", "--json", &root]);
+    ended(&second.cli(&["blob", "verify", &root]), 0, &[]);
+
+    // Who got it passes it on when the first is gone.
+    drop(first);
+    until("the third has heard of it", || holders(&third).contains(&"second".into()).then_some(()));
+    third.cli_json(&["blob", "get", "--json", &root]);
+
+    // What is pinned stays, also over a start.
+    ended(&third.cli(&["blob", "pin", &root]), 0, &[]);
+    ended(&third.cli(&["blob", "rm", &root]), 7, &["pinned"]);
+    let list = third.cli_json(&["blob", "list", "--json"]);
+    assert_eq!(
+        (&list["payloads"][0]["root"], &list["payloads"][0]["pinned"]),
+        (&json!(root), &json!(true))
+    );
+    ended(&third.cli(&["blob", "unpin", &root[..6]]), 0, &[]);
+    ended(&third.cli(&["blob", "rm", &root, "ffff"]), 1, &["no payload ffff"]);
+    assert_eq!(third.cli_json(&["blob", "list", "--json"]), json!({ "payloads": [] }));
+
+    // What cannot be had is said.
+    let nobodys = "0".repeat(63) + "1";
+    ended(&third.cli(&["blob", "get", &nobodys]), 1, &["nobody is known who holds"]);
+    ended(&third.cli(&["blob", "get", "abcd"]), 2, &["64"]);
+    let wrong = third.cli(&["blob", "get", &root, "--size", "5"]);
+    ended(&wrong, 6, &["3000000 bytes, not 5"]);
+    let nowhere = fabric.room.path().join("no/such/out").display().to_string();
+    third.cli_json(&["blob", "get", "--json", &root]);
+    ended(&third.cli(&["blob", "export", &root, &nowhere]), 3, &["no/such/out"]);
+    assert_eq!(third.cli(&["blob", "stat", &nobodys]).status.code(), Some(1));
+}
+
+#[test]
+fn what_was_not_used_for_long_makes_room() {
+    let fabric = Fabric::new();
+    let home = fabric.home("small");
+    let node = fabric.up(&home, "small", "0", &[], "127.0.0.1:0".parse().expect("address"));
+    let config = node.dir.join("leasehold.toml");
+    drop(node);
+    let text = std::fs::read_to_string(&config).expect("reads");
+    let text = text.replace("quota = \"\"", "quota = \"1000000\"");
+    assert!(text.contains("1000000"), "{text}");
+    std::fs::write(&config, text).expect("writes");
+    let node = fabric.again(&home, "small");
+    let import = |name: &str, byte: u8| {
+        let path = file(&fabric, name, &[byte; 300_000]);
+        node.cli(&["blob", "import", &path])
+    };
+    let root_of = |output: &Output| String::from_utf8_lossy(&output.stdout).trim().to_string();
+    let roots: Vec<_> = (1..=3).map(|n| root_of(&import("x", n))).collect();
+    ended(&node.cli(&["blob", "pin", &roots[0]]), 0, &[]);
+    let fourth = root_of(&import("x", 4));
+    let list = node.cli_json(&["blob", "list", "--json"]);
+    let held: Vec<_> = list["payloads"].as_array().expect("payloads").iter().collect();
+    let holds = |root: &str| held.iter().any(|line| line["root"] == root);
+    assert!(holds(&roots[0]) && !holds(&roots[1]) && holds(&roots[2]) && holds(&fourth), "{list}");
+    // More than there is room for, whatever goes.
+    let path = file(&fabric, "large", &[9; 900_000]);
+    ended(&node.cli(&["blob", "import", &path]), 3, &["no space for"]);
+    assert_eq!(node.cli_json(&["blob", "list", "--json"]), list);
+}

@@ -120,8 +120,6 @@ impl Fabric {
         api: SocketAddr,
     ) -> Node {
         let any: SocketAddr = "127.0.0.1:0".parse().expect("address");
-        // What a killed node left behind says nothing of the next one.
-        let _ = std::fs::remove_file(home.dir().join("node.json"));
         let mut config = Config::default();
         config.node.name = name.into();
         (config.offer.notice, config.offer.freeze) = ("200ms".into(), "200ms".into());
@@ -138,6 +136,13 @@ impl Fabric {
         config.offer.min_disk_free = "1M".into();
         let text = toml::to_string(&config).expect("a configuration");
         std::fs::write(home.dir().join("leasehold.toml"), text).expect("written");
+        self.again(home, name)
+    }
+
+    /// A node as it is configured already.
+    pub(crate) fn again(&self, home: &Home, name: &str) -> Node {
+        // What one before it left behind says nothing of this one.
+        let _ = std::fs::remove_file(home.dir().join("node.json"));
         let state = self.room.path().join("state");
         let log = std::fs::File::create(self.room.path().join(format!("{name}.log")));
         let process = Command::new(env!("CARGO_BIN_EXE_leasehold"))
