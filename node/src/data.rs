@@ -62,6 +62,7 @@ use tracing::{debug, warn};
 
 use crate::payload::{PayloadStore, Root};
 
+pub(crate) use self::serve::chunk_ranges;
 use self::{
     buffers::Buffers,
     dial::Pool,

@@ -19,6 +19,8 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod data;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handle;
 pub mod history;
 mod holders;

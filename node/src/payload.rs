@@ -53,7 +53,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-pub(crate) use arriving::{Part, Receiving};
+pub(crate) use arriving::{Part, Receiving, marks_roundtrip};
 
 /// [`GROUP_BYTES`] in bao-tree's terms: 2^8 chunks of 1024 bytes.
 pub(crate) const GROUP: BlockSize = BlockSize::from_chunk_log(8);

@@ -48,7 +48,7 @@ pub const MAX_DETAIL: usize = 512;
 pub const MAX_TOLD: usize = 1024;
 
 /// The longest frame that tells what is there, without its length.
-pub(super) const MAX_TOLD_BYTES: usize = 8 * MAX_TOLD;
+pub(crate) const MAX_TOLD_BYTES: usize = 8 * MAX_TOLD;
 
 /// The longest request frame, without its length: an `Open` with a full body.
 pub(super) const MAX_REQUEST: usize = 2 + MAX_BODY;
@@ -63,7 +63,7 @@ const READY: u8 = 0;
 
 /// The first frame of a stream, from the side that opened it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Request {
+pub(crate) enum Request {
     Get(Get),
     Open(Open),
     Have(Have),
@@ -71,7 +71,7 @@ pub(super) enum Request {
 
 /// Asks what of a payload is there, and to be told as it becomes more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Have {
+pub(crate) struct Have {
     pub(super) root: Root,
     /// The payload's size in bytes, as the asker knows it.
     pub(super) size: u64,
@@ -79,7 +79,7 @@ pub(super) struct Have {
 
 /// Asks for a payload, or for parts of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Get {
+pub(crate) struct Get {
     pub(super) root: Root,
     /// The payload's size in bytes, as the asker knows it from an order or a signed index.
     pub(super) size: u64,
@@ -90,7 +90,7 @@ pub(super) struct Get {
 
 /// Asks for a stream to something that is not a payload: a job's output, a port, a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Open {
+pub(crate) struct Open {
     /// What kind of stream; the node that answers knows the kinds.
     pub(super) channel: u8,
     /// What the kind needs to know, at most [`MAX_BODY`] bytes.
@@ -99,7 +99,7 @@ pub(super) struct Open {
 
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Response {
+pub(crate) enum Response {
     /// The content follows. `size` is the payload's size for a `Get` or `Have`, zero for an `Open`.
     Ready {
         size: u64,
@@ -271,7 +271,7 @@ pub(super) fn announced(prefix: [u8; 4], max: usize) -> Result<usize, FrameError
 
 impl Request {
     /// The whole frame, its length included.
-    pub(super) fn encode(&self) -> Result<Vec<u8>, FrameError> {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, FrameError> {
         match self {
             Self::Get(Get { root, size, ranges }) => {
                 let count = u16::try_from(ranges.len()).ok().filter(|n| *n <= MAX_RANGES as u16);
@@ -311,7 +311,7 @@ impl Request {
     }
 
     /// Decodes a frame without its length.
-    pub(super) fn decode(frame: &[u8]) -> Result<Self, FrameError> {
+    pub(crate) fn decode(frame: &[u8]) -> Result<Self, FrameError> {
         let mut rest = Fields(frame);
         match rest.u8()? {
             GET => {
@@ -351,7 +351,7 @@ impl Request {
 
 /// Frames that tell of `groups`, their lengths included. Groups are numbered with 32 bits, which is
 /// a payload of 1 PiB; what lies behind is not told of.
-pub(super) fn told(groups: &Groups) -> Result<Vec<u8>, FrameError> {
+pub(crate) fn told(groups: &Groups) -> Result<Vec<u8>, FrameError> {
     let numbered = |run: Range<u64>| {
         let end = u32::try_from(run.end).unwrap_or(u32::MAX);
         Some((u32::try_from(run.start).ok()?, end))
@@ -371,7 +371,7 @@ pub(super) fn told(groups: &Groups) -> Result<Vec<u8>, FrameError> {
 
 /// The runs that a frame tells of, without its length: ascending, apart from each other, and among
 /// the `groups` that the payload has.
-pub(super) fn heard(frame: &[u8], groups: u64) -> Result<Vec<Range<u64>>, FrameError> {
+pub(crate) fn heard(frame: &[u8], groups: u64) -> Result<Vec<Range<u64>>, FrameError> {
     let mut rest = Fields(frame);
     let mut runs = Vec::with_capacity((frame.len() / 8).min(MAX_TOLD));
     let mut free_from = 0;
@@ -389,7 +389,7 @@ pub(super) fn heard(frame: &[u8], groups: u64) -> Result<Vec<Range<u64>>, FrameE
 
 impl Response {
     /// The whole frame, its length included. A detail over [`MAX_DETAIL`] is cut.
-    pub(super) fn encode(&self) -> Result<Vec<u8>, FrameError> {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, FrameError> {
         let mut body = Vec::with_capacity(9);
         match self {
             Self::Ready { size } => {
@@ -408,7 +408,7 @@ impl Response {
     }
 
     /// Decodes a frame without its length.
-    pub(super) fn decode(frame: &[u8]) -> Result<Self, FrameError> {
+    pub(crate) fn decode(frame: &[u8]) -> Result<Self, FrameError> {
         let mut rest = Fields(frame);
         let kind = rest.u8()?;
         let figure = rest.u64()?;

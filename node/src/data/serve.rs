@@ -475,7 +475,7 @@ async fn write(
 
 /// The ranges of a payload of `size` bytes in bao-tree's terms. None at all is all. What reaches to
 /// the end has none: with one there bao-tree takes the last group for one that is asked for in part.
-pub(super) fn chunk_ranges(ranges: &[Range<u64>], size: u64) -> ChunkRanges {
+pub(crate) fn chunk_ranges(ranges: &[Range<u64>], size: u64) -> ChunkRanges {
     if ranges.is_empty() {
         return ChunkRanges::all();
     }

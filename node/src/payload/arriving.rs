@@ -524,6 +524,23 @@ fn decode(bytes: &[u8], (root, size): &Name, boot: &[u8; 16]) -> Option<Groups> 
     (rest.is_empty() && !known.is_empty()).then_some(known)
 }
 
+/// For fuzzing: reads marks that are what `content` says between their first bytes and their sum. What
+/// is read is of the payload that they name, and written it reads again.
+pub(crate) fn marks_roundtrip(content: &[u8]) {
+    let Some((root, rest)) = content.split_first_chunk::<32>() else { return };
+    let Some((size, rest)) = rest.split_first_chunk::<8>() else { return };
+    let Some(boot) = rest.first_chunk::<16>() else { return };
+    let name = (Root::from_bytes(*root), u64::from_le_bytes(*size));
+    let mut bytes = [MAGIC.as_slice(), content].concat();
+    let sum = crc32c::crc32c(&bytes);
+    bytes.extend_from_slice(&sum.to_le_bytes());
+    if let Some(here) = decode(&bytes, &name, boot) {
+        assert!(!here.is_empty() && here.runs().all(|run| run.end <= groups_of(name.1)));
+        let again = encode(&name, boot, &here, &here);
+        assert_eq!(decode(&again, &name, boot), Some(here));
+    }
+}
+
 impl Inner {
     /// Whether what came may lie there: nothing does on a disk that is too full for new work.
     fn has_room_to_rest(&self) -> bool {
