@@ -87,6 +87,52 @@ fn who_has_a_payload_is_known_to_all() {
 }
 
 #[test]
+fn what_a_node_said_of_its_payloads_is_known_again_or_foreign() {
+    let people = People::new();
+    let me = &people.lessor;
+    let mut node = Shell::start(&people, me, disk([Kept::Epoch(5)]), 0);
+    node.met(&people.delegate.id(), &people.delegate_certificate, None);
+    let epoch = node.core.hand().epoch;
+    for roots in [vec![7], vec![]] {
+        node.tell(Event::Payloads(roots));
+        node.pass(Span::secs(1));
+    }
+    let said: Vec<_> = node
+        .own_records()
+        .into_iter()
+        .filter(|signed| signed.header().is_ok_and(|header| header.kind == Kind::Payloads))
+        .collect();
+    assert_eq!(said.len(), 2);
+    // It has nothing to say any more, and forgets after two hours what it said; others may be later.
+    node.pass(Span::secs(91 * 60));
+    let tell = |node: &mut Shell<'_>, signed: &Signed| {
+        let answer = Message::Records(vec![signed.clone()]);
+        node.hears(people.delegate.id(), &answer);
+        node.halted()
+    };
+    for signed in &said {
+        assert_eq!(tell(&mut node, signed), None, "it is its own");
+    }
+    // What it never said is another's.
+    let hand = Hand { fabric: people.fabric, me: me.id(), epoch };
+    let draft = |seq: u64| {
+        let until = WALL + Span::secs(92 * 60);
+        let body = Payloads { roots: vec![9] };
+        hand.draft(key_subject(&me.id()), seq, until, &body).expect("it fits")
+    };
+    for seq in [2, 3] {
+        let mut node = Shell::start(&people, me, disk([Kept::Epoch(epoch - 1)]), 0);
+        node.met(&people.delegate.id(), &people.delegate_certificate, None);
+        for roots in [vec![7], vec![]] {
+            node.tell(Event::Payloads(roots));
+            node.pass(Span::secs(1));
+        }
+        let foreign = me.sign(&draft(seq)).expect("its own");
+        assert!(tell(&mut node, &foreign).is_some(), "number {seq} is another's");
+    }
+}
+
+#[test]
 fn what_is_pinned_or_leased_is_in_use() {
     let people = People::new();
     let mut net = pair(&people);

@@ -30,6 +30,7 @@ mod memory;
 mod pair;
 mod payload;
 mod restart;
+mod scp;
 
 use std::{io::Write as _, path::Path, process::ExitCode};
 

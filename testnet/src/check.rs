@@ -481,6 +481,8 @@ impl Check {
             let what = format!("the term of {id} went from {} to {}", lease.term, lent.term);
             wrong = Some(("6 (ended is final)", what));
         }
+        // A renewal to the same term asks nothing of the warden: it has that deadline.
+        lease.unextended |= lent.term > lease.term && lease.running;
         if lent.term != lease.term {
             (lease.term, lease.term_end_us) = (lent.term, {
                 let end = lent.decided + lent.term;
@@ -488,7 +490,6 @@ impl Check {
                 ahead.saturating_sub(at.boot.since(end).as_millis() * 1000)
             });
         }
-        lease.unextended |= lent.version != lease.version && lease.running;
         lease.version = lent.version;
         if lease.gang.is_none()
             && let Some(joined) = &lent.joined

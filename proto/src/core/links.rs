@@ -745,10 +745,7 @@ impl Core {
                 let seq = offer.header().seq;
                 name.seq > seq || (name.seq == seq && offer.id() != id)
             }),
-            Kind::Payloads => self.spread.payloads(&name.key).is_none_or(|payloads| {
-                let seq = payloads.header().seq;
-                name.seq > seq || (name.seq == seq && payloads.id() != id)
-            }),
+            Kind::Payloads => self.stock.is_foreign(name.seq, id),
             _ => self.is_foreign(name.seq, id),
         };
         if ahead || same && foreign {

@@ -38,7 +38,8 @@ pub(super) struct Stock {
     due: Option<Boot>,
     /// How many bytes were said beyond what has had its time, when that was last reckoned.
     owed: (u64, Boot),
-    seq: u64,
+    /// The number and the id of what was said last in this run.
+    last: (u64, Hash),
     /// What the operator wants kept.
     pub(super) pinned: BTreeSet<Hash>,
 }
@@ -46,6 +47,13 @@ pub(super) struct Stock {
 impl Stock {
     pub(super) fn next_wake(&self) -> Option<Boot> {
         self.due
+    }
+
+    /// Whether a record of this key and epoch is none that was said in this run: not by the map, which
+    /// may have forgotten what others still know.
+    pub(super) fn is_foreign(&self, seq: u64, id: Hash) -> bool {
+        let (last, of) = self.last;
+        seq > last || (seq == last && id != of)
     }
 
     /// What a record of all that is there costs.
@@ -88,13 +96,13 @@ impl Core {
         if nothing || self.halted.is_some() || self.leaving {
             return;
         }
-        stock.seq += 1;
         stock.said = stock.has.clone();
         stock.owed = (stock.owed(now.boot) + stock.cost(), now.boot);
         stock.due = Some(stock.after(now.boot + REFRESH));
-        let (seq, said) = (stock.seq, stock.said.clone());
+        let (seq, said) = (stock.last.0 + 1, stock.said.clone());
         let subject = key_subject(&self.config.me);
         if let Ok(draft) = self.hand.draft(subject, seq, now.wall + LIFE, &said) {
+            self.stock.last = (seq, draft.id());
             out.push(Effect::Record(draft));
         }
     }

@@ -53,7 +53,11 @@ use rustls::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Spread, line, machine, rounded, temporary};
+use super::{
+    Spread, line, machine, rounded,
+    scp::{self, OpenSsh},
+    temporary,
+};
 
 /// How long one transfer may take before the benchmark gives up: 4 MB/s and half a minute.
 fn limit(size: u64) -> Duration {
@@ -104,6 +108,8 @@ enum Case {
     Holders,
     /// One holder, to several that feed each other.
     FanOut,
+    /// A file to a verified file, synced, beside scp with the same cipher.
+    Scp,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -201,6 +207,23 @@ struct RatioLine {
 }
 
 #[derive(Debug, Serialize)]
+struct PeerLine {
+    bench: &'static str,
+    case: &'static str,
+    peer: &'static str,
+    version: String,
+    cipher: &'static str,
+    size: u64,
+    mb_per_s: f64,
+    peer_mb_per_s: f64,
+    /// The medians' ratio; the least and most of runs next to each other.
+    ratio: f64,
+    min: f64,
+    max: f64,
+    runs: usize,
+}
+
+#[derive(Debug, Serialize)]
 struct SeveralLine {
     bench: &'static str,
     case: &'static str,
@@ -241,7 +264,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let base = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     let held = temporary(memory.as_deref().unwrap_or(&base))?;
     let target = match options.case {
-        Case::File => temporary(&base)?,
+        Case::File | Case::Scp => temporary(&base)?,
         _ => temporary(memory.as_deref().unwrap_or(&base))?,
     };
     let root = prepare(held.path(), size)?;
@@ -250,6 +273,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Case::File | Case::Memory => beside_quinn(options, &payload),
         Case::Holders => from_several(options, &payload),
         Case::FanOut => to_several(options, &payload),
+        Case::Scp => beside_scp(options, &payload),
     }
 }
 
@@ -300,6 +324,48 @@ fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
         })?;
     }
     Ok(())
+}
+
+fn beside_scp(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
+    let Some(ssh) = OpenSsh::find() else {
+        bail!("there is no OpenSSH server and client here: apt-get install openssh-server")
+    };
+    let server = ssh.start(payload.target)?;
+    let from = payload.held.join(format!("{}.data", payload.root));
+    let to = payload.target.join("copied");
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let mb = payload.size as f64 / 1e6;
+    for turn in 0..options.runs {
+        for first in [true, false] {
+            if first == (turn % 2 == 0) {
+                ours.push(speed(&leasehold(payload)?, payload.size));
+            } else {
+                theirs.push(mb / server.copy(&from, &to)?);
+                std::fs::remove_file(&to)?;
+            }
+        }
+        let last = |runs: &[f64]| runs.last().copied().unwrap_or_default();
+        let (ours, theirs) = (last(&ours), last(&theirs));
+        eprintln!("run {}: leasehold {ours:.0} MB/s, scp {theirs:.0} MB/s", turn + 1);
+    }
+    let pairs = Spread::of(ours.iter().zip(&theirs).map(|(a, b)| a / b));
+    let pairs = pairs.context("there was no run")?;
+    let median = |runs: Vec<f64>| Spread::of(runs).map_or(0.0, |spread| spread.median);
+    let (ours, theirs) = (median(ours), median(theirs));
+    line(&PeerLine {
+        bench: "payload",
+        case: "scp",
+        peer: scp::NAME,
+        version: ssh.version,
+        cipher: scp::CIPHER,
+        size: payload.size,
+        mb_per_s: rounded(ours, 1),
+        peer_mb_per_s: rounded(theirs, 1),
+        ratio: rounded(ours / theirs, 3),
+        min: rounded(pairs.min, 3),
+        max: rounded(pairs.max, 3),
+        runs: options.runs as usize,
+    })
 }
 
 /// One receiver, and several senders that each send so much a second at most.
