@@ -17,6 +17,8 @@ use crate::quantity;
 
 /// The file's name in the data directory.
 pub const FILE: &str = "leasehold.toml";
+/// The least that uploads may be limited to, in bytes a second: one transfer goes on with it.
+const MIN_UPLOAD: u64 = 64 * 1024;
 /// The longest file that is read, in bytes.
 const MAX_FILE: u64 = 256 * 1024;
 
@@ -451,10 +453,12 @@ impl Config {
         if text.is_empty() {
             return Ok(None);
         }
-        match quantity::bytes(text).map_err(|why| value("payloads.upload", why))? {
-            0 => Err(value("payloads.upload", "nothing could be sent then: leave it out".into())),
-            rate => Ok(Some(rate)),
+        let rate = quantity::bytes(text).map_err(|why| value("payloads.upload", why))?;
+        if rate < MIN_UPLOAD {
+            let why = format!("less than {MIN_UPLOAD} bytes a second are no use to anybody");
+            return Err(value("payloads.upload", why));
         }
+        Ok(Some(rate))
     }
 
     /// Free disk space below which nothing new is promised, in bytes.

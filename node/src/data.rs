@@ -145,6 +145,10 @@ pub struct DataConfig {
     pub max_asking: usize,
     /// Of them, those asked of one holder: a slow one holds up its own only.
     pub max_asking_per_key: usize,
+    /// Payloads of which one holder is asked at once what it has: each is a stream that waits.
+    pub max_watching_per_key: usize,
+    /// For how long more is hoped for from holders that lack what is missing, but may yet get it.
+    pub hope: Duration,
     /// Bytes of payloads sent to others per second, all together; none for as much as there is.
     pub upload_rate: Option<u64>,
     /// Streams to the node that wait to be taken up; more are refused as busy.
@@ -183,6 +187,8 @@ impl DataConfig {
             max_serving_per_key: 8,
             max_asking: 64,
             max_asking_per_key: 8,
+            max_watching_per_key: 8,
+            hope: Duration::from_secs(30),
             upload_rate: None,
             max_arriving: 64,
             handshake_timeout: Duration::from_secs(5),
@@ -355,6 +361,7 @@ struct Shared {
     asking: Semaphore,
     serving_each: PerKey,
     asking_each: PerKey,
+    watching_each: PerKey,
     upload: Throttle,
     /// For groups that are read to be sent, and for those that are gathered.
     reading: Buffers,
@@ -458,11 +465,12 @@ impl Data {
             pool: Pool::default(),
             served: Mutex::default(),
             transfers: Mutex::default(),
-            serving: Arc::new(Semaphore::new(config.max_serving)),
+            serving: Arc::new(Semaphore::new(serving(&config))),
             fetching: Semaphore::new(config.max_fetching),
             serving_each: PerKey::new(config.max_serving_per_key),
             asking: Semaphore::new(config.max_asking),
             asking_each: PerKey::new(config.max_asking_per_key),
+            watching_each: PerKey::new(config.max_watching_per_key),
             upload: Throttle::new(config.upload_rate),
             reading: Buffers::default(),
             gathering: Buffers::default(),
@@ -607,6 +615,14 @@ impl Data {
         }
         self.ended.cancelled().await;
     }
+}
+
+/// How many payloads are sent at once: no more than each get four times the least that a transfer
+/// must make.
+fn serving(config: &DataConfig) -> usize {
+    let each = config.min_rate.saturating_mul(4).max(1);
+    let paced = config.upload_rate.map_or(u64::MAX, |rate| rate / each);
+    usize::try_from(paced).unwrap_or(usize::MAX).clamp(1, config.max_serving)
 }
 
 /// What the data thread does until `stop`.

@@ -205,10 +205,11 @@ impl Handle {
     /// # Errors
     /// When there is not enough for it, whatever is removed.
     pub async fn make_room(&self, root: Root, size: u64) -> Result<(), PayloadError> {
-        match self.inner.payloads.has(root) {
-            Some(_) => Ok(()),
-            None => self.make_room_for(size).await,
+        let payloads = &self.inner.payloads;
+        if payloads.has(root).is_some() || payloads.part(root, size).is_some() {
+            return Ok(());
         }
+        self.make_room_for(size).await
     }
 
     /// Sees to room for a payload of so many bytes.

@@ -1,7 +1,8 @@
 //! Who has a payload: those it was named for, and those who say so by gossip; and the room for one
 //! that is to come.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use leasehold_proto::Hash;
@@ -22,6 +23,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How many holders are asked for a payload's size.
 const MAX_ASKED: usize = 8;
+/// How many payloads are remembered as awaited.
+const MAX_AWAITED: usize = 1_024;
 /// How long changes of what is held wait for others.
 const BATCH: Duration = Duration::from_millis(50);
 
@@ -31,15 +34,24 @@ pub(crate) struct Holders {
     data: Data,
     payloads: PayloadStore,
     commands: mpsc::Sender<Asked>,
+    /// Payloads that somebody is to come for, the newest last.
+    awaited: Arc<Mutex<VecDeque<Root>>>,
 }
 
 impl Holders {
-    pub(crate) const fn new(
-        data: Data,
-        payloads: PayloadStore,
-        commands: mpsc::Sender<Asked>,
-    ) -> Self {
-        Self { data, payloads, commands }
+    pub(crate) fn new(data: Data, payloads: PayloadStore, commands: mpsc::Sender<Asked>) -> Self {
+        Self { data, payloads, commands, awaited: Arc::default() }
+    }
+
+    /// Somebody is to come for this payload: others make room before it does, as long as it is one
+    /// of the newest.
+    pub(crate) fn awaits(&self, root: Root) {
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        awaited.retain(|known| *known != root);
+        if awaited.len() == MAX_AWAITED {
+            awaited.pop_front();
+        }
+        awaited.push_back(root);
     }
 
     async fn ask(&self, command: Command) -> Option<Reply> {
@@ -69,7 +81,8 @@ impl Holders {
             return self.payloads.check_room(size);
         };
         let spared = in_use.pinned.into_iter().chain(in_use.leased);
-        let spared: HashSet<_> = spared.map(|root| Root::from_bytes(root.0)).collect();
+        let mut spared: HashSet<_> = spared.map(|root| Root::from_bytes(root.0)).collect();
+        spared.extend(self.awaited.lock().unwrap_or_else(PoisonError::into_inner).iter());
         let payloads = self.payloads.clone();
         let made = tokio::task::spawn_blocking(move || payloads.make_room(size, &spared)).await;
         made.map_err(|error| PayloadError::Source(std::io::Error::other(error)))?.map(drop)
@@ -122,9 +135,10 @@ impl Holders {
         mut named: Vec<Holder>,
         root: Root,
         size: u64,
-        progress: impl FnMut(Progress),
+        mut progress: impl FnMut(Progress),
     ) -> Result<FetchStats, FetchError> {
-        if self.payloads.has(root).is_none() {
+        // One that is on its way has its room.
+        if self.payloads.has(root).is_none() && self.payloads.part(root, size).is_none() {
             self.make_room(size).await?;
         }
         let mut pause = ALONE;
@@ -139,9 +153,29 @@ impl Holders {
                 self.data.name_holders(root, size, self.of(root).await);
             }
         };
-        tokio::select! {
-            fetched = self.data.fetch(named, root, size, progress) => fetched,
-            never = looking => never,
+        tokio::pin!(looking);
+        let fetching = self.data.fetch(named.clone(), root, size, &mut progress);
+        let fetched = tokio::select! {
+            fetched = fetching => fetched,
+            never = &mut looking => never,
+        };
+        match fetched {
+            // Who was named may have said no before others were looked for.
+            Err(error) if !matches!(error, FetchError::Store(_)) => {
+                let mut others = self.of(root).await;
+                others.retain(|found| named.iter().all(|known| known.key != found.key));
+                if others.is_empty() {
+                    return Err(error);
+                }
+                let fetching = self.data.fetch(others, root, size, progress);
+                let again = tokio::select! {
+                    fetched = fetching => fetched,
+                    never = looking => never,
+                };
+                // What was wrong with the one that was named says more.
+                again.map_err(|_| error)
+            }
+            fetched => fetched,
         }
     }
 }

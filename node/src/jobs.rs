@@ -657,9 +657,14 @@ impl Jobs {
         for file in names {
             let Some(path) = self.inner.work.output_file(lease, &file.name) else { continue };
             let payloads = self.inner.payloads.clone();
+            let size = tokio::fs::metadata(&path).await.map_or(0, |about| about.len());
+            if let Err(error) = self.inner.holders.make_room(size).await {
+                tracing::warn!(lease, name = file.name, %error, "there is no room for an output");
+            }
             let imported = tokio::task::spawn_blocking(move || payloads.import_path(&path)).await;
             match imported {
                 Ok(Ok(imported)) => {
+                    self.inner.holders.awaits(imported.root);
                     let root = Hash(*imported.root.as_bytes());
                     let payload = Payload { root, size: imported.size };
                     kept.push(OutputFile { name: file.name, payload });

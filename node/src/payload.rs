@@ -526,13 +526,17 @@ impl PayloadStore {
     /// longest first, but for those in `spared`. Nothing is removed where that would not do. How
     /// many were.
     pub fn make_room(&self, size: u64, spared: &HashSet<Root>) -> Result<usize, PayloadError> {
-        let mut removed = 0;
+        let (mut removed, mut before) = (0, None);
         loop {
-            let full = match self.check_room(size) {
+            let (full, now) = match self.check_room(size) {
                 Ok(()) => return Ok(removed),
-                Err(full @ PayloadError::NoSpace { .. }) => full,
+                Err(full @ PayloadError::NoSpace { available, .. }) => (full, available),
                 Err(error) => return Err(error),
             };
+            // What somebody has open, or has under another name, frees nothing.
+            if before.replace(now).is_some_and(|before| now <= before) {
+                return Err(full);
+            }
             let held = lock(&self.inner.held);
             let may_go = held.payloads.iter().filter(|(root, _)| !spared.contains(root));
             let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();

@@ -7,8 +7,6 @@
 //! `code` is stable and for programs, `message` is for people and says what to do, `detail` has
 //! the figures where there are any.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -252,11 +250,7 @@ impl From<FetchError> for ApiError {
         let said = error.to_string();
         match error {
             FetchError::NotHeld { .. } | FetchError::NoHolder { .. } => Self::not_found(said),
-            FetchError::Store(error) => match Arc::try_unwrap(error) {
-                Ok(error) => error.into(),
-                // Others wait for the same.
-                Err(error) => Self::internal("keeping a payload", &error),
-            },
+            FetchError::Store(error) => Self::payload(&error),
             _ => Self::new(StatusCode::BAD_GATEWAY, Code::Unreachable, said),
         }
     }
@@ -264,6 +258,12 @@ impl From<FetchError> for ApiError {
 
 impl From<PayloadError> for ApiError {
     fn from(error: PayloadError) -> Self {
+        Self::payload(&error)
+    }
+}
+
+impl ApiError {
+    fn payload(error: &PayloadError) -> Self {
         let said = error.to_string();
         match error {
             PayloadError::NoSpace { need, available } => {

@@ -198,6 +198,8 @@ async fn tell_fetch(app: App, root: Root, size: u64, lines: mpsc::Sender<Fetchin
             Err(error) => Fetching::Failed { error: ApiError::from(error).into_inside() },
         },
         () = telling => return,
+        // Nobody reads any more.
+        () = lines.closed() => return,
         () = app.shutdown.cancelled() => {
             Fetching::Failed { error: ApiError::stopping().into_inside() }
         }

@@ -69,8 +69,6 @@ const MAX_LOST: u32 = 3;
 const MAX_BUSY: u32 = 16;
 /// For how long a holder that has brought something is waited for when it cannot be reached.
 const COMES_BACK: Duration = Duration::from_secs(30);
-/// For how long more is hoped for from holders that lack what is missing, but may yet get it.
-const HOPE: Duration = Duration::from_secs(30);
 /// After how long a holder that was given up may be tried again, when it is named again.
 const AGAIN: Duration = Duration::from_millis(900);
 /// How long a transfer of the same payload that is being wound up is waited for, at a time.
@@ -457,6 +455,8 @@ pub(super) enum Event {
     Came(AskId, u64, u64),
     /// An ask is over.
     Ended(AskId, Result<(), FetchError>),
+    /// A holder will say what it has.
+    Answers([u8; 32]),
     /// A holder has these groups, too.
     Has([u8; 32], Groups),
     /// A holder says no more about what it has: all is told, or something went wrong.
@@ -481,6 +481,8 @@ struct Source {
     brought: Option<Instant>,
     /// When it was given up.
     out: Option<Instant>,
+    /// It sent what does not belong to the payload: it is asked nothing more.
+    bad: bool,
     error: Option<FetchError>,
 }
 
@@ -573,7 +575,8 @@ impl<'a> Drive<'a> {
     /// When to look at the whole at the latest.
     fn look_at(&self, now: Boot) -> Boot {
         use leasehold_proto::base::time::Span;
-        let hope = now + Span::millis(HOPE.as_millis() as u64 / 10);
+        let hope = u64::try_from(self.shared.config.hope.as_millis()).unwrap_or(u64::MAX);
+        let hope = now + Span::millis((hope / 10).max(1));
         self.mind.wake(now).map_or(hope, |wake| wake.min(hope))
     }
 
@@ -601,13 +604,18 @@ impl<'a> Drive<'a> {
                 self.tell();
                 Ok(true)
             }
+            Event::Answers(key) => {
+                let watch = self.sources.get_mut(&key).and_then(|source| source.watch.as_mut());
+                watch.into_iter().for_each(|watch| watch.answered = true);
+                Ok(false)
+            }
             Event::Has(key, more) => {
                 let Some(source) = self.sources.get_mut(&key) else { return Ok(false) };
-                if let Some(watch) = &mut source.watch {
-                    watch.answered = true;
-                }
                 source.has.extend(more.runs());
-                self.gained = Instant::now();
+                // Of what is here already nobody brings more.
+                if more.runs().any(|run| !self.mind.here().covers(run)) {
+                    self.gained = Instant::now();
+                }
                 self.mind.holds(KeyId(key), source.has.clone());
                 Ok(true)
             }
@@ -659,7 +667,15 @@ impl<'a> Drive<'a> {
                 self.watch(key);
                 return Ok(());
             }
-            FetchError::NotHeld { .. } => Some(End::NotHeld),
+            // What it had it has lost: what is left is asked for anew.
+            FetchError::NotHeld { .. } if source.failures < MAX_LOST => {
+                source.error = Some(error);
+                self.forget(key);
+                self.unwatch(key);
+                self.watch(key);
+                return Ok(());
+            }
+            FetchError::NotHeld { .. } => None,
             FetchError::Link(LinkError::Refused { refused, .. })
                 if refused.why == Refusal::Busy =>
             {
@@ -682,7 +698,7 @@ impl<'a> Drive<'a> {
                 warn!(peer = %name(&key), %error, "nothing more of a payload is taken from a holder");
                 self.shared.counters.bad_holders.add(1);
                 source.error = Some(error);
-                source.out = Some(Instant::now());
+                (source.out, source.bad) = (Some(Instant::now()), true);
                 let todo = self.mind.ended(now, id, End::Wrong);
                 self.act(todo);
                 self.unwatch(key);
@@ -753,13 +769,16 @@ impl<'a> Drive<'a> {
         if key == self.shared.identity.public {
             return;
         }
-        let known = self.sources.len();
+        let known = self.sources.values().filter(|source| source.out.is_none()).count();
         let groups = groups_of(self.receiving.tree().size());
         let source = match self.sources.get_mut(&key) {
             Some(source) => source,
             None if !whole && known >= MAX_WATCHED => return,
             None => self.sources.entry(key).or_default(),
         };
+        if source.bad {
+            return;
+        }
         if !addresses.is_empty() {
             source.addresses = addresses;
         }
@@ -805,7 +824,7 @@ impl<'a> Drive<'a> {
     /// Whether nobody is left who could bring what is missing.
     fn is_over(&self) -> bool {
         let mut watches = self.sources.values().filter_map(|source| source.watch.as_ref());
-        let hoped = self.gained.elapsed() < HOPE;
+        let hoped = self.gained.elapsed() < self.shared.config.hope;
         self.asks.is_empty()
             && !watches.any(|watch| !watch.answered || hoped)
             && self.mind.is_hopeless()
@@ -867,5 +886,8 @@ impl<'a> Drive<'a> {
         }
         let mut tasks = mem::take(&mut self.tasks);
         while tasks.join_next().await.is_some() {}
+        // What came rests with its marks, or goes: that is the disk's work.
+        let receiving = self.receiving;
+        let _ = spawn_blocking(move || drop(receiving)).await;
     }
 }

@@ -26,8 +26,11 @@ use crate::payload::{Part, Root};
 /// The least time between two that tell what came in between.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
+/// The least time between two that are listened to.
+const LISTEN_EVERY: Duration = Duration::from_millis(20);
+
 /// The most runs of groups that one holder's word is kept as: beyond, it is not taken note of.
-const MAX_RUNS: usize = 65_536;
+const MAX_RUNS: usize = 8_192;
 
 /// Answers who asks.
 pub(super) async fn serve(
@@ -120,6 +123,10 @@ pub(super) async fn ask(
     (root, size): (Root, u64),
     events: &mpsc::Sender<Event>,
 ) -> Result<(), FetchError> {
+    // Streams that wait must not take the place of those that bring something.
+    let watching = shared.watching_each.of(&peer).try_acquire_owned();
+    let most = shared.config.max_watching_per_key;
+    let _watching = watching.map_err(|_| LinkError::Busy(most))?;
     let frame = Request::Have(Have { root, size }).encode().map_err(LinkError::Request)?;
     let Answered { send, mut recv, response } =
         shared.request(peer, addresses, &frame, true).await?;
@@ -133,6 +140,9 @@ pub(super) async fn ask(
             return Err(FetchError::NotHeld { peer, root });
         }
         Response::Refused(refused) => return Err(LinkError::Refused { peer, refused }.into()),
+    }
+    if events.send(Event::Answers(peer)).await.is_err() {
+        return Ok(());
     }
     let groups = groups_of(size);
     let mut known = Groups::new();
@@ -155,6 +165,8 @@ pub(super) async fn ask(
         if !news.is_empty() && events.send(Event::Has(peer, news)).await.is_err() {
             break;
         }
+        // However often it says something, it is listened to so often.
+        sleep(LISTEN_EVERY).await;
     }
     drop(send);
     Ok(())

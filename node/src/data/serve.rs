@@ -50,7 +50,7 @@ use super::{
     dial::close,
     frame::{Code, Get, MAX_REQUEST, Open, Refusal, Refused, Request, Response},
     have, lock, name,
-    stream::{FrameReadError, Pace, RecvHalf, SendHalf, Stalled, read_frame},
+    stream::{FrameReadError, Pace, RecvHalf, SendHalf, Stalled, Throttle, read_frame},
     tls::peer_key,
 };
 use crate::payload::{Payload, PayloadError, Root};
@@ -440,8 +440,16 @@ async fn send_payload(
     });
     while let Some(Piece { pairs, group }) = read.recv().await {
         let bytes = group.len() as u64;
-        shared.upload.take(bytes).await;
-        write(send, &mut pace, &mut [pairs, group]).await?;
+        if shared.upload.is_on() {
+            write(send, &mut pace, &mut [pairs]).await?;
+            for from in (0..group.len()).step_by(Throttle::SLICE) {
+                let slice = group.slice(from..group.len().min(from + Throttle::SLICE));
+                shared.upload.take(slice.len()).await;
+                write(send, &mut pace, &mut [slice]).await?;
+            }
+        } else {
+            write(send, &mut pace, &mut [pairs, group]).await?;
+        }
         shared.counters.payload_sent.add(bytes);
     }
     match encoder.await {

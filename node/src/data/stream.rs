@@ -4,7 +4,6 @@
 use std::{
     fmt, io,
     pin::Pin,
-    sync::Mutex,
     task::{Context, Poll},
     time::Duration,
 };
@@ -13,13 +12,13 @@ use quinn::VarInt;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::Mutex,
     time::{Instant, sleep_until, timeout},
 };
 
 use super::{
     dial::InUse,
     frame::{Code, FrameError, announced},
-    lock,
 };
 
 /// The sending half of a stream. It ends well only by [`SendHalf::finish`] or a shutdown: one
@@ -217,32 +216,35 @@ impl Pace {
 pub(super) struct Throttle {
     /// None for as much as there is.
     rate: Option<u64>,
-    /// When what was taken so far has had its time.
+    /// When what was taken so far has had its time. Who takes holds it until then, so that one who
+    /// gives up has cost nobody anything.
     free_at: Mutex<Instant>,
 }
 
 impl Throttle {
     /// What may be taken at once after a rest.
     const BURST: Duration = Duration::from_millis(20);
+    /// What is taken at a time.
+    pub(super) const SLICE: usize = 32 << 10;
 
     pub(super) fn new(rate: Option<u64>) -> Self {
         Self { rate, free_at: Mutex::new(Instant::now()) }
     }
 
-    /// Waits until so many bytes more may go.
-    pub(super) async fn take(&self, bytes: u64) {
-        if let Some(rate) = self.rate {
-            sleep_until(self.reserve(bytes, rate)).await;
-        }
+    /// Whether there is a limit at all.
+    pub(super) fn is_on(&self) -> bool {
+        self.rate.is_some()
     }
 
-    /// When these bytes have had their time.
-    fn reserve(&self, bytes: u64, rate: u64) -> Instant {
-        let mut free_at = lock(&self.free_at);
+    /// Waits until so many bytes more may go.
+    pub(super) async fn take(&self, bytes: usize) {
+        let Some(rate) = self.rate else { return };
+        let mut free_at = self.free_at.lock().await;
         let now = Instant::now();
         let begins = (*free_at).max(now.checked_sub(Self::BURST).unwrap_or(now));
-        *free_at = begins + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-        *free_at
+        let until = begins + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+        sleep_until(until).await;
+        *free_at = until;
     }
 }
 
@@ -281,7 +283,7 @@ mod tests {
         tokio::join!(take(1_000), take(500), take(500));
         // Less what may go at once.
         assert!(start.elapsed() >= Duration::from_millis(180), "{:?}", start.elapsed());
-        Throttle::new(None).take(u64::MAX).await;
+        Throttle::new(None).take(usize::MAX).await;
     }
 
     #[tokio::test]

@@ -874,6 +874,31 @@ async fn who_has_no_holder_is_told_so() {
         let fetched = asker.data.fetch(holders, root, size, |_| {}).await;
         assert!(matches!(fetched, Err(FetchError::NoHolder { .. })), "{fetched:?}");
     }
+    // Two that know only each other hope for a while, and no longer.
+    let impatient = |seed| {
+        let limits = Limits { keep_free: 0, ..Limits::default() };
+        let soon = |config: &mut DataConfig| config.hope = Duration::from_millis(300);
+        Node::with(seed, soon, limits, Arc::new(|_| true))
+    };
+    let (one, two) = (impatient(4), impatient(5));
+    let fetch = |of: &Node, from: &Node| {
+        let (data, holder) = (of.data.clone(), Holder { whole: false, ..from.holder() });
+        async move {
+            loop {
+                // The other one may not have begun.
+                let fetched = data.fetch(vec![holder.clone()], root, size, |_| {}).await;
+                if !matches!(fetched, Err(FetchError::NotHeld { .. })) {
+                    return fetched;
+                }
+            }
+        }
+    };
+    let (first, _) = (timeout(Duration::from_secs(60), fetch(&one, &two)), ());
+    let second = timeout(Duration::from_secs(60), fetch(&two, &one));
+    tokio::select! {
+        ended = first => drop(ended.expect("it ends").expect_err("nobody has it")),
+        ended = second => drop(ended.expect("it ends").expect_err("nobody has it")),
+    }
     let other = Node::new(3);
     for whole in [true, false] {
         let holder = Holder { whole, ..other.holder() };

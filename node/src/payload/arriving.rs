@@ -76,6 +76,9 @@ pub(crate) struct Receiving {
     changed: watch::Sender<()>,
     /// None once it is kept.
     claim: Mutex<Option<Claim>>,
+    /// Held while the files are synced, and whether that ever failed: the system says so once, and
+    /// only to one who asks.
+    failed_to_sync: Mutex<bool>,
 }
 
 /// What of a payload is there, seen as it becomes more.
@@ -117,7 +120,7 @@ impl PayloadStore {
     /// is there already. Fails as [`PayloadError::Arriving`] while somebody else does.
     pub(crate) fn receive(&self, root: Root, size: u64) -> Result<Arc<Receiving>, PayloadError> {
         let name = (root, size);
-        let marks = Marks::claim(&self.inner, name).ok_or(PayloadError::Arriving(root))?;
+        let mut marks = Marks::claim(&self.inner, name).ok_or(PayloadError::Arriving(root))?;
         let resumed = marks.resume(root, size);
         let resumed =
             resumed.inspect_err(|e| debug!(%root, error = %e, "nothing to go on from")).ok();
@@ -196,7 +199,7 @@ impl PayloadStore {
         found.sort_by_key(|(since, _)| *since);
         let young = |since: &SystemTime| since.elapsed().map_or(true, |age| age < REST_FOR);
         for (since, name) in found {
-            let Some(marks) = Marks::claim(&self.inner, name) else { continue };
+            let Some(mut marks) = Marks::claim(&self.inner, name) else { continue };
             // Dropped at once, it rests, or is removed.
             if let Ok((partial, here)) = marks.resume(name.0, name.1)
                 && young(&since)
@@ -260,6 +263,7 @@ impl Receiving {
             here: Arc::new(Mutex::new(here)),
             changed: watch::channel(()).0,
             claim: Mutex::new(Some(claim)),
+            failed_to_sync: Mutex::new(false),
         })
     }
 
@@ -282,12 +286,13 @@ impl Receiving {
         written.map_err(io_error("writing", &self.data_path))?;
         let group = leaf.offset / GROUP_BYTES;
         let mut claim = lock(&self.claim);
-        let mut here = lock(&self.here);
-        let new = here.insert(group..group + 1);
-        if let Some(Claim { marks, .. }) = &mut *claim {
-            marks.came(new, &here);
+        let new = lock(&self.here).insert(group..group + 1);
+        if let Some(Claim { marks, .. }) = &mut *claim
+            && marks.came(new)
+        {
+            marks.mark(&self.here());
         }
-        drop((here, claim));
+        drop(claim);
         self.changed.send_replace(());
         Ok(())
     }
@@ -317,8 +322,11 @@ impl Receiving {
             marks.unsynced = 0;
         }
         let sync = |file: &File, path: &Path| file.sync_data().map_err(io_error("syncing", path));
+        let mut failed = lock(&self.failed_to_sync);
         let synced = sync(&self.data, &self.data_path);
         let synced = synced.and_then(|()| sync(&self.outboard, &self.outboard_path));
+        *failed |= synced.is_err();
+        drop(failed);
         let mut claim = lock(&self.claim);
         let Some(Claim { marks, .. }) = &mut *claim else { return synced };
         if synced.is_err() {
@@ -341,6 +349,11 @@ impl Receiving {
             let actual = here.saturating_mul(GROUP_BYTES).min(size);
             return Err(PayloadError::WrongSize { expected: size, actual });
         }
+        let failed = lock(&self.failed_to_sync);
+        if *failed {
+            let error = io::Error::other("an earlier sync of it failed");
+            return Err(io_error("keeping", &self.data_path)(error));
+        }
         let claim = lock(&self.claim).take().ok_or(PayloadError::NotHeld(self.root))?;
         let Claim { partial, marks } = claim;
         let kept = partial.keep(self.root, size);
@@ -359,7 +372,10 @@ impl Drop for Receiving {
         if here.is_empty() || !marks.store.has_room_to_rest() {
             return;
         }
-        if let Err(e) = marks.write(&here, false) {
+        // What nothing was added to is marked already.
+        if marks.unmarked > 0
+            && let Err(e) = marks.write(&here, false)
+        {
             debug!(root = %self.root, error = %e, "what came of a payload is not kept");
             return;
         }
@@ -404,23 +420,30 @@ impl Marks {
     }
 
     /// Opens what came under this name before.
-    fn resume(&self, root: Root, size: u64) -> Result<(Partial, Groups), PayloadError> {
+    fn resume(&mut self, root: Root, size: u64) -> Result<(Partial, Groups), PayloadError> {
         let read = read_marks(&self.path).map_err(io_error("reading", &self.path))?;
         let marked = decode(&read, &self.name, &self.boot).ok_or(PayloadError::NotHeld(root))?;
         let reservation = Reservation::of_resting(&self.store, size, &self.name);
-        Ok((Partial::resume(reservation, &self.path)?, marked))
+        let partial = Partial::resume(reservation, &self.path)?;
+        let Marked { synced, here } = marked;
+        self.synced = synced;
+        Ok((partial, here))
     }
 
-    /// So many groups came, which makes it all those in `here`. Marks that cannot be written, on a
-    /// disk that is full, say, are not worth the transfer.
-    fn came(&mut self, new: u64, here: &Groups) {
+    /// So many groups came. Whether it is time to mark them.
+    fn came(&mut self, new: u64) -> bool {
         self.unmarked += new;
         self.unsynced += new;
-        if self.unmarked >= MARK_EVERY {
-            self.unmarked = 0;
-            if let Err(error) = self.write(here, false) {
-                debug!(root = %self.name.0, %error, "what came of a payload is not marked");
-            }
+        self.unmarked >= MARK_EVERY
+    }
+
+    /// Marks all that is there. Marks that cannot be written, on a disk that is full, say, are not
+    /// worth the transfer.
+    fn mark(&mut self, here: &Groups) {
+        self.unmarked = 0;
+        if let Err(error) = self.write(here, false) {
+            debug!(root = %self.name.0, %error, "what came of a payload is not marked");
+            self.unmarked = 1;
         }
     }
 
@@ -493,9 +516,17 @@ fn encode((root, size): &Name, boot: &[u8; 16], synced: &Groups, here: &Groups) 
     bytes
 }
 
-/// What can be gone on with by these marks in this boot; none when they are not whole, of something
-/// else, or say what cannot be.
-fn decode(bytes: &[u8], (root, size): &Name, boot: &[u8; 16]) -> Option<Groups> {
+/// What marks say.
+#[derive(Debug, PartialEq, Eq)]
+struct Marked {
+    synced: Groups,
+    /// What can be gone on with.
+    here: Groups,
+}
+
+/// What these marks say in this boot; none when they are not whole, of something else, or say what
+/// cannot be, and when nothing can be gone on with.
+fn decode(bytes: &[u8], (root, size): &Name, boot: &[u8; 16]) -> Option<Marked> {
     let (bytes, sum) = bytes.split_last_chunk::<4>()?;
     if crc32c::crc32c(bytes) != u32::from_le_bytes(*sum) {
         return None;
@@ -520,8 +551,8 @@ fn decode(bytes: &[u8], (root, size): &Name, boot: &[u8; 16]) -> Option<Groups> 
     }
     let [synced, here] = lists;
     let same_boot = of == boot && *boot != [0; 16];
-    let known = if same_boot { here } else { synced };
-    (rest.is_empty() && !known.is_empty()).then_some(known)
+    let here = if same_boot { here } else { synced.clone() };
+    (rest.is_empty() && !here.is_empty()).then_some(Marked { synced, here })
 }
 
 /// For fuzzing: reads marks that are what `content` says between their first bytes and their sum. What
@@ -534,10 +565,10 @@ pub(crate) fn marks_roundtrip(content: &[u8]) {
     let mut bytes = [MAGIC.as_slice(), content].concat();
     let sum = crc32c::crc32c(&bytes);
     bytes.extend_from_slice(&sum.to_le_bytes());
-    if let Some(here) = decode(&bytes, &name, boot) {
+    if let Some(Marked { synced, here }) = decode(&bytes, &name, boot) {
         assert!(!here.is_empty() && here.runs().all(|run| run.end <= groups_of(name.1)));
-        let again = encode(&name, boot, &here, &here);
-        assert_eq!(decode(&again, &name, boot), Some(here));
+        let again = encode(&name, boot, &synced, &here);
+        assert_eq!(decode(&again, &name, boot).map(|marked| marked.synced), Some(synced));
     }
 }
 
@@ -583,6 +614,11 @@ mod tests {
 
     const GROUPS: u64 = 40;
     const SIZE: u64 = GROUPS * GROUP_BYTES;
+
+    /// What can be gone on with by these marks.
+    fn known(bytes: &[u8], name: &Name, boot: &[u8; 16]) -> Option<Groups> {
+        decode(bytes, name, boot).map(|marked| marked.here)
+    }
 
     fn limits() -> Limits {
         Limits { keep_free: 0, ..Limits::default() }
@@ -696,8 +732,18 @@ mod tests {
         let marks = store.inner.stem(&(root(1), SIZE)).with_extension("groups");
         let read = read_marks(&marks).expect("reads");
         let name = (root(1), SIZE);
-        assert_eq!(decode(&read, &name, &clock::boot_id().0), Some(Groups::first(9)));
-        assert_eq!(decode(&read, &name, &[1; 16]), Some(Groups::first(5)));
+        assert_eq!(known(&read, &name, &clock::boot_id().0), Some(Groups::first(9)));
+        assert_eq!(known(&read, &name, &[1; 16]), Some(Groups::first(5)));
+        // Also when it is gone on with, by a start or a transfer that brings nothing or a little.
+        let since = fs::metadata(&marks).and_then(|about| about.modified()).expect("dated");
+        let store = again(&store);
+        drop(store.receive(root(1), SIZE).expect("room"));
+        let after = fs::metadata(&marks).and_then(|about| about.modified()).expect("dated");
+        assert_eq!(after, since, "nothing came, so it has rested since");
+        come(&store.receive(root(1), SIZE).expect("room"), 9..11);
+        let read = read_marks(&marks).expect("reads");
+        assert_eq!(known(&read, &name, &clock::boot_id().0), Some(Groups::first(11)));
+        assert_eq!(known(&read, &name, &[1; 16]), Some(Groups::first(5)));
     }
 
     #[test]
@@ -708,9 +754,9 @@ mod tests {
             come(&receiving, came - 1..came);
             let marks = store.inner.stem(&(root(1), SIZE)).with_extension("groups");
             let here = read_marks(&marks).ok();
-            let here = here.and_then(|read| decode(&read, &(root(1), SIZE), &clock::boot_id().0));
-            let known = here.map_or(0, |here| here.len());
-            assert!(known + MARK_EVERY > came, "{known} of {came}");
+            let here = here.and_then(|read| known(&read, &(root(1), SIZE), &clock::boot_id().0));
+            let marked = here.map_or(0, |here| here.len());
+            assert!(marked + MARK_EVERY > came, "{marked} of {came}");
         }
     }
 
@@ -718,22 +764,22 @@ mod tests {
     fn marks_count_in_their_boot_and_what_was_synced_after_it() {
         let name = (root(1), SIZE);
         let read = encode(&name, &[1; 16], &Groups::first(3), &Groups::first(9));
-        assert_eq!(decode(&read, &name, &[1; 16]), Some(Groups::first(9)));
-        assert_eq!(decode(&read, &name, &[2; 16]), Some(Groups::first(3)));
-        assert_eq!(decode(&read, &(root(2), SIZE), &[1; 16]), None);
-        assert_eq!(decode(&read, &(root(1), SIZE + 1), &[1; 16]), None);
+        assert_eq!(known(&read, &name, &[1; 16]), Some(Groups::first(9)));
+        assert_eq!(known(&read, &name, &[2; 16]), Some(Groups::first(3)));
+        assert_eq!(known(&read, &(root(2), SIZE), &[1; 16]), None);
+        assert_eq!(known(&read, &(root(1), SIZE + 1), &[1; 16]), None);
         let nothing_synced = encode(&name, &[1; 16], &Groups::new(), &Groups::first(9));
-        assert_eq!(decode(&nothing_synced, &name, &[2; 16]), None);
+        assert_eq!(known(&nothing_synced, &name, &[2; 16]), None);
         // A boot that cannot be told is none that could be the same.
         let unknown = encode(&name, &[0; 16], &Groups::first(3), &Groups::first(9));
-        assert_eq!(decode(&unknown, &name, &[0; 16]), Some(Groups::first(3)));
+        assert_eq!(known(&unknown, &name, &[0; 16]), Some(Groups::first(3)));
         let beyond = encode(&name, &[1; 16], &Groups::first(3), &Groups::first(GROUPS + 1));
-        assert_eq!(decode(&beyond, &name, &[1; 16]), None);
+        assert_eq!(known(&beyond, &name, &[1; 16]), None);
         for cut in 0..read.len() {
-            assert_eq!(decode(&read[..cut], &name, &[1; 16]), None, "cut at {cut}");
+            assert_eq!(known(&read[..cut], &name, &[1; 16]), None, "cut at {cut}");
             let mut flipped = read.clone();
             flipped[cut] ^= 1;
-            assert_eq!(decode(&flipped, &name, &[1; 16]), None, "flipped at {cut}");
+            assert_eq!(known(&flipped, &name, &[1; 16]), None, "flipped at {cut}");
         }
     }
 
@@ -798,10 +844,10 @@ mod tests {
             };
             let (synced, here, name) = (groups(synced), groups(here), (root(1), SIZE));
             let read = encode(&name, &[1; 16], &synced, &here);
-            prop_assert_eq!(decode(&read, &name, &[1; 16]), Some(here));
+            prop_assert_eq!(known(&read, &name, &[1; 16]), Some(here));
             let later = (!synced.is_empty()).then_some(synced);
-            prop_assert_eq!(decode(&read, &name, &[2; 16]), later);
-            prop_assert_eq!(decode(&bytes, &name, &[1; 16]), None);
+            prop_assert_eq!(known(&read, &name, &[2; 16]), later);
+            prop_assert_eq!(known(&bytes, &name, &[1; 16]), None);
         }
     }
 }
