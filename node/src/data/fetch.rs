@@ -35,7 +35,7 @@ use std::{
 use leasehold_proto::KeyId;
 use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::groups::{GROUP_BYTES, Groups, groups_of};
-use leasehold_proto::base::time::Boot;
+use leasehold_proto::base::time::{Boot, Span};
 use leasehold_proto::minds::transfer::{AskId, Do, End, Transfer};
 use thiserror::Error;
 use tokio::{
@@ -574,7 +574,6 @@ impl<'a> Drive<'a> {
 
     /// When to look at the whole at the latest.
     fn look_at(&self, now: Boot) -> Boot {
-        use leasehold_proto::base::time::Span;
         let hope = u64::try_from(self.shared.config.hope.as_millis()).unwrap_or(u64::MAX);
         let hope = now + Span::millis((hope / 10).max(1));
         self.mind.wake(now).map_or(hope, |wake| wake.min(hope))
