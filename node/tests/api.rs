@@ -113,7 +113,8 @@ fn payloads_go_in_and_out_as_they_are() {
     let head = node.call(&format!("HEAD {path}"), &[], b"");
     assert_eq!((head.status, head.body.len()), (200, 0));
     let listed = node.get("/v1/payloads").json();
-    assert_eq!(listed, json!({ "payloads": [{ "root": root, "size": 700_000 }] }));
+    let line = json!({ "root": root, "size": 700_000, "pinned": false, "leased": false });
+    assert_eq!(listed, json!({ "payloads": [line] }));
     assert_eq!(node.call("POST /v1/payloads?size=3", &[], b"four").code(), "bad_request");
     assert_eq!(node.get("/v1/payloads/xyz").json()["error"]["detail"]["field"], "root");
     // Chunks without any length, and a body that is cut.
