@@ -35,6 +35,10 @@ const STALL: Duration = Duration::from_secs(30);
 /// How often it is said how far a fetch is.
 const TELL_EVERY: Duration = Duration::from_millis(200);
 
+/// How much is read of an upload that is refused before it is read, and for how long.
+const DRAIN: usize = 64 << 20;
+const DRAIN_FOR: Duration = Duration::from_secs(3);
+
 /// How an upload is declared.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -67,8 +71,11 @@ pub(super) async fn upload(
         Some(size) => Declared::Exactly(size),
         None => Declared::AtMost(u64::MAX),
     };
-    if let Declared::Exactly(size) = declared {
-        app.handle.make_room_for(size).await?;
+    if let Declared::Exactly(size) = declared
+        && let Err(error) = app.handle.make_room_for(size).await
+    {
+        drain(request.into_body()).await;
+        return Err(error.into());
     }
     let source = arriving(request.into_body(), app.shutdown.clone());
     let source = StreamReader::new(Box::pin(source));
@@ -76,6 +83,22 @@ pub(super) async fn upload(
     let status = if kept.already_held { StatusCode::OK } else { StatusCode::CREATED };
     let (root, size) = (kept.root.to_string(), kept.size);
     Ok((status, Json(Uploaded { root, size, new: !kept.already_held })).into_response())
+}
+
+/// Reads some of a body that is not wanted: a client that is still sending it when the connection is
+/// closed may never see why.
+async fn drain(body: Body) {
+    let mut pieces = body.into_data_stream();
+    let mut left = DRAIN;
+    let reading = async {
+        while let Some(Ok(piece)) = pieces.next().await {
+            left = left.saturating_sub(piece.len());
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN_FOR, reading).await;
 }
 
 /// The pieces of a body, until it stalls or the node stops.
