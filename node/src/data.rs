@@ -531,15 +531,8 @@ impl Data {
     /// is known.
     pub async fn size_of(&self, holder: &Holder, root: Root) -> Result<u64, FetchError> {
         let (shared, holder) = (self.shared.clone(), holder.clone());
-        let (answer, answered) = oneshot::channel();
-        self.runtime.spawn(async move {
-            let mut answer = answer;
-            tokio::select! {
-                size = fetch::size::of(&shared, &holder, root) => drop(answer.send(size)),
-                () = answer.closed() => {}
-            }
-        });
-        answered.await.map_err(|_| LinkError::Closed)?
+        let asking = async move { fetch::size::of(&shared, &holder, root).await };
+        self.on_its_thread(asking).await?
     }
 
     /// Names more holders of a payload, for the case that it is being fetched.
@@ -559,18 +552,8 @@ impl Data {
     ) -> Result<(SendHalf, RecvHalf), LinkError> {
         let frame = Request::Open(Open { channel, body }).encode().map_err(LinkError::Request)?;
         let shared = self.shared.clone();
-        let (answer, answered) = oneshot::channel();
-        // On the endpoint's own thread, so that the connection is driven there, too.
-        self.runtime.spawn(async move {
-            let mut answer = answer;
-            tokio::select! {
-                asked = shared.request(peer, &addresses, &frame, false) => {
-                    let _ = answer.send(asked);
-                }
-                () = answer.closed() => {}
-            }
-        });
-        let answered = answered.await.map_err(|_| LinkError::Closed)??;
+        let asking = async move { shared.request(peer, &addresses, &frame, false).await };
+        let answered = self.on_its_thread(asking).await??;
         match answered.response {
             // Streams to the node come before payloads on a connection that both share.
             Response::Ready { .. } => {
@@ -579,6 +562,22 @@ impl Data {
             }
             Response::Refused(refused) => Err(LinkError::Refused { peer, refused }),
         }
+    }
+
+    /// Runs `work` on the endpoint's own thread, so that its connection is driven there, too; it is
+    /// given up with the future that waits for it.
+    async fn on_its_thread<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, LinkError> {
+        let (mut answer, answered) = oneshot::channel();
+        self.runtime.spawn(async move {
+            tokio::select! {
+                done = work => drop(answer.send(done)),
+                () = answer.closed() => {}
+            }
+        });
+        answered.await.map_err(|_| LinkError::Closed)
     }
 
     /// Closes every connection with `peer`, for one that is no longer admitted.

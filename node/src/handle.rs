@@ -200,24 +200,20 @@ impl Handle {
         self.inner.holders.size_of(root).await
     }
 
-    /// Sees to room for a payload that is to come, unless it is here.
-    ///
-    /// # Errors
-    /// When there is not enough for it, whatever is removed.
-    pub async fn make_room(&self, root: Root, size: u64) -> Result<(), PayloadError> {
-        let payloads = &self.inner.payloads;
-        if payloads.has(root).is_some() || payloads.part(root, size).is_some() {
-            return Ok(());
-        }
-        self.make_room_for(size).await
-    }
-
     /// Sees to room for a payload of so many bytes.
     ///
     /// # Errors
     /// When there is not enough for it, whatever is removed.
-    pub async fn make_room_for(&self, size: u64) -> Result<(), PayloadError> {
+    pub async fn make_room(&self, size: u64) -> Result<(), PayloadError> {
         self.inner.holders.make_room(size).await
+    }
+
+    /// The same for a payload that is known by its root, unless it is here or on its way.
+    ///
+    /// # Errors
+    /// As for [`Handle::make_room`].
+    pub async fn make_room_for(&self, root: Root, size: u64) -> Result<(), PayloadError> {
+        self.inner.holders.make_room_for(root, size).await
     }
 
     /// Everything that proves a lease this node granted or holds, as kept on disk.

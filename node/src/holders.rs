@@ -5,7 +5,6 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use leasehold_proto::Hash;
 use leasehold_proto::core::{Command, Event, InUse, Reply};
 use leasehold_proto::words::record::{MAX_PAYLOADS, Payloads};
 use tokio::sync::{mpsc, oneshot};
@@ -81,11 +80,22 @@ impl Holders {
             return self.payloads.check_room(size);
         };
         let spared = in_use.pinned.into_iter().chain(in_use.leased);
-        let mut spared: HashSet<_> = spared.map(|root| Root::from_bytes(root.0)).collect();
+        let mut spared: HashSet<_> = spared.map(Root::from).collect();
         spared.extend(self.awaited.lock().unwrap_or_else(PoisonError::into_inner).iter());
         let payloads = self.payloads.clone();
         let made = tokio::task::spawn_blocking(move || payloads.make_room(size, &spared)).await;
         made.map_err(|error| PayloadError::Source(std::io::Error::other(error)))?.map(drop)
+    }
+
+    /// The same for a payload that is known by its root: one that is here or on its way has its room.
+    ///
+    /// # Errors
+    /// As for [`Self::make_room`].
+    pub(crate) async fn make_room_for(&self, root: Root, size: u64) -> Result<(), PayloadError> {
+        if self.payloads.has(root).is_some() || self.payloads.part(root, size).is_some() {
+            return Ok(());
+        }
+        self.make_room(size).await
     }
 
     /// The size of a payload in bytes, as one of its holders can prove.
@@ -116,7 +126,7 @@ impl Holders {
 
     /// Who says that it has this payload, or is fetching it.
     pub(crate) async fn of(&self, root: Root) -> Vec<Holder> {
-        let command = Command::Holders(Hash(*root.as_bytes()));
+        let command = Command::Holders(root.into());
         let Some(Reply::Holders(found)) = self.ask(command).await else { return Vec::new() };
         let holder = |(key, addresses): (leasehold_proto::KeyId, _)| Holder {
             key: key.0,
@@ -137,10 +147,7 @@ impl Holders {
         size: u64,
         mut progress: impl FnMut(Progress),
     ) -> Result<FetchStats, FetchError> {
-        // One that is on its way has its room.
-        if self.payloads.has(root).is_none() && self.payloads.part(root, size).is_none() {
-            self.make_room(size).await?;
-        }
+        self.make_room_for(root, size).await?;
         let mut pause = ALONE;
         if named.is_empty() {
             named = self.of(root).await;
@@ -191,8 +198,7 @@ pub(crate) async fn tell(
     loop {
         changes.mark_unchanged();
         let newest = payloads.newest(MAX_PAYLOADS).into_iter();
-        let mut roots: Vec<_> =
-            newest.map(|root| Payloads::brief(&Hash(*root.as_bytes()))).collect();
+        let mut roots: Vec<_> = newest.map(|root| Payloads::brief(&root.into())).collect();
         roots.sort_unstable();
         if roots != told {
             told.clone_from(&roots);

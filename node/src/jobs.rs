@@ -23,7 +23,7 @@ use std::time::Duration;
 use leasehold_proto::core::{Command, Event, Notified, Orphan, Orphans, Reply, StartJob};
 use leasehold_proto::words::contract::EndReason;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
+use leasehold_proto::{Boot, KeyId, LeaseId, Payload, Span};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -162,10 +162,6 @@ fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn lease_of(text: &str) -> Option<LeaseId> {
     text.parse().ok()
-}
-
-fn root_of(payload: &Payload) -> Root {
-    Root::from_bytes(payload.root.0)
 }
 
 impl Jobs {
@@ -463,7 +459,7 @@ impl Jobs {
         delegate: &mut Found,
         payload: Payload,
     ) -> Result<(), Outcome> {
-        let (root, size) = (root_of(&payload), payload.size);
+        let (root, size) = (Root::from(payload.root), payload.size);
         loop {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
@@ -508,7 +504,7 @@ impl Jobs {
     fn spec(&self, start: &StartJob, deadline: Boot) -> Result<Spec, Outcome> {
         let job = &start.job;
         let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
-            let path = self.inner.payloads.path(root_of(payload));
+            let path = self.inner.payloads.path(payload.root.into());
             path.ok_or_else(|| Outcome::NoPayload("it was removed before the job started".into()))
         };
         let mut inputs = Vec::with_capacity(job.inputs.len());
@@ -665,7 +661,7 @@ impl Jobs {
             match imported {
                 Ok(Ok(imported)) => {
                     self.inner.holders.awaits(imported.root);
-                    let root = Hash(*imported.root.as_bytes());
+                    let root = imported.root.into();
                     let payload = Payload { root, size: imported.size };
                     kept.push(OutputFile { name: file.name, payload });
                 }

@@ -44,6 +44,7 @@ use bao_tree::{
     io::{EncodeError, outboard::PreOrderOutboard, sync},
 };
 use bytes::{Bytes, BytesMut};
+use leasehold_proto::Hash;
 use leasehold_proto::base::groups::GROUP_BYTES;
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
@@ -86,6 +87,18 @@ impl Root {
 
     pub(crate) fn hash(self) -> blake3::Hash {
         blake3::Hash::from_bytes(self.0)
+    }
+}
+
+impl From<Hash> for Root {
+    fn from(hash: Hash) -> Self {
+        Self(hash.0)
+    }
+}
+
+impl From<Root> for Hash {
+    fn from(root: Root) -> Self {
+        Self(root.0)
     }
 }
 
@@ -526,29 +539,36 @@ impl PayloadStore {
     /// longest first, but for those in `spared`. Nothing is removed where that would not do. How
     /// many were.
     pub fn make_room(&self, size: u64, spared: &HashSet<Root>) -> Result<usize, PayloadError> {
-        let (mut removed, mut before) = (0, None);
-        loop {
-            let (full, now) = match self.check_room(size) {
-                Ok(()) => return Ok(removed),
-                Err(full @ PayloadError::NoSpace { available, .. }) => (full, available),
-                Err(error) => return Err(error),
-            };
-            // What somebody has open, or has under another name, frees nothing.
-            if before.replace(now).is_some_and(|before| now <= before) {
-                return Err(full);
-            }
-            let held = lock(&self.inner.held);
-            let may_go = held.payloads.iter().filter(|(root, _)| !spared.contains(root));
-            let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();
-            let most = may_go.clone().fold(rests, |sum, (_, known)| sum + on_disk(known.size));
-            let oldest = may_go.min_by_key(|(_, known)| known.used).map(|(root, _)| *root);
-            let would_do = self.inner.check_room(&held, on_disk(size), most).is_ok();
-            drop(held);
-            let Some(root) = oldest.filter(|_| would_do) else { return Err(full) };
+        let (full, mut before) = match self.check_room(size) {
+            Ok(()) => return Ok(0),
+            Err(full @ PayloadError::NoSpace { available, .. }) => (full, available),
+            Err(error) => return Err(error),
+        };
+        let held = lock(&self.inner.held);
+        let may_go = held.payloads.iter().filter(|(root, _)| !spared.contains(root));
+        let mut may_go: Vec<_> =
+            may_go.map(|(root, known)| (known.used, *root, known.size)).collect();
+        let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();
+        let most = may_go.iter().fold(rests, |sum, (.., size)| sum.saturating_add(on_disk(*size)));
+        let would_do = self.inner.check_room(&held, on_disk(size), most).is_ok();
+        drop(held);
+        if !would_do {
+            return Err(full);
+        }
+        may_go.sort_unstable();
+        for (removed, (_, root, _)) in (1..).zip(may_go) {
             info!(%root, "removing a payload that was not used for long: its room is wanted");
             self.remove(root)?;
-            removed += 1;
+            match self.check_room(size) {
+                Ok(()) => return Ok(removed),
+                // What somebody has open, or has under another name, frees nothing.
+                Err(PayloadError::NoSpace { available, .. }) if available > before => {
+                    before = available;
+                }
+                Err(error) => return Err(error),
+            }
         }
+        Err(full)
     }
 
     /// Reads all of a payload against its root, and sets it aside if it does not match.
@@ -806,7 +826,7 @@ impl Payload {
     /// Exactly `len` bytes from `offset` on, as the disk has them: not verified.
     pub fn read_at(&self, offset: u64, len: usize) -> io::Result<Bytes> {
         let mut bytes = BytesMut::zeroed(len);
-        self.data.read_exact_at(&mut bytes, offset)?;
+        self.read_exact_at(&mut bytes, offset)?;
         Ok(bytes.freeze())
     }
 

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _, stream};
 use leasehold_proto::Hash;
 use leasehold_proto::base::groups::GROUP_BYTES;
-use leasehold_proto::core::Command;
+use leasehold_proto::core::{Command, InUse};
 use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
 use tokio_util::io::StreamReader;
@@ -72,7 +72,7 @@ pub(super) async fn upload(
         None => Declared::AtMost(u64::MAX),
     };
     if let Declared::Exactly(size) = declared
-        && let Err(error) = app.handle.make_room_for(size).await
+        && let Err(error) = app.handle.make_room(size).await
     {
         drain(request.into_body()).await;
         return Err(error.into());
@@ -126,8 +126,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<Payloads> {
     let in_use = app.handle.in_use().await;
     let held = app.handle.payloads().list();
     let line = |(root, size): (Root, u64)| {
-        let hash = Hash(*root.as_bytes());
-        let (pinned, leased) = (in_use.pinned.contains(&hash), in_use.leased.contains(&hash));
+        let (pinned, leased) = kept(&in_use, root);
         PayloadLine { root: root.to_string(), size, pinned, leased }
     };
     Json(Payloads { payloads: held.into_iter().map(line).collect() })
@@ -144,7 +143,7 @@ pub(super) async fn holders(
 ) -> Result<Json<PayloadStat>, ApiError> {
     let root = root_in(&root)?;
     let (in_use, view) = (app.handle.in_use().await, app.handle.view().await?);
-    let hash = Hash(*root.as_bytes());
+    let (pinned, leased) = kept(&in_use, root);
     let holders = app.handle.holders(root).await.into_iter().map(|key| {
         let name = view.nodes.iter().find(|node| node.id == key).map(|node| node.name.clone());
         HolderLine { id: key.to_string(), name: name.unwrap_or_default() }
@@ -152,8 +151,8 @@ pub(super) async fn holders(
     Ok(Json(PayloadStat {
         root: root.to_string(),
         size: app.handle.payloads().has(root),
-        pinned: in_use.pinned.contains(&hash),
-        leased: in_use.leased.contains(&hash),
+        pinned,
+        leased,
         holders: holders.collect(),
     }))
 }
@@ -183,7 +182,7 @@ pub(super) async fn fetch(
         Some(size) => size,
         None => app.handle.size_of(root).await?,
     };
-    app.handle.make_room(root, size).await?;
+    app.handle.make_room_for(root, size).await?;
     let (lines, told) = mpsc::channel(1);
     // Given up when nobody reads any more.
     tokio::spawn(tell_fetch(app, root, size, lines));
@@ -250,11 +249,11 @@ pub(super) async fn remove(
     Params(params): Params<RemoveParams>,
 ) -> Result<StatusCode, ApiError> {
     let root = root_in(&root)?;
-    let (hash, in_use) = (Hash(*root.as_bytes()), app.handle.in_use().await);
-    if !params.force && in_use.pinned.contains(&hash) {
+    let (pinned, leased) = kept(&app.handle.in_use().await, root);
+    if !params.force && pinned {
         return Err(ApiError::conflict("it is pinned: unpin it first, or force it"));
     }
-    if !params.force && in_use.leased.contains(&hash) {
+    if !params.force && leased {
         return Err(ApiError::conflict("it belongs to a lease: release that first, or force it"));
     }
     let payloads = app.handle.payloads().clone();
@@ -278,7 +277,7 @@ pub(super) async fn pin(
     if app.handle.payloads().has(root).is_none() {
         return Err(PayloadError::NotHeld(root).into());
     }
-    app.handle.ask(Command::Pin(Hash(*root.as_bytes()), true)).await?;
+    app.handle.ask(Command::Pin(root.into(), true)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -291,7 +290,7 @@ pub(super) async fn unpin(
     Path(root): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     let root = root_in(&root)?;
-    app.handle.ask(Command::Pin(Hash(*root.as_bytes()), false)).await?;
+    app.handle.ask(Command::Pin(root.into(), false)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -312,6 +311,12 @@ pub(super) async fn verify(
         Err(error @ PayloadError::Corrupt(_)) => Err(ApiError::conflict(error.to_string())),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a payload is pinned, and whether it belongs to a lease.
+fn kept(in_use: &InUse, root: Root) -> (bool, bool) {
+    let root = Hash::from(root);
+    (in_use.pinned.contains(&root), in_use.leased.contains(&root))
 }
 
 fn root_in(text: &str) -> Result<Root, ApiError> {

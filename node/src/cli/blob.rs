@@ -10,8 +10,9 @@ use leasehold_proto::base::resource;
 use serde_json::{Value, json};
 
 use super::output::{page, short_key, span};
-use super::{Failure, Session, find, transfer};
-use crate::api::body::{Fetching, PayloadStat, Payloads};
+use super::transfer::{self, Fetched};
+use super::{Failure, Session, find};
+use crate::api::body::{PayloadStat, Payloads};
 use crate::client::ClientError;
 use crate::payload::Root;
 
@@ -153,11 +154,8 @@ impl Import {
 impl Get {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let root = self.root.to_string();
-        let size = self.size.map(|size| format!("?size={size}")).unwrap_or_default();
-        let done = transfer::get(session, &root, &size).await?;
-        let Fetching::Done { size, received, holders, took_ms } = done else {
-            return Err(Failure::say(Exit::Remote, "the node did not say how the fetch ended"));
-        };
+        let Fetched { size, received, holders, took_ms } =
+            transfer::get(session, &root, self.size).await?;
         let mut answer = json!({
             "root": root, "size": size, "received": received, "holders": holders,
             "took_ms": took_ms,
@@ -194,7 +192,7 @@ impl Export {
 }
 
 async fn list(session: &Session) -> Result<Exit, Failure> {
-    let held: Payloads = session.client.get("/v1/payloads").await?;
+    let held = find::held(session).await?;
     session.out.answer(&held, || {
         let rows = held.payloads.iter().map(|payload| {
             let kept = match (payload.pinned, payload.leased) {
@@ -239,7 +237,8 @@ impl One {
 
 impl Several {
     async fn run(self, session: &Session, method: Method) -> Result<Exit, Failure> {
-        each(session, &self.roots, |root, _| {
+        let held = find::held(session).await?;
+        each(session, &held, &self.roots, |root, _| {
             let (method, path) = (method.clone(), format!("/v1/payloads/{root}/pin"));
             async move { session.client.act(method, &path, Duration::ZERO).await }
         })
@@ -249,11 +248,11 @@ impl Several {
 
 impl Verify {
     async fn run(mut self, session: &Session) -> Result<Exit, Failure> {
+        let held = find::held(session).await?;
         if self.roots.is_empty() {
-            let held: Payloads = session.client.get("/v1/payloads").await?;
-            self.roots = held.payloads.into_iter().map(|payload| payload.root).collect();
+            self.roots = held.payloads.iter().map(|payload| payload.root.clone()).collect();
         }
-        each(session, &self.roots, |root, size| {
+        each(session, &held, &self.roots, |root, size| {
             let path = format!("/v1/payloads/{root}/verify");
             let wait = Duration::from_secs(size / VERIFY_RATE);
             async move { session.client.act(Method::POST, &path, wait).await }
@@ -265,7 +264,8 @@ impl Verify {
 impl Remove {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let force = if self.force { "?force=true" } else { "" };
-        each(session, &self.roots, |root, _| {
+        let held = find::held(session).await?;
+        each(session, &held, &self.roots, |root, _| {
             let path = format!("/v1/payloads/{root}{force}");
             async move { session.client.act(Method::DELETE, &path, Duration::ZERO).await }
         })
@@ -277,12 +277,13 @@ impl Remove {
 /// that failed.
 async fn each<F: Future<Output = Result<(), ClientError>>>(
     session: &Session,
+    held: &Payloads,
     roots: &[String],
     act: impl Fn(String, u64) -> F,
 ) -> Result<Exit, Failure> {
     let (mut exit, mut lines, mut text) = (Exit::Ok, Vec::<Value>::new(), String::new());
     for named in roots {
-        let done = match find::payload(session, named).await {
+        let done = match find::payload_in(held, named) {
             Ok((root, size)) => act(root.clone(), size).await.map(|()| root).map_err(Into::into),
             Err(failure) => Err(failure),
         };

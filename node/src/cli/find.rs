@@ -92,7 +92,16 @@ fn one_of(leases: &[LeaseLine], digits: &str) -> Result<String, Failure> {
 /// The payload that `text` names, and its size where the node holds it: a whole root, or its first
 /// digits where they fit one payload that the node holds.
 pub(super) async fn payload(session: &Session, text: &str) -> Result<(String, u64), Failure> {
-    let held: Payloads = session.client.get("/v1/payloads").await?;
+    payload_in(&held(session).await?, text)
+}
+
+/// What the node holds.
+pub(super) async fn held(session: &Session) -> Result<Payloads, Failure> {
+    Ok(session.client.get("/v1/payloads").await?)
+}
+
+/// The same among what the node was found to hold.
+pub(super) fn payload_in(held: &Payloads, text: &str) -> Result<(String, u64), Failure> {
     let size_of = |root: &str| held.payloads.iter().find(|line| line.root == root).map(|l| l.size);
     if let Ok(root) = text.parse::<Root>() {
         let root = root.to_string();

@@ -128,8 +128,21 @@ pub(super) async fn upload_stdin(session: &Session) -> Result<PayloadText, Failu
     Ok(PayloadText { root: sent.root, size: sent.size })
 }
 
-/// Has the node fetch a payload, and shows how far it is. Gives the last that it said.
-pub(super) async fn get(session: &Session, root: &str, query: &str) -> Result<Fetching, Failure> {
+/// What a fetch by the node came to.
+pub(super) struct Fetched {
+    pub(super) size: u64,
+    pub(super) received: u64,
+    pub(super) holders: usize,
+    pub(super) took_ms: u64,
+}
+
+/// Has the node fetch a payload, and shows how far it is.
+pub(super) async fn get(
+    session: &Session,
+    root: &str,
+    size: Option<u64>,
+) -> Result<Fetched, Failure> {
+    let query = size.map(|size| format!("?size={size}")).unwrap_or_default();
     let path = format!("/v1/payloads/{root}/fetch{query}");
     let stream = session.client.follow(&path, BEGIN, None).await?;
     let mut stream = std::pin::pin!(stream);
@@ -158,9 +171,9 @@ pub(super) async fn get(session: &Session, root: &str, query: &str) -> Result<Fe
                     let status = StatusCode::BAD_GATEWAY;
                     return Err(ClientError::Answer { status, inside: error }.into());
                 }
-                done @ Fetching::Done { .. } => {
+                Fetching::Done { size, received, holders, took_ms } => {
                     bar.finish_and_clear();
-                    return Ok(done);
+                    return Ok(Fetched { size, received, holders, took_ms });
                 }
             }
         }

@@ -51,7 +51,7 @@ use self::ask::Ask;
 use super::{
     Shared,
     dial::LinkError,
-    frame::{Code, Refusal},
+    frame::{Code, Refusal, Refused, Response},
     have, lock, name,
 };
 use crate::clock;
@@ -449,6 +449,26 @@ async fn receive(shared: &Shared, root: Root, size: u64) -> Result<Arc<Receiving
     }
 }
 
+/// What follows from the answer to a question about a payload of `size` bytes, before its content.
+pub(super) fn ready(
+    response: Response,
+    peer: [u8; 32],
+    root: Root,
+    size: u64,
+) -> Result<(), FetchError> {
+    match response {
+        Response::Ready { size: actual } if actual == size => Ok(()),
+        Response::Ready { size: actual }
+        | Response::Refused(Refused { why: Refusal::WrongSize, figure: actual, .. }) => {
+            Err(FetchError::WrongSize { peer, root, expected: size, actual })
+        }
+        Response::Refused(Refused { why: Refusal::NotHeld, .. }) => {
+            Err(FetchError::NotHeld { peer, root })
+        }
+        Response::Refused(refused) => Err(LinkError::Refused { peer, refused }.into()),
+    }
+}
+
 /// What happens in a transfer.
 pub(super) enum Event {
     /// Another group of an ask came, of so many bytes: so far all before the one with this number.
@@ -481,8 +501,6 @@ struct Source {
     brought: Option<Instant>,
     /// When it was given up.
     out: Option<Instant>,
-    /// It sent what does not belong to the payload: it is asked nothing more.
-    bad: bool,
     error: Option<FetchError>,
 }
 
@@ -659,18 +677,10 @@ impl<'a> Drive<'a> {
             | FetchError::Truncated { .. }
             | FetchError::Trailing { .. }
             | FetchError::Link(LinkError::Malformed { .. }) => Some(End::Wrong),
-            // It may have some of it yet: it is asked what.
-            FetchError::NotHeld { .. } if source.has.is_empty() => {
+            // It may have some of it, or has lost what it had: it is asked what.
+            FetchError::NotHeld { .. } if source.has.is_empty() || source.failures < MAX_LOST => {
                 source.error = Some(error);
                 self.forget(key);
-                self.watch(key);
-                return Ok(());
-            }
-            // What it had it has lost: what is left is asked for anew.
-            FetchError::NotHeld { .. } if source.failures < MAX_LOST => {
-                source.error = Some(error);
-                self.forget(key);
-                self.unwatch(key);
                 self.watch(key);
                 return Ok(());
             }
@@ -697,7 +707,7 @@ impl<'a> Drive<'a> {
                 warn!(peer = %name(&key), %error, "nothing more of a payload is taken from a holder");
                 self.shared.counters.bad_holders.add(1);
                 source.error = Some(error);
-                (source.out, source.bad) = (Some(Instant::now()), true);
+                source.out = Some(Instant::now());
                 let todo = self.mind.ended(now, id, End::Wrong);
                 self.act(todo);
                 self.unwatch(key);
@@ -765,7 +775,7 @@ impl<'a> Drive<'a> {
     /// Takes note of a holder.
     fn meet(&mut self, holder: Holder) {
         let Holder { key, addresses, whole } = holder;
-        if key == self.shared.identity.public {
+        if key == self.shared.identity.public || self.mind.is_banned(&KeyId(key)) {
             return;
         }
         let known = self.sources.values().filter(|source| source.out.is_none()).count();
@@ -775,9 +785,6 @@ impl<'a> Drive<'a> {
             None if !whole && known >= MAX_WATCHED => return,
             None => self.sources.entry(key).or_default(),
         };
-        if source.bad {
-            return;
-        }
         if !addresses.is_empty() {
             source.addresses = addresses;
         }
@@ -794,11 +801,11 @@ impl<'a> Drive<'a> {
         }
     }
 
-    /// Asks a holder what it has.
+    /// Asks a holder what it has, anew if it was asked before.
     fn watch(&mut self, key: [u8; 32]) {
+        self.unwatch(key);
         let source = self.sources.entry(key).or_default();
         let unwanted = CancellationToken::new();
-        source.has = Groups::new();
         source.watch = Some(Watch { answered: false, unwanted: unwanted.clone() });
         let (root, size) = (self.receiving.root(), self.receiving.tree().size());
         let (addresses, events) = (source.addresses.clone(), self.events.clone());

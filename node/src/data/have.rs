@@ -15,8 +15,8 @@ use tracing::debug;
 use super::{
     Shared,
     dial::{Answered, LinkError},
-    fetch::{Event, FetchError},
-    frame::{self, Code, Have, MAX_TOLD_BYTES, Refusal, Refused, Request, Response},
+    fetch::{Event, FetchError, ready},
+    frame::{self, Code, Have, MAX_TOLD_BYTES, Refusal, Request, Response},
     name,
     serve::{refuse, verdict},
     stream::{FrameReadError, RecvHalf, SendHalf, read_frame},
@@ -130,17 +130,7 @@ pub(super) async fn ask(
     let frame = Request::Have(Have { root, size }).encode().map_err(LinkError::Request)?;
     let Answered { send, mut recv, response } =
         shared.request(peer, addresses, &frame, true).await?;
-    match response {
-        Response::Ready { size: actual } if actual == size => {}
-        Response::Ready { size: actual }
-        | Response::Refused(Refused { why: Refusal::WrongSize, figure: actual, .. }) => {
-            return Err(FetchError::WrongSize { peer, root, expected: size, actual });
-        }
-        Response::Refused(Refused { why: Refusal::NotHeld, .. }) => {
-            return Err(FetchError::NotHeld { peer, root });
-        }
-        Response::Refused(refused) => return Err(LinkError::Refused { peer, refused }.into()),
-    }
+    ready(response, peer, root, size)?;
     if events.send(Event::Answers(peer)).await.is_err() {
         return Ok(());
     }

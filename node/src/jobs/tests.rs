@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Child;
 
-use leasehold_proto::Resources;
 use leasehold_proto::words::contract::JobSpec;
+use leasehold_proto::{Hash, Resources};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -165,7 +165,7 @@ impl Delegate {
         let bytes = b"a program".as_slice();
         let size = Declared::Exactly(bytes.len() as u64);
         let held = payloads.import(bytes, size).expect("imports");
-        let program = Payload { root: Hash(*held.root.as_bytes()), size: held.size };
+        let program = Payload { root: held.root.into(), size: held.size };
         Self { data, program, _room: room }
     }
 

@@ -16,7 +16,7 @@ use crate::base::time::{Boot, Span, Wall};
 use crate::words::charter::Certificate;
 use crate::words::message::{BUCKETS, MAX_NAMES, MAX_RECORDS, RecordName, RecordSaid};
 use crate::words::object::Kind;
-use crate::words::record::{HostRecord, Offer, Payloads};
+use crate::words::record::{HostRecord, Offer};
 use crate::words::sign::{Signed, Verified};
 
 /// How long news are collected before they are announced: three or four hops and as many pulls stay
@@ -289,15 +289,6 @@ impl Spread {
         let held = self.records.get(&(*key, Kind::Offer))?;
         match &held.said {
             RecordSaid::Offer(offer) => Some((offer, held.heard)),
-            _ => None,
-        }
-    }
-
-    /// Which payloads `key` has, as it said last.
-    #[must_use]
-    pub fn payloads(&self, key: &KeyId) -> Option<&Verified<Payloads>> {
-        match &self.records.get(&(*key, Kind::Payloads))?.said {
-            RecordSaid::Payloads(payloads) => Some(payloads),
             _ => None,
         }
     }

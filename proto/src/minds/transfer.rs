@@ -169,6 +169,12 @@ impl Transfer {
         good.map(|(key, holder)| (*key, holder.brought, holder.rate))
     }
 
+    /// Whether nothing is taken from this holder any more.
+    #[must_use]
+    pub fn is_banned(&self, key: &KeyId) -> bool {
+        self.holders.get(key).is_some_and(|holder| holder.banned)
+    }
+
     /// Whether nobody is left who could bring what is missing, now or after a rest.
     #[must_use]
     pub fn is_hopeless(&self) -> bool {

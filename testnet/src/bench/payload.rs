@@ -289,9 +289,8 @@ fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
     let (size, runs) = (payload.size, options.runs as usize);
     let (mut ours, mut raw) = (Vec::with_capacity(runs), Vec::with_capacity(runs));
     for turn in 0..options.runs {
-        // Who goes first takes turns, too.
-        for first in [true, false] {
-            if first == (turn % 2 == 0) {
+        for ours_is_next in in_turn(turn) {
+            if ours_is_next {
                 ours.push(leasehold(payload)?);
             } else {
                 raw.push(quinn_alone(size)?);
@@ -326,6 +325,11 @@ fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// Whether ours goes first, and second: who does takes turns.
+const fn in_turn(turn: u32) -> [bool; 2] {
+    [turn.is_multiple_of(2), !turn.is_multiple_of(2)]
+}
+
 fn beside_scp(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
     let Some(ssh) = OpenSsh::find() else {
         bail!("there is no OpenSSH server and client here: apt-get install openssh-server")
@@ -336,8 +340,8 @@ fn beside_scp(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let mb = payload.size as f64 / 1e6;
     for turn in 0..options.runs {
-        for first in [true, false] {
-            if first == (turn % 2 == 0) {
+        for ours_is_next in in_turn(turn) {
+            if ours_is_next {
                 ours.push(speed(&leasehold(payload)?, payload.size));
             } else {
                 theirs.push(mb / server.copy(&from, &to)?);

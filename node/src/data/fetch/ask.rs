@@ -30,12 +30,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Event, FetchError};
+use super::{Event, FetchError, ready};
 use crate::data::{
     Shared,
     buffers::Buffers,
     dial::{Answered, LinkError, link_error},
-    frame::{Code, Get, Refusal, Refused, Request, Response},
+    frame::{Code, Get, Request},
     serve::chunk_ranges,
     stream::{Pace, Stalled},
 };
@@ -88,17 +88,7 @@ impl Ask {
             LinkError::Reset { peer, code } => FetchError::GivenUp { peer, root, code },
             e => e.into(),
         })?;
-        match response {
-            Response::Ready { size: actual } if actual == size => {}
-            Response::Ready { size: actual }
-            | Response::Refused(Refused { why: Refusal::WrongSize, figure: actual, .. }) => {
-                return Err(FetchError::WrongSize { peer, root, expected: size, actual });
-            }
-            Response::Refused(Refused { why: Refusal::NotHeld, .. }) => {
-                return Err(FetchError::NotHeld { peer, root });
-            }
-            Response::Refused(refused) => return Err(LinkError::Refused { peer, refused }.into()),
-        }
+        ready(response, peer, root, size)?;
 
         let (groups, queue) = mpsc::channel(WRITE_BEHIND);
         let (tree, ranges) = (receiving.tree(), chunk_ranges(&ranges, size));

@@ -9,7 +9,7 @@ use bao_tree::{BaoTree, io::sync::DecodeResponseIter};
 use leasehold_proto::base::groups::{GROUP_BYTES, groups_of};
 use tokio::time::timeout;
 
-use super::{FetchError, Holder};
+use super::{FetchError, Holder, ready};
 use crate::data::{
     Shared,
     dial::{Answered, LinkError},
@@ -35,9 +35,8 @@ pub(in crate::data) async fn of(
     // What it says is learnt from its no to another size; a payload may have none.
     let Answered { response, .. } = ask(Request::Have(Have { root, size: 0 })).await?;
     let size = match response {
-        Response::Ready { size } => size,
         Response::Refused(Refused { why: Refusal::WrongSize, figure, .. }) => figure,
-        Response::Refused(refused) => return Err(refusal(*peer, root, refused)),
+        other => ready(other, *peer, root, 0).map(|()| 0)?,
     };
     let last = groups_of(size) - 1;
     // No payload is so large that its end cannot be counted in bytes.
@@ -46,13 +45,7 @@ pub(in crate::data) async fn of(
     let chunks = chunk_ranges(&ranges, size);
     let Answered { mut send, mut recv, response } =
         ask(Request::Get(Get { root, size, ranges })).await?;
-    match response {
-        Response::Ready { size: actual } if actual == size => {}
-        Response::Ready { size: actual } => {
-            return Err(FetchError::WrongSize { peer: *peer, root, expected: size, actual });
-        }
-        Response::Refused(refused) => return Err(refusal(*peer, root, refused)),
-    }
+    ready(response, *peer, root, size)?;
     let most = 64 * MAX_PAIRS + GROUP_BYTES as usize;
     let read = timeout(shared.config.stall, recv.stream.read_to_end(most)).await;
     let corrupt = FetchError::Corrupt { peer: *peer, root, offset: from };
@@ -73,12 +66,5 @@ pub(in crate::data) async fn of(
     } else {
         send.reset(Code::Corrupt);
         Err(corrupt)
-    }
-}
-
-fn refusal(peer: [u8; 32], root: Root, refused: Refused) -> FetchError {
-    match refused.why {
-        Refusal::NotHeld => FetchError::NotHeld { peer, root },
-        _ => LinkError::Refused { peer, refused }.into(),
     }
 }
