@@ -13,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Seek as _};
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -143,7 +143,9 @@ impl Recorder {
         loop {
             let (thread, status) = wait_for(-1);
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
-                traced.begun.remove(&thread);
+                if let Some(Some(begun)) = traced.begun.remove(&thread) {
+                    traced.cut_off(begun);
+                }
                 if thread == leader {
                     return status;
                 }
@@ -184,6 +186,26 @@ impl Recorder {
         self.next += 1;
         self.numbers.insert(inode, file);
         file
+    }
+
+    /// A file that is still there, by its number.
+    fn open(&self, file: Number) -> Option<File> {
+        let mut dirs = vec![self.below.clone()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).expect("the directory can be read").flatten() {
+                let metadata = entry.metadata().ok()?;
+                if metadata.is_dir() {
+                    dirs.push(entry.path());
+                } else if self.number_of(metadata.ino()) == Some(file) {
+                    return File::open(entry.path()).ok();
+                }
+            }
+        }
+        None
+    }
+
+    fn length(&self, file: Number) -> Option<u64> {
+        Some(self.open(file)?.metadata().ok()?.len())
     }
 
     fn made(&mut self, inode: u64, path: PathBuf, dir: bool) {
@@ -370,6 +392,60 @@ impl Traced<'_> {
             Begun::Remove { path } => self.note(Step::Remove { path }),
             Begun::Sync { file, since } => self.note(Step::Sync { file, since }),
             Begun::Nudge { file } => self.note(Step::Nudge { file }),
+        }
+    }
+
+    /// The thread died in a call, which the kernel may have carried out: what is found of it afterwards
+    /// is written down. Where it was not carried out that changes nothing.
+    fn cut_off(&mut self, begun: Begun) {
+        let inode_of = |path: &Path| fs::symlink_metadata(path).ok().map(|about| about.ino());
+        match begun {
+            Begun::Open { path, there: false, .. } | Begun::Mkdir { path } => {
+                let new = inode_of(&path).filter(|inode| self.recorder.number_of(*inode).is_none());
+                if let Some(inode) = new {
+                    let dir = path.is_dir();
+                    self.recorder.made(inode, path, dir);
+                }
+            }
+            Begun::Open { path, flags, .. } if flags & libc::O_TRUNC as u64 != 0 => {
+                let file = inode_of(&path).and_then(|inode| self.recorder.number_of(inode));
+                let known = file.and_then(|file| Some((file, self.recorder.length(file)?)));
+                if let Some((file, length)) = known {
+                    self.recorder.steps.push(Step::Truncate { file, length });
+                }
+            }
+            Begun::Rename { from, to } if inode_of(&from).is_none() => {
+                self.recorder.steps.push(Step::Rename { from, to });
+            }
+            Begun::Remove { path } if inode_of(&path).is_none() => {
+                self.recorder.steps.push(Step::Remove { path });
+            }
+            Begun::Write { file, offset, parts } => {
+                let length: u64 = parts.iter().map(|(_, length)| length).sum();
+                let mut bytes = Vec::new();
+                if let Some(mut found) = self.recorder.open(file) {
+                    let sought = found.seek(io::SeekFrom::Start(offset));
+                    sought.and_then(|_| found.take(length).read_to_end(&mut bytes)).expect("read");
+                }
+                self.recorder.steps.push(Step::Write { file, offset, bytes });
+            }
+            Begun::Truncate { file, .. } => {
+                if let Some(length) = self.recorder.length(file) {
+                    self.recorder.steps.push(Step::Truncate { file, length });
+                }
+            }
+            Begun::Allocate { file, .. } => {
+                if let Some(length) = self.recorder.length(file) {
+                    self.recorder.steps.push(Step::Allocate { file, length });
+                }
+            }
+            // What had been there before, what was not done, and what promises nothing unless it
+            // returned.
+            Begun::Open { .. }
+            | Begun::Rename { .. }
+            | Begun::Remove { .. }
+            | Begun::Sync { .. }
+            | Begun::Nudge { .. } => {}
         }
     }
 
