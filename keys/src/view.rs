@@ -475,8 +475,11 @@ impl Page<'_> {
         if let Some(stdin) = stdin {
             self.payload("standard input", stdin);
         }
-        for Input { name, payload } in inputs {
+        for Input { name, payload, index } in inputs {
             self.payload(&format!("input {name:?}"), payload);
+            if let Some(size) = index {
+                self.line("  index of files", format!("{size} bytes together"));
+            }
         }
         for name in outputs {
             self.line("output", format!("{name:?}"));

@@ -6,6 +6,7 @@
 //! ([`Exit`]); `run` exits with the program's own.
 
 mod blob;
+mod directory;
 mod explain;
 mod find;
 mod follow;

@@ -3,9 +3,12 @@
 //!
 //! The targets are in `node/fuzz`, what they found worth keeping in `node/fuzz/corpus`.
 
+use std::path::{Component, Path};
+
 use bao_tree::BaoTree;
 use bao_tree::io::BaoContentItem;
 use bao_tree::io::sync::DecodeResponseIter;
+use leasehold_proto::words::index::Index;
 
 use crate::data::chunk_ranges;
 use crate::data::frame::{self, Request, Response};
@@ -40,6 +43,18 @@ pub fn told(bytes: &[u8]) {
 /// The marks of what has come of a payload: nothing that is not among its groups is believed.
 pub fn marks(bytes: &[u8]) {
     marks_roundtrip(bytes);
+}
+
+/// An index: what decodes encodes to the same bytes, and leads nowhere but below its directory.
+pub fn index(bytes: &[u8]) {
+    if let Ok(index) = Index::from_bytes(bytes) {
+        assert_eq!(index.to_bytes(), bytes);
+        for file in index.files() {
+            let below = Path::new(&file.path).components();
+            assert!(below.clone().all(|part| matches!(part, Component::Normal(_))));
+            assert_eq!(below.as_path().as_os_str().len(), file.path.len());
+        }
+    }
 }
 
 /// The content of a payload as it streams: root 32, size `u64`, start and end of a range `u64` each,

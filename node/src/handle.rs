@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use leasehold_proto::core::{Command, Failure, InUse, Reply, View};
 use leasehold_proto::proof::Proof;
+use leasehold_proto::words::index::Index;
 use leasehold_proto::words::sign::{Signed, Signer};
 use leasehold_proto::{KeyId, LeaseId};
 use tokio::sync::{mpsc, oneshot};
@@ -13,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::attach::{self, AttachError, Attached};
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
 use crate::holders::Holders;
-use crate::payload::{PayloadError, PayloadStore, Root};
+use crate::payload::{PayloadError, PayloadStore, Room, Root};
 use crate::records::{self, ProofError};
 use crate::run::Counts;
 use crate::store::Store;
@@ -181,9 +182,23 @@ impl Handle {
         self.inner.holders.fetch(named, root, size, progress).await
     }
 
-    /// Which payloads are not to be removed.
+    /// Fetches an index of `size` bytes and all that it names, from whoever has some of it.
+    ///
+    /// # Errors
+    /// When it is no index, when there is no room for all of it, or when nobody brings some of it:
+    /// what came stays.
+    pub async fn fetch_index(
+        &self,
+        root: Root,
+        size: u64,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<(Index, FetchStats), FetchError> {
+        self.inner.holders.fetch_index(Vec::new(), root, size, progress).await
+    }
+
+    /// Which payloads are not to be removed, with those that the indexes among them name.
     pub async fn in_use(&self) -> InUse {
-        self.inner.holders.in_use().await
+        self.inner.holders.in_use().await.unwrap_or_default()
     }
 
     /// Who else says that it has a payload, or is fetching it.
@@ -200,18 +215,18 @@ impl Handle {
         self.inner.holders.size_of(root).await
     }
 
-    /// Sees to room for a payload of so many bytes.
+    /// Takes room for a payload of so many bytes.
     ///
     /// # Errors
     /// When there is not enough for it, whatever is removed.
-    pub async fn make_room(&self, size: u64) -> Result<(), PayloadError> {
-        self.inner.holders.make_room(size).await
+    pub async fn take_room(&self, size: u64) -> Result<Room, PayloadError> {
+        self.inner.holders.take_room(size).await
     }
 
-    /// The same for a payload that is known by its root, unless it is here or on its way.
+    /// Sees to room for a payload that is known by its root, unless it is here or on its way.
     ///
     /// # Errors
-    /// As for [`Handle::make_room`].
+    /// As for [`Handle::take_room`].
     pub async fn make_room_for(&self, root: Root, size: u64) -> Result<(), PayloadError> {
         self.inner.holders.make_room_for(root, size).await
     }

@@ -14,16 +14,17 @@
 //! Bytes never pass through the core: programs and inputs come over the data plane by root, and
 //! go from here straight into the job's directory; output goes from its log to the lessee.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use leasehold_proto::core::{Command, Event, Notified, Orphan, Orphans, Reply, StartJob};
-use leasehold_proto::words::contract::EndReason;
+use leasehold_proto::words::contract::{EndReason, Input};
+use leasehold_proto::words::index::Index;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::{Boot, KeyId, LeaseId, Payload, Span};
+use leasehold_proto::{Boot, Hash, KeyId, LeaseId, Payload, Span};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -120,6 +121,9 @@ struct Found {
     /// Until when it is looked for, once it was not there.
     until: Option<Instant>,
 }
+
+/// What the indexes among a job's inputs say, by their roots.
+type Indexes = HashMap<Hash, Index>;
 
 impl Job {
     fn new(delegate: KeyId, phase: Phase, deadline: Boot) -> Self {
@@ -229,8 +233,8 @@ impl Jobs {
         wanted: &mut watch::Receiver<Wanted>,
     ) -> Option<Result<Known, Outcome>> {
         let fetched = self.inner.closing.run_until_cancelled(self.fetch_all(start, wanted)).await?;
-        let mut known = match fetched {
-            Ok(known) => known,
+        let (mut known, indexes) = match fetched {
+            Ok(fetched) => fetched,
             Err(outcome) => return Some(Err(outcome)),
         };
         let now = wanted.borrow().clone();
@@ -244,7 +248,7 @@ impl Jobs {
         // From here on not given up half-way: a stop that comes meanwhile finds a job to stop, and
         // a deadline is in force once the warden that starts here has taken it.
         known.deadline = now.deadline;
-        let spec = match self.spec(start, now.deadline) {
+        let spec = match self.spec(start, &indexes, now.deadline) {
             Ok(spec) => spec,
             Err(outcome) => return Some(Err(outcome)),
         };
@@ -257,19 +261,31 @@ impl Jobs {
         &self,
         start: &StartJob,
         wanted: &mut watch::Receiver<Wanted>,
-    ) -> Result<Known, Outcome> {
+    ) -> Result<(Known, Indexes), Outcome> {
         let fetch_all = async {
             let mut found = Found { sources: start.sources.clone(), until: None };
-            for payload in start.job.payloads() {
-                self.fetch(start, &mut found, payload).await?;
+            for payload in [start.job.program].into_iter().chain(start.job.stdin) {
+                self.fetch(start, &mut found, payload, false).await?;
             }
-            Ok(())
+            let mut indexes = Indexes::new();
+            for Input { name, payload, index } in &start.job.inputs {
+                let read = self.fetch(start, &mut found, *payload, index.is_some()).await?;
+                let Some(read) = read else { continue };
+                if index.is_some_and(|said| said < read.size()) {
+                    let more = read.size();
+                    let why =
+                        format!("the files of input {name} have {more} bytes: more than said");
+                    return Err(Outcome::NotRunnable(clip(&why)));
+                }
+                indexes.insert(payload.root, read);
+            }
+            Ok(indexes)
         };
         tokio::pin!(fetch_all);
         let mut known = Known::until(start.deadline);
         loop {
             tokio::select! {
-                fetched = &mut fetch_all => return fetched.map(|()| known),
+                fetched = &mut fetch_all => return fetched.map(|indexes| (known, indexes)),
                 // Fails only once the job is forgotten, and it is not before it has ended.
                 _ = wanted.changed() => {
                     let now = wanted.borrow_and_update().clone();
@@ -450,7 +466,8 @@ impl Jobs {
         done.is_ok()
     }
 
-    /// Fetches a payload from the delegate. A claim may be here before the delegate's record is, or
+    /// Fetches a payload from the delegate and whoever else has it; an index with all that it names,
+    /// and what it says. A claim may be here before the delegate's record is, or
     /// before its newest one, above all when this node has just been started: then it is waited
     /// for, once for all payloads of a job.
     async fn fetch(
@@ -458,16 +475,23 @@ impl Jobs {
         start: &StartJob,
         delegate: &mut Found,
         payload: Payload,
-    ) -> Result<(), Outcome> {
+        index: bool,
+    ) -> Result<Option<Index>, Outcome> {
         let (root, size) = (Root::from(payload.root), payload.size);
         loop {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
-            let fetched = self.inner.holders.fetch(holders, root, size, |_| {}).await;
+            let fetched = if index {
+                let fetched = self.inner.holders.fetch_index(holders, root, size, |_| {}).await;
+                fetched.map(|(index, stats)| (Some(index), stats))
+            } else {
+                let fetched = self.inner.holders.fetch(holders, root, size, |_| {}).await;
+                fetched.map(|stats| (None, stats))
+            };
             let error = match fetched {
-                Ok(stats) => {
+                Ok((index, stats)) => {
                     tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
-                    return Ok(());
+                    return Ok(index);
                 }
                 Err(error) => error,
             };
@@ -501,15 +525,22 @@ impl Jobs {
         }
     }
 
-    fn spec(&self, start: &StartJob, deadline: Boot) -> Result<Spec, Outcome> {
+    fn spec(&self, start: &StartJob, indexes: &Indexes, deadline: Boot) -> Result<Spec, Outcome> {
         let job = &start.job;
         let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
             let path = self.inner.payloads.path(payload.root.into());
             path.ok_or_else(|| Outcome::NoPayload("it was removed before the job started".into()))
         };
         let mut inputs = Vec::with_capacity(job.inputs.len());
-        for input in &job.inputs {
-            inputs.push(work::Input { name: input.name.clone(), path: path(&input.payload)? });
+        for Input { name, payload, index } in &job.inputs {
+            let Some(index) = index.and_then(|_| indexes.get(&payload.root)) else {
+                inputs.push(work::Input { name: name.clone(), path: path(payload)? });
+                continue;
+            };
+            for file in index.files() {
+                let name = format!("{name}/{}", file.path);
+                inputs.push(work::Input { name, path: path(&file.payload)? });
+            }
         }
         let mut args = vec!["program".to_string()];
         args.extend(job.args.iter().cloned());
@@ -654,7 +685,7 @@ impl Jobs {
             let Some(path) = self.inner.work.output_file(lease, &file.name) else { continue };
             let payloads = self.inner.payloads.clone();
             let size = tokio::fs::metadata(&path).await.map_or(0, |about| about.len());
-            if let Err(error) = self.inner.holders.make_room(size).await {
+            if let Err(error) = self.inner.holders.make_room(vec![size]).await {
                 tracing::warn!(lease, name = file.name, %error, "there is no room for an output");
             }
             let imported = tokio::task::spawn_blocking(move || payloads.import_path(&path)).await;

@@ -23,8 +23,10 @@
 //! the lock is the data directory's.
 
 mod arriving;
+mod index;
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashSet},
     fmt,
     fs::{self, File, OpenOptions},
@@ -46,6 +48,7 @@ use bao_tree::{
 use bytes::{Bytes, BytesMut};
 use leasehold_proto::Hash;
 use leasehold_proto::base::groups::GROUP_BYTES;
+use leasehold_proto::words::index::IndexError;
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 use tokio::{
@@ -178,6 +181,17 @@ pub struct Imported {
     pub already_held: bool,
 }
 
+/// A payload that is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Its name.
+    pub root: Root,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether it begins as an index does, so that [`PayloadStore::index`] may read it as one.
+    pub index: bool,
+}
+
 /// What a store holds, for metrics and people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreStats {
@@ -228,6 +242,14 @@ pub enum PayloadError {
     /// The bytes on disk do not match their name. They were set aside.
     #[error("payload {0} no longer matches its name on disk; it was set aside")]
     Corrupt(Root),
+    /// It is here, but is no index.
+    #[error("payload {root}: {why}")]
+    NotAnIndex {
+        /// Its name.
+        root: Root,
+        /// What is wrong with it.
+        why: IndexError,
+    },
     /// What the payload is imported from failed.
     #[error("reading the source failed: {0}")]
     Source(#[source] io::Error),
@@ -270,6 +292,8 @@ struct Inner {
     /// Held while files are renamed in `dir`, so that two imports of the same bytes, or an import
     /// and a removal, do not mix their renames.
     renames: Mutex<()>,
+    /// Held while payloads are removed to make room.
+    making_room: Mutex<()>,
     /// Numbers the partial files of this run.
     next_partial: AtomicU64,
     set_aside: AtomicU64,
@@ -299,6 +323,8 @@ struct Known {
     size: u64,
     /// When it was last read, or came: the higher the later.
     used: u64,
+    /// Whether it begins as an index does.
+    index: bool,
 }
 
 impl Held {
@@ -325,6 +351,10 @@ fn on_disk(size: u64) -> u64 {
     size.saturating_add(tree(size).outboard_size())
 }
 
+fn all_on_disk(sizes: &[u64]) -> u64 {
+    sizes.iter().fold(0, |sum, size| sum.saturating_add(on_disk(*size)))
+}
+
 impl PayloadStore {
     /// Opens the store in `dir`, creating it where it is missing, removes what was still arriving
     /// when the last run ended and cannot be gone on with, and sets aside what cannot be whole.
@@ -343,6 +373,7 @@ impl PayloadStore {
             held: Mutex::default(),
             changed: watch::channel(()).0,
             renames: Mutex::default(),
+            making_room: Mutex::default(),
             next_partial: AtomicU64::new(0),
             set_aside: AtomicU64::new(0),
         };
@@ -363,21 +394,30 @@ impl PayloadStore {
         self.inner.used(root).map(|_| self.inner.data_path(root))
     }
 
-    /// All payloads with their sizes in bytes, by name.
-    pub fn list(&self) -> Vec<(Root, u64)> {
+    /// All payloads, by name.
+    pub fn list(&self) -> Vec<Stored> {
         let held = lock(&self.inner.held);
-        held.payloads.iter().map(|(root, known)| (*root, known.size)).collect()
+        let stored = |(root, known): (&Root, &Known)| Stored {
+            root: *root,
+            size: known.size,
+            index: known.index,
+        };
+        held.payloads.iter().map(stored).collect()
     }
 
     /// What can be had from here, or soon can: the names of at most `most` payloads that arrive or
-    /// are held, those that were used last first.
+    /// are held, those that were used last first. Indexes come before others, up to half of all: by
+    /// them is found what they name, which may be more than fits.
     pub fn newest(&self, most: usize) -> Vec<Root> {
         let held = lock(&self.inner.held);
-        let mut known: Vec<_> =
-            held.payloads.iter().map(|(root, known)| (known.used, *root)).collect();
-        known.sort_unstable_by(|one, other| other.cmp(one));
+        let mut known: Vec<_> = held.payloads.iter().collect();
+        known.sort_unstable_by_key(|(_, known)| Reverse(known.used));
+        let (indexes, others): (Vec<_>, Vec<_>) = known.into_iter().partition(|(_, k)| k.index);
+        let (first, last) = indexes.split_at(indexes.len().min(most / 2));
         let arriving = held.arriving.keys().map(|(root, _)| *root);
-        arriving.chain(known.into_iter().map(|(_, root)| root)).take(most).collect()
+        let root_of = |(root, _): &(&Root, &Known)| **root;
+        let first = first.iter().map(root_of).chain(arriving);
+        first.chain(others.iter().chain(last).map(root_of)).take(most).collect()
     }
 
     /// Hears when [`Self::newest`] may have changed by more than its order.
@@ -396,14 +436,14 @@ impl PayloadStore {
         }
     }
 
-    /// Whether a payload of `size` bytes could be taken now, to be asked before one is promised
-    /// room. Nothing is reserved by asking.
-    pub fn check_room(&self, size: u64) -> Result<(), PayloadError> {
-        self.inner.check_payload(size)?;
+    /// Whether payloads of these sizes in bytes could be taken now, to be asked before they are
+    /// promised room. Nothing is reserved by asking.
+    pub fn check_room(&self, sizes: &[u64]) -> Result<(), PayloadError> {
+        sizes.iter().try_for_each(|size| self.inner.check_payload(*size))?;
         let held = lock(&self.inner.held);
         // What rests makes room.
         let rests = held.resting.values().map(|resting| resting.bytes).sum();
-        self.inner.check_room(&held, on_disk(size), rests)
+        self.inner.check_room(&held, all_on_disk(sizes), rests)
     }
 
     /// Opens a payload for reading. The handle stays good when the payload is removed.
@@ -424,7 +464,10 @@ impl PayloadStore {
     /// Imports what `source` yields until its end.
     pub fn import(&self, source: impl Read, size: Declared) -> Result<Imported, PayloadError> {
         match size {
-            Declared::Exactly(size) => self.import_sized(source, size),
+            Declared::Exactly(size) => {
+                let reservation = Reservation::new(&self.inner, size)?;
+                self.import_sized(source, Room { reservation })
+            }
             Declared::AtMost(limit) => self.import_unsized(source, limit),
         }
     }
@@ -444,14 +487,31 @@ impl PayloadStore {
     /// came so far.
     pub async fn import_stream(
         &self,
-        mut source: impl AsyncRead + Unpin,
+        source: impl AsyncRead + Unpin,
         size: Declared,
     ) -> Result<Imported, PayloadError> {
-        let (pieces, queue) = mpsc::channel(4);
         let store = self.clone();
+        self.import_queue(source, move |source| store.import(source, size)).await
+    }
+
+    /// The same where room was taken for it: exactly so many bytes.
+    pub async fn import_into(
+        &self,
+        room: Room,
+        source: impl AsyncRead + Unpin,
+    ) -> Result<Imported, PayloadError> {
+        let store = self.clone();
+        self.import_queue(source, move |source| store.import_sized(source, room)).await
+    }
+
+    async fn import_queue(
+        &self,
+        mut source: impl AsyncRead + Unpin,
+        import: impl FnOnce(QueueReader) -> Result<Imported, PayloadError> + Send + 'static,
+    ) -> Result<Imported, PayloadError> {
+        let (pieces, queue) = mpsc::channel(4);
         let mut import = tokio::task::spawn_blocking(move || {
-            let source = QueueReader { queue, piece: Bytes::new(), ended: false };
-            store.import(source, size)
+            import(QueueReader { queue, piece: Bytes::new(), ended: false })
         });
         let feed = async move {
             loop {
@@ -535,22 +595,51 @@ impl PayloadStore {
         Ok(true)
     }
 
-    /// Makes room for a payload of `size` bytes by removing others, those that were not used for
-    /// longest first, but for those in `spared`. Nothing is removed where that would not do. How
-    /// many were.
-    pub fn make_room(&self, size: u64, spared: &HashSet<Root>) -> Result<usize, PayloadError> {
-        let (full, mut before) = match self.check_room(size) {
-            Ok(()) => return Ok(0),
+    /// Makes room for payloads of these sizes in bytes by removing others, those that were not used for
+    /// longest first, but for those in `spared`, or none where that is not said. Nothing is removed
+    /// where that would not do. How many were. Others may take the room that was made.
+    pub fn make_room(
+        &self,
+        sizes: &[u64],
+        spared: Option<&HashSet<Root>>,
+    ) -> Result<usize, PayloadError> {
+        let made = self.making_room(sizes, spared, || self.check_room(sizes))?;
+        Ok(made.1)
+    }
+
+    /// The same for one payload, whose room is taken.
+    pub fn take_room(
+        &self,
+        size: u64,
+        spared: Option<&HashSet<Root>>,
+    ) -> Result<Room, PayloadError> {
+        let take = || Reservation::new(&self.inner, size);
+        let (reservation, _) = self.making_room(&[size], spared, take)?;
+        Ok(Room { reservation })
+    }
+
+    /// Removes payloads until `taken` is.
+    fn making_room<T>(
+        &self,
+        sizes: &[u64],
+        spared: Option<&HashSet<Root>>,
+        taken: impl Fn() -> Result<T, PayloadError>,
+    ) -> Result<(T, usize), PayloadError> {
+        // One after another: what one removes another must not count on.
+        let _turn = lock(&self.inner.making_room);
+        let (full, mut before) = match taken() {
+            Ok(taken) => return Ok((taken, 0)),
             Err(full @ PayloadError::NoSpace { available, .. }) => (full, available),
             Err(error) => return Err(error),
         };
         let held = lock(&self.inner.held);
-        let may_go = held.payloads.iter().filter(|(root, _)| !spared.contains(root));
+        let goes = |root: &Root| spared.is_some_and(|spared| !spared.contains(root));
+        let may_go = held.payloads.iter().filter(|(root, _)| goes(root));
         let mut may_go: Vec<_> =
             may_go.map(|(root, known)| (known.used, *root, known.size)).collect();
         let rests: u64 = held.resting.values().map(|resting| resting.bytes).sum();
         let most = may_go.iter().fold(rests, |sum, (.., size)| sum.saturating_add(on_disk(*size)));
-        let would_do = self.inner.check_room(&held, on_disk(size), most).is_ok();
+        let would_do = self.inner.check_room(&held, all_on_disk(sizes), most).is_ok();
         drop(held);
         if !would_do {
             return Err(full);
@@ -559,8 +648,8 @@ impl PayloadStore {
         for (removed, (_, root, _)) in (1..).zip(may_go) {
             info!(%root, "removing a payload that was not used for long: its room is wanted");
             self.remove(root)?;
-            match self.check_room(size) {
-                Ok(()) => return Ok(removed),
+            match taken() {
+                Ok(taken) => return Ok((taken, removed)),
                 // What somebody has open, or has under another name, frees nothing.
                 Err(PayloadError::NoSpace { available, .. }) if available > before => {
                     before = available;
@@ -577,8 +666,9 @@ impl PayloadStore {
         self.judge(root, payload.check(&ChunkRanges::all()))
     }
 
-    fn import_sized(&self, source: impl Read, size: u64) -> Result<Imported, PayloadError> {
-        let mut partial = Partial::new(&self.inner, size)?;
+    fn import_sized(&self, source: impl Read, room: Room) -> Result<Imported, PayloadError> {
+        let size = room.reservation.size;
+        let mut partial = Partial::new(room.reservation)?;
         partial.allocate(size)?;
         let mut outboard = partial.outboard_of(blake3::Hash::from_bytes([0; 32]), size)?;
         let mut tee = Tee { source, sink: &partial.data, passed: 0, sink_failed: None };
@@ -602,7 +692,7 @@ impl PayloadStore {
 
     fn import_unsized(&self, mut source: impl Read, limit: u64) -> Result<Imported, PayloadError> {
         let limit = limit.min(self.inner.limits.max_payload);
-        let mut partial = Partial::new(&self.inner, 0)?;
+        let mut partial = Partial::new(Reservation::new(&self.inner, 0)?)?;
         let mut buffer = vec![0; GROUP_BYTES as usize];
         let mut size: u64 = 0;
         loop {
@@ -757,9 +847,10 @@ impl Inner {
     }
 
     fn remember(&self, root: Root, size: u64) {
+        let index = self.begins_as_index(root, size);
         let mut held = lock(&self.held);
         let used = held.next_turn();
-        if held.payloads.insert(root, Known { size, used }).is_none() {
+        if held.payloads.insert(root, Known { size, used, index }).is_none() {
             held.bytes = held.bytes.saturating_add(on_disk(size));
         }
         drop(held);
@@ -861,6 +952,12 @@ impl Payload {
     }
 }
 
+/// Room that was taken for a payload to come, given back when dropped.
+#[derive(Debug)]
+pub struct Room {
+    reservation: Reservation,
+}
+
 /// Room in the store, given back when dropped.
 #[derive(Debug)]
 struct Reservation {
@@ -875,6 +972,7 @@ struct Reservation {
 
 impl Reservation {
     fn new(store: &Arc<Inner>, size: u64) -> Result<Self, PayloadError> {
+        store.check_payload(size)?;
         let mut room = Self { store: store.clone(), bytes: 0, unallocated: 0, size: 0 };
         room.exactly(size)?;
         Ok(room)
@@ -949,15 +1047,14 @@ struct Partial {
 }
 
 impl Partial {
-    fn new(store: &Arc<Inner>, size: u64) -> Result<Self, PayloadError> {
+    fn new(reservation: Reservation) -> Result<Self, PayloadError> {
+        let store = &reservation.store;
         let stem = store.dir.join("partial").join(store.number().to_string());
-        Self::named(store, size, &stem)
+        Self::named(reservation, &stem)
     }
 
     /// Files beside `stem`, in place of what is left there.
-    fn named(store: &Arc<Inner>, size: u64, stem: &Path) -> Result<Self, PayloadError> {
-        store.check_payload(size)?;
-        let reservation = Reservation::new(store, size)?;
+    fn named(reservation: Reservation, stem: &Path) -> Result<Self, PayloadError> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
         Self::open(reservation, stem, &options)
@@ -1243,20 +1340,20 @@ mod tests {
         assert_eq!(source.position(), 0);
         let refused = small.import(unread, Declared::AtMost(u64::MAX));
         assert!(matches!(refused, Err(PayloadError::NoSpace { .. })), "{refused:?}");
-        assert!(matches!(small.check_room(2 * GROUP_BYTES), Err(PayloadError::NoSpace { .. })));
-        small.check_room(GROUP_BYTES).expect("one more fits");
+        assert!(matches!(small.check_room(&[2 * GROUP_BYTES]), Err(PayloadError::NoSpace { .. })));
+        small.check_room(&[GROUP_BYTES]).expect("one more fits");
 
         // Room that a payload still arriving has taken is not given twice.
         let arriving = small.receive(Root::of(b"x"), GROUP_BYTES + 1).expect("room");
-        assert!(matches!(small.check_room(GROUP_BYTES), Err(PayloadError::NoSpace { .. })));
+        assert!(matches!(small.check_room(&[GROUP_BYTES]), Err(PayloadError::NoSpace { .. })));
         drop(arriving);
         small.remove(held.root).expect("removes");
         assert_eq!(small.stats(), StoreStats::default());
 
         let (_dir, full) = store(Limits { keep_free: u64::MAX, ..Limits::default() });
-        assert!(matches!(full.check_room(1), Err(PayloadError::NoSpace { available: 0, .. })));
+        assert!(matches!(full.check_room(&[1]), Err(PayloadError::NoSpace { available: 0, .. })));
         let (_dir, picky) = store(Limits { max_payload: 9, ..roomy() });
-        assert!(matches!(picky.check_room(10), Err(PayloadError::TooLarge { limit: 9 })));
+        assert!(matches!(picky.check_room(&[10]), Err(PayloadError::TooLarge { limit: 9 })));
     }
 
     #[test]
@@ -1272,16 +1369,16 @@ mod tests {
         let roots = [1, 2, 3, 4].map(import);
         let held = || roots.map(|root| store.has(root).is_some());
         let spared = HashSet::from([roots[1]]);
-        assert_eq!(store.make_room(0, &spared).expect("there is room"), 0);
+        assert_eq!(store.make_room(&[0], Some(&spared)).expect("there is room"), 0);
         // Not enough, whatever goes: then nothing does.
-        let refused = store.make_room(4 * GROUP_BYTES, &spared);
+        let refused = store.make_room(&[4 * GROUP_BYTES], Some(&spared));
         assert!(matches!(refused, Err(PayloadError::NoSpace { .. })), "{refused:?}");
         assert_eq!(held(), [true; 4]);
         // The first was used since.
         store.open(roots[0]).expect("opens");
-        assert_eq!(store.make_room(GROUP_BYTES, &spared).expect("makes room"), 1);
+        assert_eq!(store.make_room(&[GROUP_BYTES], Some(&spared)).expect("makes room"), 1);
         assert_eq!(held(), [true, true, false, true]);
-        assert_eq!(store.make_room(2 * GROUP_BYTES, &spared).expect("makes room"), 1);
+        assert_eq!(store.make_room(&[2 * GROUP_BYTES], Some(&spared)).expect("makes room"), 1);
         assert_eq!(held(), [true, true, false, false]);
         // The order outlives the process: files keep their times.
         let day = Duration::from_secs(86_400);
@@ -1320,7 +1417,8 @@ mod tests {
         fs::write(before.inner.dir.join("partial/9.data"), b"half").expect("writes");
 
         let after = PayloadStore::open_dir(&before.inner.dir, roomy()).expect("opens");
-        assert_eq!(after.list(), [(good, 2 * GROUP_BYTES + 1)]);
+        let only = Stored { root: good, size: 2 * GROUP_BYTES + 1, index: false };
+        assert_eq!(after.list(), [only]);
         assert_eq!(after.stats().set_aside, 4);
         assert_eq!(files(&after, "aside"), 7);
         assert_eq!(files(&after, "partial"), 0);

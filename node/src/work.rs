@@ -60,9 +60,9 @@ pub use runner::runner_main;
 #[cfg(test)]
 pub(crate) use spec::tests::spec as example;
 pub use spec::{
-    DEFAULT_LOG_LIMIT, Input, MAX_ARGUMENT_BYTES, MAX_DEPTH, MAX_FILES, MAX_LOG_LIMIT, MAX_NAME,
-    MAX_PROGRAM, MAX_REASON, MAX_TOKEN, MIN_MEMORY, NOTICE, NOTICE_VARIABLE, Notice, Outcome,
-    OutputFile, Runtime, Spec, SpecError, State, Status, Usage, boot_ms, check_name,
+    DEFAULT_LOG_LIMIT, Input, MAX_ARGUMENT_BYTES, MAX_DEPTH, MAX_INPUTS, MAX_LOG_LIMIT, MAX_NAME,
+    MAX_OUTPUTS, MAX_PROGRAM, MAX_REASON, MAX_TOKEN, MIN_MEMORY, NOTICE, NOTICE_VARIABLE, Notice,
+    Outcome, OutputFile, Runtime, Spec, SpecError, State, Status, Usage, boot_ms, check_name,
 };
 pub use warden::warden_main;
 

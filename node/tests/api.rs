@@ -113,7 +113,9 @@ fn payloads_go_in_and_out_as_they_are() {
     let head = node.call(&format!("HEAD {path}"), &[], b"");
     assert_eq!((head.status, head.body.len()), (200, 0));
     let listed = node.get("/v1/payloads").json();
-    let line = json!({ "root": root, "size": 700_000, "pinned": false, "leased": false });
+    let line = json!({
+        "root": root, "size": 700_000, "pinned": false, "leased": false, "index": false,
+    });
     assert_eq!(listed, json!({ "payloads": [line] }));
     assert_eq!(node.call("POST /v1/payloads?size=3", &[], b"four").code(), "bad_request");
     assert_eq!(node.get("/v1/payloads/xyz").json()["error"]["detail"]["field"], "root");

@@ -5,6 +5,7 @@
 mod processes;
 
 use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Output, Stdio};
 
 use processes::{COPY, ENDLESS, Fabric, Node, WANT, program, stderr, until, want};
@@ -57,6 +58,19 @@ fn file(fabric: &Fabric, name: &str, bytes: &[u8]) -> String {
     let path = fabric.room.path().join(name);
     std::fs::write(&path, bytes).expect("written");
     path.display().to_string()
+}
+
+/// A directory of these files, those called `run` executable.
+fn directory(fabric: &Fabric, name: &str, files: &[(&str, &[u8])]) -> String {
+    let dir = fabric.room.path().join(name);
+    for (path, bytes) in files {
+        let at = dir.join(path);
+        std::fs::create_dir_all(at.parent().expect("a directory")).expect("made");
+        std::fs::write(&at, bytes).expect("written");
+        let mode = if path.ends_with("run") { 0o755 } else { 0o644 };
+        std::fs::set_permissions(&at, PermissionsExt::from_mode(mode)).expect("set");
+    }
+    dir.display().to_string()
 }
 
 /// `leasehold run` with what is wanted and `more`.
@@ -131,6 +145,52 @@ fn a_program_is_given_what_the_command_line_says() {
     let missing = run(&buyer, &["--input", "data=/no/such/file", &tell]);
     ended(&missing, 3, &["/no/such/file"]);
     assert_eq!(count(), before, "nothing was leased for these");
+}
+
+#[test]
+fn a_program_finds_a_directory() {
+    let fabric = Fabric::new();
+    let (seller, buyer) = market(&fabric);
+    let deep = TELL.replace("\"data\"", "\"data/sub/x\"");
+    let deep = deep.replace("(i32.const 64) (i32.const 4)", "(i32.const 64) (i32.const 10)");
+    let tell = program(&fabric, "deep.wasm", &deep);
+    let dir = directory(&fabric, "dir", &[("a", b"a"), ("sub/x", b"from below"), ("sub/y", b"")]);
+    let data = format!("data={dir}");
+    let output = run(&buyer, &["--input", &data, &tell]);
+    ended(&output, 0, &["cost "]);
+    assert_eq!(output.stdout, b"program\0from below");
+    // All of it is there already.
+    let sent = || buyer.get("/v1/node").json()["payloads"]["sent"].clone();
+    let before = sent();
+    assert_eq!(run(&buyer, &["--input", &data, &tell]).stdout, b"program\0from below");
+    assert_eq!(sent(), before, "nothing is sent twice");
+
+    // What the order says of a directory's size binds.
+    let listed = buyer.get("/v1/payloads").json()["payloads"].clone();
+    let index = listed.as_array().expect("payloads").iter().find(|line| line["index"] == true);
+    let (index, size) = (&index.expect("the index")["root"], &index.expect("the index")["size"]);
+    let bytes = std::fs::read(&tell).expect("reads");
+    let root = blake3::hash(&bytes).to_string();
+    let claim = |said: u64| {
+        let lease = requested(&buyer);
+        let job = json!({
+            "runtime": "wasm", "program": { "root": root, "size": bytes.len() },
+            "inputs": [{ "name": "data", "root": index, "size": size, "index": said }],
+            "release_after": true,
+        });
+        let body = json!({ "job": job }).to_string();
+        let path = format!("POST /v1/leases/{lease}/claim");
+        let answer = buyer.call(&path, &["Content-Type: application/json"], body.as_bytes());
+        (answer, lease)
+    };
+    let (answer, lease) = claim(10);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let outcome = end_of(&buyer, &lease)["outcome"].clone();
+    assert_eq!(outcome["kind"], "not_runnable", "{outcome}");
+    assert!(outcome.to_string().contains("11 bytes: more than said"), "{outcome}");
+    let (answer, _) = claim(1 << 50);
+    assert_eq!(answer.status, 400, "what has no room is refused: {answer:?}");
+    drop(seller);
 }
 
 #[test]
@@ -379,6 +439,91 @@ fn a_payload_goes_from_hand_to_hand() {
 }
 
 #[test]
+fn a_directory_goes_from_hand_to_hand() {
+    let fabric = Fabric::new();
+    let first = fabric.node("first", "1", &[]);
+    let second = fabric.node("second", "0", &[&first]);
+    let (large, small) = (vec![7u8; 700_000], vec![8u8; 5_000]);
+    let files: [(&str, &[u8]); 5] =
+        [("a", &large), ("bin/run", b"#!"), ("b/same", &large), ("b/c/d", &small), ("none", b"")];
+    let dir = directory(&fabric, "dir", &files);
+    let root_of =
+        |imported: &Value| imported["payloads"][0]["root"].as_str().expect("a root").to_string();
+    let imported = first.cli_json(&["blob", "import", "--json", &dir]);
+    assert_eq!(imported["payloads"][0]["files"], 5);
+    let root = root_of(&imported);
+    let size = imported["payloads"][0]["size"].as_u64().expect("a size");
+    assert_eq!(imported["payloads"][0]["sent"], 705_002 + size, "what is there twice goes once");
+    let again = first.cli_json(&["blob", "import", "--json", &dir]);
+    assert_eq!((root_of(&again), &again["payloads"][0]["sent"]), (root.clone(), &json!(0)));
+
+    // The index alone tells what it is; with all that it names it is the directory again.
+    until("the second has heard of it", || {
+        let stat = second.get(&format!("/v1/payloads/{root}/holders")).json();
+        (stat["holders"][0]["name"] == "first").then_some(())
+    });
+    ended(&second.cli(&["blob", "get", &root]), 0, &["an index of 5 files", "--index"]);
+    ended(&second.cli(&["blob", "stat", &root]), 0, &[]);
+    let stat = second.cli_json(&["blob", "stat", "--json", &root]);
+    assert_eq!(stat["index"], json!({ "files": 5, "payloads": 4, "size": 705_002, "missing": 4 }));
+    let out = fabric.room.path().join("out");
+    let to = out.display().to_string();
+    ended(&second.cli(&["blob", "export", "--index", &root, &to]), 1, &["not held"]);
+    assert!(!out.exists(), "the whole directory or none");
+    let got = second.cli_json(&["blob", "get", "--json", "--index", &root, "-o", &to]);
+    assert_eq!((&got["received"], &got["size"]), (&json!(705_002), &json!(705_002 + size)));
+    for (path, bytes) in files {
+        let at = out.join(path);
+        assert_eq!(std::fs::read(&at).expect("written"), bytes, "{path}");
+        let mode = std::fs::metadata(&at).expect("there").permissions().mode();
+        assert_eq!(mode & 0o100 != 0, path == "bin/run", "{path}");
+    }
+    let listed = second.cli_json(&["blob", "files", "--json", &root[..8]]);
+    let paths: Vec<_> = listed["files"].as_array().expect("files").iter().collect();
+    assert!(paths.iter().all(|file| file["held"] == true), "{listed}");
+    assert_eq!(
+        paths.iter().map(|file| file["path"].as_str().expect("a path")).collect::<Vec<_>>(),
+        ["a", "b/c/d", "b/same", "bin/run", "none"]
+    );
+
+    // Of a directory that changed only what is new is sent.
+    std::fs::write(out.join("new"), b"more").expect("written");
+    let changed = second.cli_json(&["blob", "import", "--json", &to]);
+    let changed_root = root_of(&changed);
+    until("the first has heard of it", || {
+        let stat = first.get(&format!("/v1/payloads/{changed_root}/holders")).json();
+        (stat["holders"][0]["name"] == "second").then_some(())
+    });
+    let got = first.cli_json(&["blob", "get", "--json", "--index", &changed_root]);
+    assert_eq!(got["received"], 4 + changed["payloads"][0]["size"].as_u64().expect("a size"));
+
+    // What goes with an index is what nothing else names, and what nobody pinned.
+    let new = blake3::hash(b"more").to_string();
+    let roots = |node: &Node| {
+        let listed = node.cli_json(&["blob", "list", "--json"]);
+        let lines = listed["payloads"].as_array().expect("payloads").clone();
+        let root = |line: &Value| line["root"].as_str().expect("a root").to_string();
+        lines.iter().map(root).collect::<Vec<_>>()
+    };
+    assert_eq!(roots(&first).len(), 7);
+    ended(&first.cli(&["blob", "rm", "--index", &changed_root]), 0, &[]);
+    assert_eq!(roots(&first).len(), 5, "the other index and what it names");
+    ended(&second.cli(&["blob", "pin", &changed_root]), 0, &[]);
+    ended(&second.cli(&["blob", "rm", &new]), 7, &["pinned"]);
+    ended(&second.cli(&["blob", "rm", "--index", &root]), 0, &[]);
+    assert_eq!(roots(&second).len(), 6, "the pinned one and what it names");
+
+    // What is wrong is said.
+    ended(&second.cli(&["blob", "export", "--index", &changed_root, &to]), 7, &["not empty"]);
+    ended(&second.cli(&["blob", "export", "--index", &changed_root, "-"]), 2, &["a directory"]);
+    ended(&second.cli(&["blob", "files", &new]), 1, &["no index"]);
+    ended(&second.cli(&["blob", "get", "--index", &new]), 2, &["no index"]);
+    ended(&second.cli(&["blob", "rm", "--index", &new, "--force"]), 2, &["no index"]);
+    std::os::unix::fs::symlink("b", out.join("link")).expect("linked");
+    ended(&second.cli(&["blob", "import", &to]), 3, &["link to a directory"]);
+}
+
+#[test]
 fn what_was_not_used_for_long_makes_room() {
     let fabric = Fabric::new();
     let home = fabric.home("small");
@@ -406,4 +551,26 @@ fn what_was_not_used_for_long_makes_room() {
     let path = file(&fabric, "large", &[9; 900_000]);
     ended(&node.cli(&["blob", "import", &path]), 3, &["no space for"]);
     assert_eq!(node.cli_json(&["blob", "list", "--json"]), list);
+
+    // What a pinned index names stays with it.
+    let dir = directory(&fabric, "dir", &[("a", &[5; 200_000]), ("b", &[6; 200_000])]);
+    ended(&node.cli(&["blob", "unpin", &roots[0]]), 0, &[]);
+    let index = root_of(&node.cli(&["blob", "import", &dir]));
+    ended(&node.cli(&["blob", "pin", &index]), 0, &[]);
+    for n in 10..14 {
+        import("x", n);
+    }
+    let stat = node.cli_json(&["blob", "stat", "--json", &index]);
+    assert_eq!((&stat["index"]["missing"], &stat["pinned"]), (&json!(0), &json!(true)));
+    // A directory that does not fit is not said to be there.
+    let dir = directory(&fabric, "more", &[("a", &[1; 400_000]), ("b", &[2; 400_000])]);
+    let output = node.cli(&["blob", "import", &dir]);
+    // Its files go side by side, or what came first had to go again.
+    let said = stderr(&output);
+    let right = match output.status.code() {
+        Some(3) => said.contains("no space for"),
+        Some(5) => said.contains("no room for all of it"),
+        _ => false,
+    };
+    assert!(right, "{output:?}");
 }

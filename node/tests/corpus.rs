@@ -8,11 +8,12 @@ type Target = fn(&[u8]);
 #[test]
 fn every_decoder_stands_what_was_found() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
-    let targets: [(&str, Target); 5] = [
+    let targets: [(&str, Target); 6] = [
         ("request", leasehold_node::fuzz::request),
         ("response", leasehold_node::fuzz::response),
         ("told", leasehold_node::fuzz::told),
         ("marks", leasehold_node::fuzz::marks),
+        ("index", leasehold_node::fuzz::index),
         ("stream", leasehold_node::fuzz::stream),
     ];
     for (name, target) in targets {

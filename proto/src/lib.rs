@@ -36,6 +36,7 @@ pub mod words {
     pub mod charter;
     pub mod contract;
     pub mod equivocation;
+    pub mod index;
     pub mod message;
     pub mod object;
     pub mod record;

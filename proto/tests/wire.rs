@@ -11,11 +11,12 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use leasehold_proto::proof::{self, Proof};
+use leasehold_proto::words::index::{Index, IndexedFile};
 use leasehold_proto::words::message::{self, BUCKETS, MAX_NAMES, MAX_RECORDS, Message, RecordName};
 use leasehold_proto::words::object::{Envelope, Extension, Kind, Object, draft_json};
 use leasehold_proto::words::sign::{Draft, Signature, Signed, Signer, VerifyError, verify_packet};
 use leasehold_proto::words::wire::{self, DecodeError, MAX_MESSAGE, MAX_OBJECT};
-use leasehold_proto::{FabricId, Hash, KeyId};
+use leasehold_proto::{FabricId, Hash, KeyId, Payload};
 use proptest::prelude::*;
 use story::Story;
 
@@ -98,6 +99,19 @@ fn a_packet_is_signed_as_ever() {
     let other = FabricId(Hash([8; 32]));
     assert!(verify_packet(&other, &signer.id(), b"a packet", &signature).is_err());
     assert!(verify_packet(&fabric, &signer.id(), b"a packes", &signature).is_err());
+}
+
+#[test]
+fn an_index_is_encoded_as_ever() {
+    let file = |path: &str, executable: bool, content: &[u8]| {
+        let payload = Payload { root: Hash::of(content), size: content.len() as u64 };
+        IndexedFile { path: path.into(), executable, payload }
+    };
+    let files =
+        vec![file("bin/run", true, b"#!/bin/sh"), file("a", false, b""), file("b", false, b"")];
+    let index = Index::new(files).expect("an index");
+    golden("index", &index.to_bytes());
+    assert_eq!(Index::from_bytes(&index.to_bytes()), Ok(index));
 }
 
 #[test]

@@ -372,6 +372,21 @@ pub struct PayloadLine {
     pub pinned: bool,
     /// Whether it belongs to a lease that this node holds, or to a job that it has yet to begin.
     pub leased: bool,
+    /// Whether it begins as an index does: a payload that names others.
+    pub index: bool,
+}
+
+/// What an index says, in figures.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IndexStat {
+    /// How many files it names.
+    pub files: usize,
+    /// How many payloads these are.
+    pub payloads: usize,
+    /// How many bytes these payloads have together.
+    pub size: u64,
+    /// How many of these payloads are not here.
+    pub missing: usize,
 }
 
 /// A node that says it has a payload, or is fetching it.
@@ -394,6 +409,8 @@ pub struct PayloadStat {
     pub pinned: bool,
     /// Whether it belongs to a lease that this node holds, or to a job that it has yet to begin.
     pub leased: bool,
+    /// What it names, where it is an index and here.
+    pub index: Option<IndexStat>,
     /// Other nodes that say they have it, at most 64 of them.
     pub holders: Vec<HolderLine>,
 }
@@ -406,7 +423,7 @@ pub enum Fetching {
     Moving {
         /// Bytes that are here and verified.
         bytes: u64,
-        /// Bytes in all.
+        /// Bytes in all, as far as is known: what an index names is known once that is here.
         size: u64,
         /// Holders that something is under way from.
         holders: usize,

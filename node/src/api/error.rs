@@ -275,6 +275,7 @@ impl ApiError {
                     .with(json!({ "limit": limit }))
             }
             PayloadError::WrongSize { .. } => Self::field("size", said),
+            PayloadError::NotAnIndex { .. } => Self::field("index", said),
             PayloadError::Source(_) => Self::field("body", said),
             PayloadError::NotHeld(_) | PayloadError::Arriving(_) | PayloadError::Corrupt(_) => {
                 Self::not_found(said)

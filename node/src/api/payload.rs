@@ -23,11 +23,11 @@ use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
 use super::App;
-use super::body::{Fetching, HolderLine, PayloadLine, PayloadStat, Payloads, Uploaded};
+use super::body::{Fetching, HolderLine, IndexStat, PayloadLine, PayloadStat, Payloads, Uploaded};
 use super::error::{ApiError, ErrorBody};
 use super::guard::Params;
-use crate::data::{FetchStats, Progress};
-use crate::payload::{Declared, Payload, PayloadError, PayloadStore, Root};
+use crate::data::{FetchError, FetchStats, Progress};
+use crate::payload::{Declared, Payload, PayloadError, PayloadStore, Root, Stored};
 
 /// An upload that brings nothing for this long is given up.
 const STALL: Duration = Duration::from_secs(30);
@@ -67,19 +67,22 @@ pub(super) async fn upload(
         let why = format!("it says {size} bytes and Content-Length says {length}");
         return Err(ApiError::field("size", why));
     }
-    let declared = match params.size.or(length) {
-        Some(size) => Declared::Exactly(size),
-        None => Declared::AtMost(u64::MAX),
+    let room = match params.size.or(length) {
+        Some(size) => match app.handle.take_room(size).await {
+            Ok(room) => Some(room),
+            Err(error) => {
+                drain(request.into_body()).await;
+                return Err(error.into());
+            }
+        },
+        None => None,
     };
-    if let Declared::Exactly(size) = declared
-        && let Err(error) = app.handle.make_room(size).await
-    {
-        drain(request.into_body()).await;
-        return Err(error.into());
-    }
     let source = arriving(request.into_body(), app.shutdown.clone());
     let source = StreamReader::new(Box::pin(source));
-    let kept = app.handle.payloads().import_stream(source, declared).await?;
+    let kept = match room {
+        Some(room) => app.handle.payloads().import_into(room, source).await?,
+        None => app.handle.payloads().import_stream(source, Declared::AtMost(u64::MAX)).await?,
+    };
     let status = if kept.already_held { StatusCode::OK } else { StatusCode::CREATED };
     let (root, size) = (kept.root.to_string(), kept.size);
     Ok((status, Json(Uploaded { root, size, new: !kept.already_held })).into_response())
@@ -125,9 +128,9 @@ fn arriving(body: Body, shutdown: CancellationToken) -> impl Stream<Item = io::R
 pub(super) async fn list(State(app): State<App>) -> Json<Payloads> {
     let in_use = app.handle.in_use().await;
     let held = app.handle.payloads().list();
-    let line = |(root, size): (Root, u64)| {
+    let line = |Stored { root, size, index }| {
         let (pinned, leased) = kept(&in_use, root);
-        PayloadLine { root: root.to_string(), size, pinned, leased }
+        PayloadLine { root: root.to_string(), size, pinned, leased, index }
     };
     Json(Payloads { payloads: held.into_iter().map(line).collect() })
 }
@@ -148,13 +151,28 @@ pub(super) async fn holders(
         let name = view.nodes.iter().find(|node| node.id == key).map(|node| node.name.clone());
         HolderLine { id: key.to_string(), name: name.unwrap_or_default() }
     });
+    let store = app.handle.payloads().clone();
+    let index = tokio::task::spawn_blocking(move || index_stat(&store, root)).await;
     Ok(Json(PayloadStat {
         root: root.to_string(),
         size: app.handle.payloads().has(root),
         pinned,
         leased,
+        index: index.ok().flatten(),
         holders: holders.collect(),
     }))
+}
+
+fn index_stat(store: &PayloadStore, root: Root) -> Option<IndexStat> {
+    let index = store.index(root).ok()?;
+    let payloads = index.payloads();
+    let missing = payloads.iter().filter(|payload| store.has(payload.root.into()).is_none());
+    Some(IndexStat {
+        files: index.files().len(),
+        payloads: payloads.len(),
+        size: index.payload_bytes(),
+        missing: missing.count(),
+    })
 }
 
 /// How a payload is asked for.
@@ -163,6 +181,9 @@ pub(super) async fn holders(
 pub(super) struct FetchParams {
     /// How many bytes it has; where that is not said, a holder has to prove it.
     size: Option<u64>,
+    /// Whether it is an index, and all that it names is wanted as well.
+    #[serde(default)]
+    index: bool,
 }
 
 /// Fetch a payload from all who have it, and say how far it is: one JSON object a line
@@ -185,7 +206,7 @@ pub(super) async fn fetch(
     app.handle.make_room_for(root, size).await?;
     let (lines, told) = mpsc::channel(1);
     // Given up when nobody reads any more.
-    tokio::spawn(tell_fetch(app, root, size, lines));
+    tokio::spawn(tell_fetch(app, (root, size), params.index, lines));
     let body = stream::unfold(told, |mut told| async move {
         let line: Fetching = told.recv().await?;
         let mut text = serde_json::to_vec(&line).unwrap_or_default();
@@ -196,14 +217,27 @@ pub(super) async fn fetch(
     Ok((headers, Body::from_stream(body)).into_response())
 }
 
-async fn tell_fetch(app: App, root: Root, size: u64, lines: mpsc::Sender<Fetching>) {
+async fn tell_fetch(
+    app: App,
+    (root, size): (Root, u64),
+    index: bool,
+    lines: mpsc::Sender<Fetching>,
+) {
     let (moving, mut moved) = watch::channel(Progress::default());
-    let fetching = app.handle.fetch(None, root, size, |now| {
+    let progress = |now| {
         moving.send_replace(now);
-    });
+    };
+    let fetching = async {
+        if index {
+            let (index, stats) = app.handle.fetch_index(root, size, progress).await?;
+            Ok((size.saturating_add(index.payload_bytes()), stats))
+        } else {
+            Ok((size, app.handle.fetch(None, root, size, progress).await?))
+        }
+    };
     let telling = async {
         while moved.changed().await.is_ok() {
-            let Progress { bytes, holders } = *moved.borrow_and_update();
+            let Progress { bytes, size, holders } = *moved.borrow_and_update();
             if lines.send(Fetching::Moving { bytes, size, holders }).await.is_err() {
                 return;
             }
@@ -213,11 +247,11 @@ async fn tell_fetch(app: App, root: Root, size: u64, lines: mpsc::Sender<Fetchin
     };
     let last = tokio::select! {
         fetched = fetching => match fetched {
-            Ok(FetchStats { bytes: received, took, holders, .. }) => {
+            Ok((size, FetchStats { bytes: received, took, holders, .. })) => {
                 let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-                Fetching::Done { size, received, holders, took_ms }
+                Fetching::Done { size, received, holders: holders.len(), took_ms }
             }
-            Err(error) => Fetching::Failed { error: ApiError::from(error).into_inside() },
+            Err::<_, FetchError>(error) => Fetching::Failed { error: ApiError::from(error).into_inside() },
         },
         () = telling => return,
         // Nobody reads any more.
@@ -236,6 +270,10 @@ pub(super) struct RemoveParams {
     /// Also where it is pinned, or belongs to a lease.
     #[serde(default)]
     force: bool,
+    /// Whether it is an index, and what it names goes with it, but for what is pinned, belongs to a
+    /// lease, or is named by another index.
+    #[serde(default)]
+    index: bool,
 }
 
 /// Remove a payload from this node
@@ -249,7 +287,8 @@ pub(super) async fn remove(
     Params(params): Params<RemoveParams>,
 ) -> Result<StatusCode, ApiError> {
     let root = root_in(&root)?;
-    let (pinned, leased) = kept(&app.handle.in_use().await, root);
+    let in_use = app.handle.in_use().await;
+    let (pinned, leased) = kept(&in_use, root);
     if !params.force && pinned {
         return Err(ApiError::conflict("it is pinned: unpin it first, or force it"));
     }
@@ -257,7 +296,16 @@ pub(super) async fn remove(
         return Err(ApiError::conflict("it belongs to a lease: release that first, or force it"));
     }
     let payloads = app.handle.payloads().clone();
-    let removed = tokio::task::spawn_blocking(move || payloads.remove(root)).await;
+    let removed = tokio::task::spawn_blocking(move || {
+        if params.index {
+            // Only the index itself can be forced away.
+            let spared = in_use.pinned.into_iter().chain(in_use.leased);
+            payloads.remove_index(root, &spared.map(Root::from).collect()).map(|_| true)
+        } else {
+            payloads.remove(root)
+        }
+    })
+    .await;
     match removed.map_err(|error| ApiError::internal("removing a payload", &error))?? {
         true => Ok(StatusCode::NO_CONTENT),
         false => Err(PayloadError::NotHeld(root).into()),

@@ -309,7 +309,7 @@ impl PayloadText {
     }
 }
 
-/// A file that a job finds under `/in`.
+/// A file that a job finds under `/in`, or a directory of files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InputText {
@@ -319,6 +319,10 @@ pub struct InputText {
     pub root: String,
     /// How many bytes, exactly.
     pub size: u64,
+    /// Where it is an index and the directory of its files is wanted: how many bytes they have
+    /// together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u64>,
 }
 
 /// What shall run under a lease.
@@ -340,7 +344,7 @@ pub struct JobText {
     /// What it reads from standard input; nothing when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<PayloadText>,
-    /// Files it finds under `/in`.
+    /// Files and directories it finds under `/in`.
     #[serde(default)]
     pub inputs: Vec<InputText>,
     /// Names of files under `/out` that are kept for fetching.
@@ -361,7 +365,7 @@ impl JobText {
         let input = |input: &InputText| {
             let root = within("job.inputs", input.root.parse::<Hash>())?;
             let payload = Payload { root, size: input.size };
-            Ok(Input { name: input.name.clone(), payload })
+            Ok(Input { name: input.name.clone(), payload, index: input.index })
         };
         let job = JobSpec {
             runtime: self.runtime.clone(),

@@ -1,33 +1,40 @@
-//! `leasehold blob`: payloads, by hand: import, get, export, list, stat, pin, verify, remove.
+//! `leasehold blob`: payloads, by hand: import, get, export, files, list, stat, pin, verify, remove.
 
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use hyper::Method;
 use leasehold_keys::exit::Exit;
 use leasehold_proto::base::resource;
+use leasehold_proto::words::index::MAX_BYTES;
 use serde_json::{Value, json};
 
 use super::output::{page, short_key, span};
 use super::transfer::{self, Fetched};
-use super::{Failure, Session, find};
-use crate::api::body::{PayloadStat, Payloads};
+use super::{Failure, Session, directory, find};
+use crate::api::body::{IndexStat, PayloadStat, Payloads};
 use crate::client::ClientError;
 use crate::payload::Root;
 
 /// Reading a payload against its name takes a second for so many bytes at least.
 const VERIFY_RATE: u64 = 20 << 20;
 
+/// How much longer than another answer the removal of an index and of all that it names may take.
+const REMOVING: Duration = Duration::from_secs(300);
+
 /// Payloads: bytes named by their BLAKE3 root.
 #[derive(Debug, Subcommand)]
 pub(super) enum Blob {
-    /// Give a file to the node, and print its root
+    /// Give a file or a directory to the node, and print its root
     Import(Import),
     /// Have the node fetch a payload from whoever has it
     Get(Get),
-    /// Write a payload that the node holds to a file
+    /// Write a payload that the node holds to a file, or an index's files to a directory
     Export(Export),
+    /// List the files that an index names
+    Files(Files),
     /// List the payloads that the node holds
     #[command(alias = "ls")]
     List(List),
@@ -44,12 +51,12 @@ pub(super) enum Blob {
     Rm(Remove),
 }
 
-/// Give a file to the node, and print its root.
+/// Give a file or a directory to the node, and print its root: that of an index where it is a directory.
 #[derive(Debug, Args)]
 pub(super) struct Import {
-    /// The files; `-` is standard input
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
+    /// The files and directories; `-` is standard input
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
 }
 
 /// Have the node fetch a payload from whoever has it.
@@ -60,8 +67,12 @@ pub(super) struct Get {
     /// How many bytes it has, if you know: else a holder has to prove it
     #[arg(long, value_name = "BYTES")]
     size: Option<u64>,
-    /// Also write it to this file; `-` is standard output
-    #[arg(long, short, value_name = "FILE")]
+    /// It is an index: fetch all that it names as well
+    #[arg(long)]
+    index: bool,
+    /// Also write it to this file; `-` is standard output. With --index, its files to this directory,
+    /// which must be new or empty
+    #[arg(long, short, value_name = "PATH")]
     output: Option<PathBuf>,
 }
 
@@ -70,8 +81,19 @@ pub(super) struct Get {
 pub(super) struct Export {
     /// Its root, or the first digits
     root: String,
-    /// Where to; `-` is standard output
-    file: PathBuf,
+    /// Where to: a file, or `-`, which is standard output; with --index a directory, new or empty
+    #[arg(value_name = "PATH")]
+    to: PathBuf,
+    /// It is an index: write the files that it names
+    #[arg(long)]
+    index: bool,
+}
+
+/// List the files that an index names.
+#[derive(Debug, Args)]
+pub(super) struct Files {
+    /// Its root, or the first digits of one that the node holds
+    root: String,
 }
 
 /// List the payloads that the node holds.
@@ -110,6 +132,9 @@ pub(super) struct Remove {
     /// Also those that are pinned or belong to a lease
     #[arg(long)]
     force: bool,
+    /// They are indexes: remove what they name as well, but for what is kept for other reasons
+    #[arg(long)]
+    index: bool,
 }
 
 impl Blob {
@@ -118,6 +143,7 @@ impl Blob {
             Self::Import(args) => args.run(session).await,
             Self::Get(args) => args.run(session).await,
             Self::Export(args) => args.run(session).await,
+            Self::Files(args) => args.run(session).await,
             Self::List(_) => list(session).await,
             Self::Stat(args) => args.run(session).await,
             Self::Pin(args) => args.run(session, Method::PUT).await,
@@ -131,19 +157,24 @@ impl Blob {
 impl Import {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let (mut lines, mut text) = (Vec::new(), String::new());
-        for path in &self.files {
-            let (payload, sent) = if path.as_os_str() == "-" {
+        for path in &self.paths {
+            let (payload, sent, files) = if path.as_os_str() == "-" {
                 let payload = transfer::upload_stdin(session).await?;
                 let size = payload.size;
-                (payload, size)
+                (payload, size, None)
+            } else if path.is_dir() {
+                let directory = directory::hash(session, path).await?;
+                let sent = directory::upload(session, &directory).await?;
+                (directory.local.payload, sent, Some(directory.index.files().len()))
             } else {
                 let local = transfer::hash(path).await?;
                 let sent = transfer::upload(session, std::slice::from_ref(&local)).await?;
-                (local.payload, sent)
+                (local.payload, sent, None)
             };
             text.push_str(&format!("{}\n", payload.root));
             lines.push(json!({
-                "file": path, "root": payload.root, "size": payload.size, "sent": sent,
+                "path": path, "root": payload.root, "size": payload.size, "sent": sent,
+                "files": files,
             }));
         }
         session.out.answer(&json!({ "payloads": lines }), || text)?;
@@ -154,15 +185,18 @@ impl Import {
 impl Get {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let root = self.root.to_string();
+        if let Some(path) = self.output.as_ref().filter(|_| self.index) {
+            directory::check_new(path)?;
+        }
         let Fetched { size, received, holders, took_ms } =
-            transfer::get(session, &root, self.size).await?;
+            transfer::get(session, &root, self.size, self.index).await?;
         let mut answer = json!({
             "root": root, "size": size, "received": received, "holders": holders,
             "took_ms": took_ms,
         });
         if let Some(path) = &self.output {
-            transfer::export(session, &root, size, path).await?;
-            answer["file"] = json!(path);
+            export(session, &root, self.index, path).await?;
+            answer["path"] = json!(path);
             if path.as_os_str() == "-" {
                 return Ok(Exit::Ok);
             }
@@ -174,6 +208,13 @@ impl Get {
             let plural = if holders == 1 { "" } else { "s" };
             session.out.tell(&format!("{bytes} from {holders} holder{plural} in {took}"));
         }
+        if !self.index && size <= MAX_BYTES as u64 {
+            let stat: PayloadStat = stat(session, &root).await?;
+            if let Some(IndexStat { files, missing: 1.., .. }) = stat.index {
+                let message = format!("it is an index of {files} files: --index fetches them all");
+                session.out.tell(&message);
+            }
+        }
         session.out.answer(&answer, || format!("{root}\n"))?;
         Ok(Exit::Ok)
     }
@@ -181,14 +222,63 @@ impl Get {
 
 impl Export {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
-        let (root, size) = find::payload(session, &self.root).await?;
-        transfer::export(session, &root, size, &self.file).await?;
-        if self.file.as_os_str() != "-" {
-            let answer = json!({ "root": root, "size": size, "file": self.file });
-            session.out.answer(&answer, || format!("{}\n", self.file.display()))?;
+        let (root, _) = find::payload(session, &self.root).await?;
+        let size = export(session, &root, self.index, &self.to).await?;
+        if self.to.as_os_str() != "-" {
+            let answer = json!({ "root": root, "size": size, "path": self.to });
+            session.out.answer(&answer, || format!("{}\n", self.to.display()))?;
         }
         Ok(Exit::Ok)
     }
+}
+
+/// Writes a payload that the node holds to a file, or an index's files to a directory. Gives the
+/// payload's own size in bytes.
+async fn export(session: &Session, root: &str, index: bool, to: &Path) -> Result<u64, Failure> {
+    let (_, size) = find::payload(session, root).await?;
+    if !index {
+        transfer::export(session, root, size, to).await?;
+    } else if to.as_os_str() == "-" {
+        let message = "the files of an index cannot go to standard output: name a directory";
+        return Err(Failure::say(Exit::Usage, message));
+    } else {
+        directory::export(session, root, size, to).await?;
+    }
+    Ok(size)
+}
+
+impl Files {
+    async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let held = find::held(session).await?;
+        let (root, size) = find::payload_in(&held, &self.root)?;
+        let index = directory::index(session, &root, size).await?;
+        let here: HashSet<_> = held.payloads.iter().map(|line| line.root.as_str()).collect();
+        let files = index.files().iter().map(|file| {
+            let root = file.payload.root.to_string();
+            let here = here.contains(root.as_str());
+            (file, root, here)
+        });
+        let lines = files.clone().map(|(file, root, here)| {
+            json!({
+                "path": file.path, "executable": file.executable, "root": root,
+                "size": file.payload.size, "held": here,
+            })
+        });
+        let answer = json!({ "root": root, "files": lines.collect::<Vec<_>>() });
+        session.out.answer(&answer, || {
+            let rows = files.map(|(file, root, here)| {
+                let size = resource::bytes(file.payload.size);
+                let here = if here { "yes" } else { "no" };
+                vec![leasehold_keys::text::shown(&file.path), size, here.into(), root]
+            });
+            session.out.table(&["PATH", "SIZE", "HELD", "ROOT"], rows.collect())
+        })?;
+        Ok(Exit::Ok)
+    }
+}
+
+async fn stat(session: &Session, root: &str) -> Result<PayloadStat, Failure> {
+    Ok(session.client.get(&format!("/v1/payloads/{root}/holders")).await?)
 }
 
 async fn list(session: &Session) -> Result<Exit, Failure> {
@@ -200,9 +290,10 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
                 (false, true) => "leased",
                 (false, false) => "-",
             };
-            vec![payload.root.clone(), resource::bytes(payload.size), kept.into()]
+            let kind = if payload.index { "index" } else { "-" };
+            vec![payload.root.clone(), resource::bytes(payload.size), kept.into(), kind.into()]
         });
-        session.out.table(&["ROOT", "SIZE", "KEPT"], rows.collect())
+        session.out.table(&["ROOT", "SIZE", "KEPT", "KIND"], rows.collect())
     })?;
     Ok(Exit::Ok)
 }
@@ -213,7 +304,7 @@ impl One {
             Ok(root) => root.to_string(),
             Err(_) => find::payload(session, &self.root).await?.0,
         };
-        let stat: PayloadStat = session.client.get(&format!("/v1/payloads/{root}/holders")).await?;
+        let stat = stat(session, &root).await?;
         session.out.answer(&stat, || {
             let here = stat.size.map_or_else(
                 || "not held".into(),
@@ -225,6 +316,14 @@ impl One {
             }
             if stat.leased {
                 lines.push(("kept", "belongs to a lease".into()));
+            }
+            if let Some(IndexStat { files, payloads, size, missing }) = &stat.index {
+                let bytes = resource::bytes(*size);
+                let mut index = format!("{files} files in {payloads} payloads, {bytes}");
+                if *missing > 0 {
+                    index.push_str(&format!(", {missing} of them not here"));
+                }
+                lines.push(("index", index));
             }
             for holder in &stat.holders {
                 lines.push(("holder", format!("{} ({})", holder.name, short_key(&holder.id))));
@@ -263,11 +362,11 @@ impl Verify {
 
 impl Remove {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
-        let force = if self.force { "?force=true" } else { "" };
+        let query = format!("force={}&index={}", self.force, self.index);
         let held = find::held(session).await?;
         each(session, &held, &self.roots, |root, _| {
-            let path = format!("/v1/payloads/{root}{force}");
-            async move { session.client.act(Method::DELETE, &path, Duration::ZERO).await }
+            let path = format!("/v1/payloads/{root}?{query}");
+            async move { session.client.act(Method::DELETE, &path, REMOVING).await }
         })
         .await
     }

@@ -22,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::directory::{self, Directory};
 use super::follow::{self, Kept, Sink};
 use super::output::{Out, page, short_key, span};
 use super::transfer::{self, Local};
@@ -59,8 +60,8 @@ pub(super) struct Run {
     lease: Option<String>,
     #[command(flatten)]
     gang: GangArgs,
-    /// A file that the program finds as /in/NAME; may be repeated
-    #[arg(long, value_name = "NAME=FILE", value_parser = pair)]
+    /// A file or a directory that the program finds as /in/NAME; may be repeated
+    #[arg(long, value_name = "NAME=PATH", value_parser = pair)]
     input: Vec<(String, String)>,
     /// What the program reads from standard input; '-' is ours, to its end
     #[arg(long, value_name = "FILE")]
@@ -90,13 +91,15 @@ pub(super) struct Run {
 /// The files that the job needs.
 struct Files {
     program: Local,
-    inputs: Vec<(String, Local)>,
+    inputs: Vec<(InputText, Local)>,
+    /// What the indexes among the inputs name.
+    named: Vec<Local>,
     stdin: Option<Local>,
 }
 
 impl Files {
     fn all(&self) -> Vec<Local> {
-        let inputs = self.inputs.iter().map(|(_, local)| local);
+        let inputs = self.inputs.iter().map(|(_, local)| local).chain(&self.named);
         [&self.program].into_iter().chain(inputs).chain(&self.stdin).cloned().collect()
     }
 }
@@ -106,7 +109,7 @@ impl Run {
     pub(super) async fn run(self, session: &Session) -> Result<u8, Failure> {
         self.check_asking()?;
         let begun = Instant::now();
-        let files = self.files().await?;
+        let files = self.files(session).await?;
         let want = match &self.want {
             Some(want) => {
                 let text = want.text(session).await?;
@@ -269,18 +272,27 @@ impl Run {
         Ok(())
     }
 
-    async fn files(&self) -> Result<Files, Failure> {
+    async fn files(&self, session: &Session) -> Result<Files, Failure> {
         self.check_program()?;
         let program = transfer::hash(&self.program).await?;
-        let mut inputs = Vec::new();
+        let (mut inputs, mut named) = (Vec::new(), Vec::new());
         for (name, path) in &self.input {
-            inputs.push((name.clone(), transfer::hash(path.as_ref()).await?));
+            let path: &Path = path.as_ref();
+            let (local, index) = if path.is_dir() {
+                let Directory { index, local, files } = directory::hash(session, path).await?;
+                named.extend(files);
+                (local, Some(index.size()))
+            } else {
+                (transfer::hash(path).await?, None)
+            };
+            let PayloadText { root, size } = local.payload.clone();
+            inputs.push((InputText { name: name.clone(), root, size, index }, local));
         }
         let stdin = match &self.stdin {
             Some(path) if path.as_os_str() != "-" => Some(transfer::hash(path).await?),
             _ => None,
         };
-        let files = Files { program, inputs, stdin };
+        let files = Files { program, inputs, named, stdin };
         // What breaks a rule is said before anything is leased.
         let stdin = files.stdin.as_ref().map(|local| local.payload.clone());
         self.job(&files, stdin).parse().map_err(|why| Failure::new(Exit::Usage, why))?;
@@ -304,17 +316,13 @@ impl Run {
     }
 
     fn job(&self, files: &Files, stdin: Option<PayloadText>) -> JobText {
-        let input = |(name, local): &(String, Local)| {
-            let PayloadText { root, size } = local.payload.clone();
-            InputText { name: name.clone(), root, size }
-        };
         JobText {
             runtime: self.want.as_ref().map_or_else(|| "wasm".into(), |want| want.runtime.clone()),
             program: files.program.payload.clone(),
             args: self.args.clone(),
             env: self.env.iter().cloned().collect(),
             stdin,
-            inputs: files.inputs.iter().map(input).collect(),
+            inputs: files.inputs.iter().map(|(input, _)| input.clone()).collect(),
             outputs: self.output.clone(),
             // Attached, the lease is given back once the outputs are here.
             release_after: self.detach,

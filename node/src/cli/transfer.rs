@@ -1,14 +1,16 @@
 //! Files to and from the node: hashed before they are sent, so that what the node has is not sent
 //! again, and checked when they come back.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
+use std::future::ready;
 use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use hyper::StatusCode;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use leasehold_keys::exit::Exit;
@@ -33,11 +35,29 @@ const MAX_LINE: usize = 64 * 1024;
 /// How often a download is tried.
 const TRIES: u32 = 3;
 
-/// A file of this machine, by its content.
+/// How many files are asked for, or sent, at once: what each small one waits for is the node's disk.
+const AT_ONCE: usize = 8;
+
+/// Bytes of this machine, by their content.
 #[derive(Clone, Debug)]
 pub(super) struct Local {
-    pub(super) path: PathBuf,
+    pub(super) source: Source,
     pub(super) payload: PayloadText,
+}
+
+/// Where they are.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    File(PathBuf),
+    Memory(Bytes),
+}
+
+impl Local {
+    /// Bytes that are in no file.
+    pub(super) fn of(bytes: Vec<u8>) -> Self {
+        let (root, size) = (blake3::hash(&bytes).to_string(), bytes.len() as u64);
+        Self { source: Source::Memory(bytes.into()), payload: PayloadText { root, size } }
+    }
 }
 
 /// Hashes a file.
@@ -46,7 +66,8 @@ pub(super) async fn hash(path: &Path) -> Result<Local, Failure> {
     let hashed = tokio::task::spawn_blocking(move || hash_now(&of)).await;
     let hashed = hashed.map_err(io::Error::other).flatten();
     let (root, size) = hashed.map_err(|why| Failure::file("cannot read", path, &why))?;
-    Ok(Local { path: path.into(), payload: PayloadText { root: root.to_string(), size } })
+    let payload = PayloadText { root: root.to_string(), size };
+    Ok(Local { source: Source::File(path.into()), payload })
 }
 
 fn hash_now(path: &Path) -> io::Result<(blake3::Hash, u64)> {
@@ -65,7 +86,7 @@ fn hash_now(path: &Path) -> io::Result<(blake3::Hash, u64)> {
 }
 
 /// A bar for bytes on standard error; hidden where nobody watches.
-fn bar(out: &Out, message: &str, size: u64) -> ProgressBar {
+pub(super) fn bar(out: &Out, message: &str, size: u64) -> ProgressBar {
     let hidden = !out.watched() || out.json;
     let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let bar = ProgressBar::with_draw_target(Some(size), target);
@@ -88,35 +109,47 @@ fn watched(
     })
 }
 
-/// Sends those files that the node does not hold. Gives the bytes that were sent.
-pub(super) async fn upload(session: &Session, files: &[Local]) -> Result<u64, Failure> {
-    let mut missing: Vec<&Local> = Vec::new();
-    for file in files {
-        let twice = missing.iter().any(|other| other.payload == file.payload);
-        let path = format!("/v1/payloads/{}", file.payload.root);
-        if !twice && !session.client.has(&path).await? {
-            missing.push(file);
-        }
-    }
-    let total = missing.iter().map(|file| file.payload.size).sum();
+/// Sends what the node does not hold. Gives the bytes that were sent.
+pub(super) async fn upload(session: &Session, all: &[Local]) -> Result<u64, Failure> {
+    let mut seen = HashSet::new();
+    let once = all.iter().filter(|local| seen.insert(&local.payload.root));
+    let asked = once.map(|local| async move {
+        let path = format!("/v1/payloads/{}", local.payload.root);
+        let held = session.client.has(&path).await?;
+        Ok::<_, Failure>((!held).then_some(local))
+    });
+    let asked = stream::iter(asked).buffer_unordered(AT_ONCE);
+    let missing: Vec<_> = asked.try_filter_map(|local| ready(Ok(local))).try_collect().await?;
+    let total = missing.iter().map(|local| local.payload.size).sum();
     let bar = bar(&session.out, "uploading", total);
-    for file in missing {
-        let opened = tokio::fs::File::open(&file.path).await;
-        let opened = opened.map_err(|why| Failure::file("cannot read", &file.path, &why))?;
-        let source = watched(ReaderStream::with_capacity(opened, PIECE), bar.clone());
-        let PayloadText { root, size } = &file.payload;
-        // A megabyte a second is slow for one's own node.
-        let wait = Duration::from_secs(size >> 20);
-        let path = format!("/v1/payloads?size={size}");
-        let sent: Result<Uploaded, _> = session.client.upload(&path, source, wait).await;
-        if sent?.root != *root {
-            let path = file.path.display();
-            let message = format!("{path} changed while it was sent: run the command again");
-            return Err(Failure::say(Exit::Io, message));
-        }
-    }
+    let sent = stream::iter(missing).map(|local| send(session, local, &bar));
+    sent.buffer_unordered(AT_ONCE).try_collect::<()>().await?;
     bar.finish_and_clear();
     Ok(total)
+}
+
+async fn send(session: &Session, local: &Local, bar: &ProgressBar) -> Result<(), Failure> {
+    let PayloadText { root, size } = &local.payload;
+    // A megabyte a second is slow for one's own node.
+    let wait = Duration::from_secs(size >> 20);
+    let to = format!("/v1/payloads?size={size}");
+    let path = match &local.source {
+        Source::Memory(bytes) => {
+            let source = stream::once(ready(Ok(bytes.clone())));
+            let _: Uploaded = session.client.upload(&to, source, wait).await?;
+            return Ok(());
+        }
+        Source::File(path) => path,
+    };
+    let opened = tokio::fs::File::open(path).await;
+    let opened = opened.map_err(|why| Failure::file("cannot read", path, &why))?;
+    let source = watched(ReaderStream::with_capacity(opened, PIECE), bar.clone());
+    let sent: Uploaded = session.client.upload(&to, source, wait).await?;
+    if sent.root == *root {
+        return Ok(());
+    }
+    let message = format!("{} changed while it was sent: run the command again", path.display());
+    Err(Failure::say(Exit::Io, message))
 }
 
 /// Sends standard input, to its end.
@@ -136,14 +169,15 @@ pub(super) struct Fetched {
     pub(super) took_ms: u64,
 }
 
-/// Has the node fetch a payload, and shows how far it is.
+/// Has the node fetch a payload, or an index and all that it names, and shows how far it is.
 pub(super) async fn get(
     session: &Session,
     root: &str,
     size: Option<u64>,
+    index: bool,
 ) -> Result<Fetched, Failure> {
-    let query = size.map(|size| format!("?size={size}")).unwrap_or_default();
-    let path = format!("/v1/payloads/{root}/fetch{query}");
+    let size = size.map(|size| format!("&size={size}")).unwrap_or_default();
+    let path = format!("/v1/payloads/{root}/fetch?index={index}{size}");
     let stream = session.client.follow(&path, BEGIN, None).await?;
     let mut stream = std::pin::pin!(stream);
     let bar = bar(&session.out, "fetching", 0);
@@ -193,28 +227,26 @@ pub(super) async fn export(
     path: &Path,
 ) -> Result<(), Failure> {
     let from = format!("/v1/payloads/{root}");
-    let wrong = |trouble| match trouble {
-        Trouble::Client(error) => Failure::from(error),
-        Trouble::Broken(why) => Failure::say(Exit::Remote, format!("{root} broke off: {why}")),
-        Trouble::Disk(why) => Failure::file("cannot write", path, &why),
-        Trouble::Wrong => {
-            Failure::say(Exit::No, format!("what the node has of {root} does not match its name"))
-        }
-    };
+    let wrong = |trouble: Trouble| trouble.of(root, path);
     let payload = PayloadText { root: root.to_string(), size };
+    let bar = bar(&session.out, root, size);
     if path.as_os_str() == "-" {
         let mut out = io::stdout();
-        return take(session, (&from, root), &payload, &mut out).await.map_err(wrong);
+        return take(session, &from, &payload, &bar, &mut out).await.map_err(wrong);
     }
     let name = path.file_name().and_then(|name| name.to_str());
     let Some(name) = name else {
         let message = format!("'{}' names no file", path.display());
         return Err(Failure::say(Exit::Usage, message));
     };
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let partial = Partial::create(dir, name).map_err(Trouble::Disk).map_err(wrong)?;
-    take(session, (&from, root), &payload, &mut &partial.file).await.map_err(wrong)?;
+    let partial = Partial::create(parent(path), name).map_err(Trouble::Disk).map_err(wrong)?;
+    take(session, &from, &payload, &bar, &mut &partial.file).await.map_err(wrong)?;
     partial.keep(path).map_err(Trouble::Disk).map_err(wrong)
+}
+
+/// The directory that a file or directory is to lie in.
+pub(super) fn parent(path: &Path) -> &Path {
+    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A fetched output as `--json` shows it.
@@ -238,25 +270,32 @@ pub(super) async fn download(
             Ok(()) => return Ok(to),
             Err(Trouble::Client(error)) if error.may_pass() && tries < TRIES => tries += 1,
             Err(Trouble::Broken(_)) if tries < TRIES => tries += 1,
-            Err(Trouble::Client(error)) => return Err(error.into()),
-            Err(Trouble::Broken(why)) => {
-                let message = format!("output {name} broke off: {why}");
-                return Err(Failure::say(Exit::Remote, message));
-            }
-            Err(Trouble::Disk(why)) => return Err(Failure::file("cannot write", &to, &why)),
-            Err(Trouble::Wrong) => {
-                let message = format!("output {name} does not match what the lessor named");
-                return Err(Failure::say(Exit::No, message));
-            }
+            Err(trouble) => return Err(trouble.of(&format!("output {name}"), &to)),
         }
     }
 }
 
-enum Trouble {
+/// Why bytes of the node did not come, or could not be kept.
+pub(super) enum Trouble {
     Client(ClientError),
     Broken(io::Error),
     Disk(io::Error),
     Wrong,
+}
+
+impl Trouble {
+    /// What it comes to when `what` was to be written to `to`.
+    pub(super) fn of(self, what: &str, to: &Path) -> Failure {
+        match self {
+            Self::Client(error) => error.into(),
+            Self::Broken(why) => Failure::say(Exit::Remote, format!("{what} broke off: {why}")),
+            Self::Disk(why) => Failure::file("cannot write", to, &why),
+            Self::Wrong => {
+                let message = format!("what the node sent of {what} does not match its root");
+                Failure::say(Exit::No, message)
+            }
+        }
+    }
 }
 
 async fn try_download(
@@ -271,21 +310,22 @@ async fn try_download(
     let from = format!("/v1/leases/{lease}/outputs/{}?root={root}&size={size}", escaped(name));
     std::fs::create_dir_all(dir).map_err(Trouble::Disk)?;
     let partial = Partial::create(dir, name).map_err(Trouble::Disk)?;
-    take(session, (&from, name), payload, &mut &partial.file).await?;
+    let bar = bar(&session.out, &leasehold_keys::text::shown(name), *size);
+    take(session, &from, payload, &bar, &mut &partial.file).await?;
     partial.keep(to).map_err(Trouble::Disk)
 }
 
 /// Writes what the API gives at `from` to `out`, and checks it against its root.
-async fn take(
+pub(super) async fn take(
     session: &Session,
-    (from, name): (&str, &str),
+    from: &str,
     payload: &PayloadText,
+    bar: &ProgressBar,
     out: &mut impl io::Write,
 ) -> Result<(), Trouble> {
     let PayloadText { root, size } = payload;
     let stream = session.client.stream(from, BEGIN, Some(STALL)).await;
     let mut stream = std::pin::pin!(stream.map_err(Trouble::Client)?);
-    let bar = bar(&session.out, &leasehold_keys::text::shown(name), *size);
     let mut hasher = blake3::Hasher::new();
     while let Some(piece) = stream.next().await {
         let piece = piece.map_err(Trouble::Broken)?;
@@ -296,7 +336,6 @@ async fn take(
         out.write_all(&piece).map_err(Trouble::Disk)?;
         bar.inc(piece.len() as u64);
     }
-    bar.finish_and_clear();
     if hasher.count() != *size || hasher.finalize().to_string() != *root {
         return Err(Trouble::Wrong);
     }

@@ -90,12 +90,14 @@ pub struct Holder {
 pub struct Progress {
     /// Bytes that are here and verified, with those of an earlier try.
     pub bytes: u64,
+    /// Bytes in all, as far as is known: what an index names is known once that is here.
+    pub size: u64,
     /// Holders that something is under way from.
     pub holders: usize,
 }
 
 /// What a fetch took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchStats {
     /// Bytes of payload that came over the network: zero if it was held before.
     pub bytes: u64,
@@ -103,8 +105,8 @@ pub struct FetchStats {
     pub took: Duration,
     /// Whether this fetch waited for a transfer that another one had begun.
     pub joined: bool,
-    /// Holders that sent some of it.
-    pub holders: usize,
+    /// The keys of the holders that sent some of it.
+    pub holders: Vec<[u8; 32]>,
 }
 
 /// Why a payload did not come. What was verified of it is kept for another try.
@@ -289,7 +291,7 @@ pub(super) async fn fetch(
                 return Err(PayloadError::WrongSize { expected: size, actual }.into());
             }
             let took = Duration::ZERO;
-            return Ok(FetchStats { bytes: 0, took, joined: false, holders: 0 });
+            return Ok(FetchStats { bytes: 0, took, joined: false, holders: Vec::new() });
         }
         let (mut transfer, joined) = join_or_begin(shared, runtime, &wanted);
         let ended = loop {
@@ -852,7 +854,7 @@ impl<'a> Drive<'a> {
         let mut asked: Vec<_> = self.asks.values().map(|(key, _)| *key).collect();
         asked.sort_unstable();
         asked.dedup();
-        self.state.send_replace(State::Moving(Progress { bytes, holders: asked.len() }));
+        self.state.send_replace(State::Moving(Progress { bytes, size, holders: asked.len() }));
     }
 
     /// Brings what is here to the disk from time to time, beside what comes.
@@ -868,10 +870,11 @@ impl<'a> Drive<'a> {
         });
     }
 
-    /// How many bytes came over the network, and from how many holders.
-    fn brought(&self) -> (u64, usize) {
-        let brought = self.sources.values().filter(|source| source.bytes > 0);
-        brought.fold((0, 0), |(bytes, holders), source| (bytes + source.bytes, holders + 1))
+    /// How many bytes came over the network, and from whom.
+    fn brought(&self) -> (u64, Vec<[u8; 32]>) {
+        let brought = self.sources.iter().filter(|(_, source)| source.bytes > 0);
+        let bytes = brought.clone().map(|(_, source)| source.bytes).sum();
+        (bytes, brought.map(|(key, _)| *key).collect())
     }
 
     /// Makes the payload held. What is still under way brings nothing new: it writes what is there.

@@ -744,7 +744,7 @@ async fn one_bad_holder_does_not_hold_up_those_who_know_a_good_one() {
     // Both have the payload: they share the transfer, and who they know.
     assert!(!bad.expect("fetches").joined);
     let good = good.expect("fetches");
-    assert_eq!((good.joined, good.bytes, good.holders), (true, size, 1));
+    assert_eq!((good.joined, good.bytes, good.holders.len()), (true, size, 1));
 }
 
 /// A relay's transfer goes on as long as it is let: what it has is passed on meanwhile.
@@ -789,7 +789,7 @@ async fn what_is_here_is_passed_on_while_the_rest_arrives() {
     let (first, second) = tokio::join!(first, second);
     assert_eq!(first.expect("fetches").bytes, size);
     let second = second.expect("fetches from the one that fetches");
-    assert_eq!((second.bytes, second.holders), (size, 1));
+    assert_eq!((second.bytes, second.holders.len()), (size, 1));
     asker.store.verify(root).expect("it is whole");
     assert_eq!(relay.data.stats().payload_sent, size);
 }
@@ -812,7 +812,7 @@ async fn a_payload_comes_from_all_who_hold_it_and_a_bad_one_is_dropped() {
     let known: Vec<_> = holders.iter().map(Node::holder).collect();
     let stats = asker.data.fetch(known, wanted.0, wanted.1, |_| {}).await.expect("fetches");
     asker.store.verify(wanted.0).expect("it is whole");
-    assert_eq!((stats.holders, asker.data.stats().bad_holders), (3, 1), "{stats:?}");
+    assert_eq!((stats.holders.len(), asker.data.stats().bad_holders), (3, 1), "{stats:?}");
     let sent: Vec<_> = holders.iter().map(|holder| holder.data.stats().payload_sent).collect();
     assert!(sent.iter().all(|sent| *sent > 0 && *sent < wanted.1), "{sent:?}");
     until("the bad one looks at its own", || bad.store.has(wanted.0).is_none()).await;

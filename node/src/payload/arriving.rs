@@ -127,7 +127,8 @@ impl PayloadStore {
         let (partial, here) = match resumed {
             Some(resumed) => resumed,
             None => {
-                let mut partial = Partial::named(&self.inner, size, &marks.path)?;
+                let reservation = Reservation::new(&self.inner, size)?;
+                let mut partial = Partial::named(reservation, &marks.path)?;
                 partial.allocate(size)?;
                 (partial, Groups::new())
             }
@@ -821,8 +822,8 @@ mod tests {
         assert_eq!(files(&store), 9);
         // The one that came longest ago goes; the one that goes on stays.
         let goes_on = store.receive(root(1), SIZE).expect("its own room");
-        store.check_room(2 * SIZE - GROUP_BYTES).expect("there would be room");
-        assert!(matches!(store.check_room(3 * SIZE), Err(PayloadError::NoSpace { .. })));
+        store.check_room(&[2 * SIZE - GROUP_BYTES]).expect("there would be room");
+        assert!(matches!(store.check_room(&[3 * SIZE]), Err(PayloadError::NoSpace { .. })));
         let fourth = store.receive(root(4), SIZE).expect("room");
         assert_eq!(files(&store), 3 + 3 + 2);
         assert_eq!(store.receive(root(3), SIZE).expect("room").here(), Groups::first(1));

@@ -24,8 +24,10 @@ pub const MAX_LOG_LIMIT: u64 = 1 << 30;
 pub const MAX_PROGRAM: u64 = 64 << 20;
 /// The smallest memory limit: one page of WebAssembly, 64 KiB.
 pub const MIN_MEMORY: u64 = 64 << 10;
-/// The most inputs, and the most declared outputs, of one job.
-pub const MAX_FILES: usize = 1024;
+/// The most inputs of one job: an index alone may name 65,536.
+pub const MAX_INPUTS: usize = 1 << 17;
+/// The most declared outputs of one job.
+pub const MAX_OUTPUTS: usize = 1024;
 /// The most bytes that arguments and environment may have together.
 pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 /// The longest relative file name, in bytes.
@@ -108,7 +110,9 @@ pub struct Spec {
     pub env: Vec<(String, String)>,
     /// The file that standard input reads from; none means an empty one.
     pub stdin: Option<PathBuf>,
-    /// What the program finds below `/in`.
+    /// What the program finds below `/in`. It lies there before the warden is started, which has no
+    /// use for the list.
+    #[serde(skip)]
     pub inputs: Vec<Input>,
     /// Relative names below `/out` that are kept when the job has ended.
     pub outputs: Vec<String>,
@@ -150,8 +154,8 @@ pub enum SpecError {
     #[error("file name {0:?} is given twice")]
     Twice(String),
     /// There are too many inputs or outputs.
-    #[error("{0} inputs or outputs are more than {MAX_FILES}")]
-    Files(usize),
+    #[error("{0} inputs or outputs are more than {1}")]
+    Files(usize, usize),
     /// Arguments and environment are too long.
     #[error("arguments and environment are longer than {MAX_ARGUMENT_BYTES} bytes together")]
     Arguments,
@@ -175,8 +179,8 @@ impl Spec {
         }
         let inputs: Vec<&str> = self.inputs.iter().map(|input| input.name.as_str()).collect();
         let outputs: Vec<&str> = self.outputs.iter().map(String::as_str).collect();
-        check_names(&inputs)?;
-        check_names(&outputs)?;
+        check_names(&inputs, MAX_INPUTS)?;
+        check_names(&outputs, MAX_OUTPUTS)?;
         if let Some(name) = inputs.iter().find(|name| Path::new(name).starts_with(NOTICE)) {
             return Err(SpecError::Reserved((*name).to_owned()));
         }
@@ -219,9 +223,9 @@ fn hexadecimal(text: &str) -> bool {
     text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-fn check_names(names: &[&str]) -> Result<(), SpecError> {
-    if names.len() > MAX_FILES {
-        return Err(SpecError::Files(names.len()));
+fn check_names(names: &[&str], most: usize) -> Result<(), SpecError> {
+    if names.len() > most {
+        return Err(SpecError::Files(names.len(), most));
     }
     let mut seen = std::collections::BTreeSet::new();
     for name in names {

@@ -339,7 +339,7 @@ pub struct JobSpec {
     pub env: Vec<(String, String)>,
     /// What it reads from standard input; nothing when absent.
     pub stdin: Option<Payload>,
-    /// Files it finds under `/in`.
+    /// Files and directories it finds under `/in`.
     pub inputs: Vec<Input>,
     /// Files it writes under `/out` that are kept for fetching.
     pub outputs: Vec<String>,
@@ -347,13 +347,16 @@ pub struct JobSpec {
     pub release_after: bool,
 }
 
-/// A file that a job finds.
+/// A file that a job finds, or a directory of files.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Input {
     /// Its name under `/in`.
     pub name: String,
     /// Its bytes.
     pub payload: Payload,
+    /// Where they are an index ([`super::index`]) and the directory of its files is wanted: how many
+    /// bytes its files have together.
+    pub index: Option<u64>,
 }
 
 /// That an act was accepted.
@@ -634,10 +637,12 @@ impl JobSpec {
     /// How many bytes of program and inputs the job brings.
     #[must_use]
     pub fn payload_bytes(&self) -> u64 {
-        self.payloads().fold(0, |sum, payload| sum.saturating_add(payload.size))
+        let named = self.inputs.iter().filter_map(|input| input.index);
+        let sizes = self.payloads().map(|payload| payload.size).chain(named);
+        sizes.fold(0, u64::saturating_add)
     }
 
-    /// Every payload the job needs, the program first.
+    /// Every payload the job names, the program first: what its indexes name comes besides.
     pub fn payloads(&self) -> impl Iterator<Item = Payload> + '_ {
         let inputs = self.inputs.iter().map(|input| input.payload);
         [self.program].into_iter().chain(self.stdin).chain(inputs)

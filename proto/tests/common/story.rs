@@ -234,7 +234,10 @@ impl Story {
             args: vec!["--fast".into()],
             env: vec![("LANG".into(), "C".into())],
             stdin: Some(payload(b"")),
-            inputs: vec![Input { name: "in.txt".into(), payload: payload(b"an input") }],
+            inputs: vec![
+                Input { name: "in.txt".into(), payload: payload(b"an input"), index: None },
+                Input { name: "model".into(), payload: payload(b"an index"), index: Some(3 << 30) },
+            ],
             outputs: vec!["out.txt".into()],
             release_after: true,
         };
