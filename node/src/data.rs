@@ -35,10 +35,11 @@ mod serve;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod tls;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt, io,
     net::{SocketAddr, UdpSocket},
     sync::{
@@ -69,7 +70,7 @@ use self::{
     fetch::{Transfers, Wanted},
     frame::{Code, Open, Request, Response},
     serve::{Examined, Served},
-    stream::Throttle,
+    throttle::Throttle,
     tls::Identity,
 };
 pub use self::{
@@ -187,7 +188,7 @@ impl DataConfig {
             max_serving_per_key: 8,
             max_asking: 64,
             max_asking_per_key: 8,
-            max_watching_per_key: 8,
+            max_watching_per_key: 16,
             hope: Duration::from_secs(30),
             upload_rate: None,
             max_arriving: 64,
@@ -357,12 +358,16 @@ struct Shared {
     served: Mutex<Served>,
     transfers: Mutex<Transfers>,
     serving: Arc<Semaphore>,
+    /// Of them, those that may be for payloads that are not this node's own to deliver.
+    serving_others: Arc<Semaphore>,
     fetching: Semaphore,
     asking: Semaphore,
     serving_each: PerKey,
     asking_each: PerKey,
     watching_each: PerKey,
     upload: Throttle,
+    /// Payloads that this node itself wants delivered.
+    own: Mutex<Arc<HashSet<Root>>>,
     /// For groups that are read to be sent, and for those that are gathered.
     reading: Buffers,
     gathering: Buffers,
@@ -466,12 +471,14 @@ impl Data {
             served: Mutex::default(),
             transfers: Mutex::default(),
             serving: Arc::new(Semaphore::new(serving(&config))),
+            serving_others: Arc::new(Semaphore::new(serving(&config) - serving(&config) / 4)),
             fetching: Semaphore::new(config.max_fetching),
             serving_each: PerKey::new(config.max_serving_per_key),
             asking: Semaphore::new(config.max_asking),
             asking_each: PerKey::new(config.max_asking_per_key),
             watching_each: PerKey::new(config.max_watching_per_key),
             upload: Throttle::new(config.upload_rate),
+            own: Mutex::default(),
             reading: Buffers::default(),
             gathering: Buffers::default(),
             examining: Arc::new(Semaphore::new(1)),
@@ -533,6 +540,11 @@ impl Data {
         let (shared, holder) = (self.shared.clone(), holder.clone());
         let asking = async move { fetch::size::of(&shared, &holder, root).await };
         self.on_its_thread(asking).await?
+    }
+
+    /// Says which payloads this node itself wants delivered: what others want of it waits for them.
+    pub fn put_first(&self, own: HashSet<Root>) {
+        *lock(&self.shared.own) = Arc::new(own);
     }
 
     /// Names more holders of a payload, for the case that it is being fetched.

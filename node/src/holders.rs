@@ -145,6 +145,38 @@ impl Holders {
         Some(spared)
     }
 
+    /// Tells the data plane, as long as others are served, which payloads go first: what a lease of
+    /// this node needs at its lessor, and what somebody is to come for.
+    pub(crate) async fn put_first(self, shutdown: CancellationToken) {
+        let mut last = (BTreeSet::new(), VecDeque::new());
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = shutdown.cancelled() => return,
+            }
+            if self.data.stats().serving == 0 {
+                continue;
+            }
+            let Some(Reply::InUse(InUse { leased, .. })) = self.ask(Command::InUse).await else {
+                continue;
+            };
+            let now = (leased, lock(&self.awaited).clone());
+            if now == last {
+                continue;
+            }
+            last = now.clone();
+            let payloads = self.payloads.clone();
+            let all = move || {
+                let (leased, awaited) = now;
+                let roots = leased.into_iter().map(Root::from).chain(awaited);
+                payloads.with_named(roots)
+            };
+            if let Ok(own) = spawn_blocking(all).await {
+                self.data.put_first(own);
+            }
+        }
+    }
+
     /// Has these spared when room is made, for as long as what this gives is kept.
     fn spare(&self, roots: HashSet<Root>) -> Arc<HashSet<Root>> {
         let roots = Arc::new(roots);

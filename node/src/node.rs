@@ -326,6 +326,7 @@ impl Node {
         tokio::spawn(holders::tell(payloads.clone(), events.clone(), shutdown.clone()));
         let inputs = (events, commands.clone());
         let holders = Holders::new(data.clone(), payloads.clone(), commands.clone());
+        tokio::spawn(holders.clone().put_first(shutdown.clone()));
         let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());

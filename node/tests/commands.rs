@@ -524,6 +524,31 @@ fn a_directory_goes_from_hand_to_hand() {
 }
 
 #[test]
+fn a_directory_of_many_files_comes_side_by_side() {
+    let fabric = Fabric::new();
+    let first = fabric.node("first", "1", &[]);
+    let second = fabric.node("second", "0", &[&first]);
+    let contents: Vec<_> = (0..300u32).map(|n| (n.to_string(), n.to_le_bytes())).collect();
+    let files: Vec<_> = contents.iter().map(|(name, bytes)| (name.as_str(), &bytes[..])).collect();
+    let dir = directory(&fabric, "dir", &files);
+    let root = first.cli_json(&["blob", "import", "--json", &dir])["payloads"][0]["root"].clone();
+    let root = root.as_str().expect("a root").to_string();
+    until("the second has heard of it", || {
+        let stat = second.get(&format!("/v1/payloads/{root}/holders")).json();
+        (stat["holders"][0]["name"] == "first").then_some(())
+    });
+    let out = fabric.room.path().join("out");
+    ended(
+        &second.cli(&["blob", "get", "--index", &root, "-o", &out.display().to_string()]),
+        0,
+        &[],
+    );
+    for (name, bytes) in &contents {
+        assert_eq!(std::fs::read(out.join(name)).expect("written"), bytes);
+    }
+}
+
+#[test]
 fn what_was_not_used_for_long_makes_room() {
     let fabric = Fabric::new();
     let home = fabric.home("small");

@@ -41,6 +41,27 @@ struct Part {
     upload: Option<u64>,
     /// What it fetches.
     fetch: Option<Wanted>,
+    /// How many bytes the disk has that its store is on, and when they run out; any disk if not said.
+    disk: Option<(u64, Full)>,
+}
+
+/// When somebody else takes what is left of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Full {
+    /// Nobody does.
+    Never,
+    /// Once something has come.
+    Meanwhile,
+    /// Before, until the fetch has failed; then there is room again and it is tried once more.
+    Before,
+}
+
+/// Takes all that is left of the disk that `dir` is on.
+fn fill(dir: &Path) {
+    let mut file = fs::File::create(dir.join("filler")).expect("made");
+    for piece in [1 << 16, 1 << 10, 1] {
+        while file.write_all(&vec![1; piece]).is_ok() {}
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -92,6 +113,7 @@ async fn play(part: Part) {
     config.idle_timeout = Duration::from_millis(800);
     config.keep_alive = Duration::from_millis(200);
     config.handshake_timeout = Duration::from_secs(1);
+    let held = store.clone();
     let (data, _arrivals) =
         Data::start(config, [part.seed; 32], store, Arc::new(|_| true)).expect("starts");
     say(&Said::Listens(data.local_addr(), data.public_key()));
@@ -103,13 +125,38 @@ async fn play(part: Part) {
         let progress = |now: leasehold_node::data::Progress| {
             say(&Said::Moving(data.stats().payload_received, now.bytes));
         };
-        let fetched = data.fetch(holders.collect(), root, size, progress).await;
+        let holders: Vec<_> = holders.collect();
+        let beside = part.store.parent().expect("a directory").to_path_buf();
+        let full = part.disk.map_or(Full::Never, |(_, full)| full);
+        let mut filled = false;
+        let progress = |now: leasehold_node::data::Progress| {
+            if full == Full::Meanwhile && now.bytes > 0 && !filled {
+                fill(&beside);
+                filled = true;
+            }
+            progress(now);
+        };
+        if full == Full::Before {
+            fill(&beside);
+            let error = data.fetch(holders.clone(), root, size, |_| {}).await.expect_err("no room");
+            assert!(error.to_string().contains("no space"), "{error}");
+            assert_eq!(data.stats().payload_received, 0, "nothing is asked for that has no room");
+            fs::remove_file(beside.join("filler")).expect("removed");
+        }
+        let fetched = data.fetch(holders, root, size, progress).await;
+        // The disk of its own goes with this process.
+        if part.disk.is_some() && fetched.is_ok() {
+            held.verify(root).expect("its bytes are on disk");
+        }
         let ended = fetched.map(|_| data.stats().payload_received);
         say(&Said::Ended(ended.map_err(|error: FetchError| error.to_string())));
     }
     // Until whoever started this process lets go of it.
     let _ = tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink())).await;
 }
+
+/// Mounts memory of so many bytes at a directory, and goes on with what follows.
+const MOUNTS: &str = r#"mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@""#;
 
 /// One process, killed when dropped.
 struct Side {
@@ -122,7 +169,19 @@ struct Side {
 
 impl Side {
     fn start(part: &Part) -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("this executable"))
+        let exe = std::env::current_exe().expect("this executable");
+        let mut command = match part.disk {
+            None => Command::new(exe),
+            Some((size, _)) => {
+                // A disk of its own, seen by nobody else, which goes with it.
+                let dir = part.store.parent().expect("a directory");
+                let mut command = Command::new("unshare");
+                command.args(["--user", "--map-root-user", "--mount", "sh", "-c"]).arg(MOUNTS);
+                command.args(["sh", &size.to_string()]).arg(dir).arg(exe);
+                command
+            }
+        };
+        let mut child = command
             .args(["--exact", "child_process", "--nocapture", "--test-threads", "1"])
             .env(PART, serde_json::to_string(part).expect("JSON"))
             .stdin(Stdio::piped())
@@ -220,7 +279,7 @@ impl Origin {
                 fs::copy(from, store.join(&name)).expect("copied");
             }
         }
-        Side::start(&Part { store, seed, listen, upload: Some(upload), fetch: None })
+        Side::start(&Part { store, seed, listen, upload: Some(upload), fetch: None, disk: None })
     }
 
     fn wanted(&self, holders: &[&Side]) -> Wanted {
@@ -229,8 +288,18 @@ impl Origin {
     }
 
     fn fetch(&self, store: &Path, seed: u8, wanted: &Wanted) -> Side {
+        self.fetch_onto(None, store, seed, wanted)
+    }
+
+    fn fetch_onto(
+        &self,
+        disk: Option<(u64, Full)>,
+        store: &Path,
+        seed: u8,
+        wanted: &Wanted,
+    ) -> Side {
         let (store, fetch) = (store.to_path_buf(), Some(wanted.clone()));
-        Side::start(&Part { store, seed, listen: any(), upload: None, fetch })
+        Side::start(&Part { store, seed, listen: any(), upload: None, fetch, disk })
     }
 
     /// What a store holds is this payload, and nothing else lies there.
@@ -380,6 +449,38 @@ fn of_several_holders_one_may_have_a_bad_disk() {
         drop((receiver, holders));
         origin.is_in(&store);
         fs::remove_dir_all(origin.room.path().join("copy-2")).expect("removed");
+    }
+}
+
+#[test]
+fn a_disk_may_be_full() {
+    let namespaces = ["--user", "--map-root-user", "--mount", "true"];
+    if !Command::new("unshare").args(namespaces).status().is_ok_and(|status| status.success()) {
+        eprintln!("not tested: this kernel lets nobody have a disk of its own");
+        return;
+    }
+    let origin = Origin::new(24 << 20);
+    let holder = origin.serve(1, any(), 100_000_000);
+    let wanted = origin.wanted(&[&holder]);
+    let cases = [
+        // Too small: it is said before anything is asked for.
+        (16 << 20, Full::Never, Err("no space")),
+        // Others take the rest while it comes: its own room was taken before, and what is not
+        // marked any more costs only a crash.
+        (26 << 20, Full::Meanwhile, Ok(origin.size)),
+        // Full at first, and with room again.
+        (26 << 20, Full::Before, Ok(origin.size)),
+    ];
+    for (nth, (size, full, right)) in cases.into_iter().enumerate() {
+        let disk = origin.room.path().join(format!("disk-{nth}"));
+        fs::create_dir(&disk).expect("made");
+        let store = disk.join("store");
+        let receiver = origin.fetch_onto(Some((size, full)), &store, 9, &wanted);
+        match (receiver.until_here(u64::MAX).expect("it ends"), right) {
+            (Ok(received), Ok(all)) => assert_eq!(received, all, "{full:?}"),
+            (Err(why), Err(part)) => assert!(why.contains(part), "{full:?}: {why}"),
+            (ended, _) => panic!("{full:?} on {size} bytes: {ended:?}"),
+        }
     }
 }
 

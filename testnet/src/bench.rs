@@ -22,6 +22,7 @@
 mod api;
 mod etcd;
 mod gang;
+mod iroh;
 mod lease;
 mod load;
 mod machine;

@@ -123,10 +123,10 @@ pub(super) async fn ask(
     (root, size): (Root, u64),
     events: &mpsc::Sender<Event>,
 ) -> Result<(), FetchError> {
-    // Streams that wait must not take the place of those that bring something.
-    let watching = shared.watching_each.of(&peer).try_acquire_owned();
-    let most = shared.config.max_watching_per_key;
-    let _watching = watching.map_err(|_| LinkError::Busy(most))?;
+    // Streams that wait must not take the place of those that bring something. One that is too many
+    // waits for another payload to be here, or to be given up.
+    let watching = shared.watching_each.of(&peer);
+    let _watching = watching.acquire().await.map_err(|_| LinkError::Closed)?;
     let frame = Request::Have(Have { root, size }).encode().map_err(LinkError::Request)?;
     let Answered { send, mut recv, response } =
         shared.request(peer, addresses, &frame, true).await?;
@@ -156,7 +156,9 @@ pub(super) async fn ask(
             break;
         }
         // However often it says something, it is listened to so often.
-        sleep(LISTEN_EVERY).await;
+        if known.len() < groups {
+            sleep(LISTEN_EVERY).await;
+        }
     }
     drop(send);
     Ok(())

@@ -50,7 +50,8 @@ use super::{
     dial::close,
     frame::{Code, Get, MAX_REQUEST, Open, Refusal, Refused, Request, Response},
     have, lock, name,
-    stream::{FrameReadError, Pace, RecvHalf, SendHalf, Stalled, Throttle, read_frame},
+    stream::{FrameReadError, Pace, RecvHalf, SendHalf, Stalled, read_frame},
+    throttle::Throttle,
     tls::peer_key,
 };
 use crate::payload::{Payload, PayloadError, Root};
@@ -342,8 +343,13 @@ async fn serve_get(
     mut recv: RecvHalf,
 ) {
     let Get { root, size, ranges } = get;
-    let own = shared.serving_each.of(&peer).try_acquire_owned();
-    let (Ok(own), Ok(serving)) = (own, shared.serving.clone().try_acquire_owned()) else {
+    let own = lock(&shared.own).contains(&root);
+    let mut places = vec![shared.serving_each.of(&peer), shared.serving.clone()];
+    if !own {
+        places.push(shared.serving_others.clone());
+    }
+    let places = places.into_iter().map(Semaphore::try_acquire_owned);
+    let Ok(places) = places.collect::<Result<Vec<_>, _>>() else {
         return refuse(shared, &mut send, Refusal::Busy, 0, "too many payloads are on their way")
             .await;
     };
@@ -372,14 +378,14 @@ async fn serve_get(
         Err(_) => return,
     };
     let sent = {
-        let sending = send_payload(shared, payload, ranges, &mut send);
+        let sending = send_payload(shared, payload, ranges, (peer, own), &mut send);
         // The verdict on what was sent may come before all is sent, if it is bad.
         tokio::select! {
             sent = sending => sent,
             broken = verdict(&mut recv) => Err(broken.err().unwrap_or(Broken::Unwanted)),
         }
     };
-    drop((own, serving));
+    drop(places);
     let ended = match sent {
         Ok(()) => {
             send.finish();
@@ -424,6 +430,7 @@ async fn send_payload(
     shared: &Shared,
     payload: Payload,
     ranges: Vec<Range<u64>>,
+    (peer, own): ([u8; 32], bool),
     send: &mut SendHalf,
 ) -> Result<(), Broken> {
     let mut pace = Pace::new(shared.config.stall, shared.config.min_rate);
@@ -444,7 +451,7 @@ async fn send_payload(
             write(send, &mut pace, &mut [pairs]).await?;
             for from in (0..group.len()).step_by(Throttle::SLICE) {
                 let slice = group.slice(from..group.len().min(from + Throttle::SLICE));
-                shared.upload.take(slice.len()).await;
+                shared.upload.take(peer, own, slice.len()).await;
                 write(send, &mut pace, &mut [slice]).await?;
             }
         } else {

@@ -12,8 +12,7 @@ use quinn::VarInt;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::Mutex,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -211,43 +210,6 @@ impl Pace {
     }
 }
 
-/// At most so many bytes a second for all who take from it, in the order in which they come.
-#[derive(Debug)]
-pub(super) struct Throttle {
-    /// None for as much as there is.
-    rate: Option<u64>,
-    /// When what was taken so far has had its time. Who takes holds it until then, so that one who
-    /// gives up has cost nobody anything.
-    free_at: Mutex<Instant>,
-}
-
-impl Throttle {
-    /// What may be taken at once after a rest.
-    const BURST: Duration = Duration::from_millis(20);
-    /// What is taken at a time.
-    pub(super) const SLICE: usize = 32 << 10;
-
-    pub(super) fn new(rate: Option<u64>) -> Self {
-        Self { rate, free_at: Mutex::new(Instant::now()) }
-    }
-
-    /// Whether there is a limit at all.
-    pub(super) fn is_on(&self) -> bool {
-        self.rate.is_some()
-    }
-
-    /// Waits until so many bytes more may go.
-    pub(super) async fn take(&self, bytes: usize) {
-        let Some(rate) = self.rate else { return };
-        let mut free_at = self.free_at.lock().await;
-        let now = Instant::now();
-        let begins = (*free_at).max(now.checked_sub(Self::BURST).unwrap_or(now));
-        let until = begins + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-        sleep_until(until).await;
-        *free_at = until;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::future::{pending, ready};
@@ -273,17 +235,6 @@ mod tests {
             }
             assert_eq!(keeps, !stalls, "{step} bytes a second");
         }
-    }
-
-    #[tokio::test]
-    async fn no_more_goes_than_the_rate_whoever_takes_it() {
-        let throttle = Throttle::new(Some(10_000));
-        let start = Instant::now();
-        let take = |bytes| throttle.take(bytes);
-        tokio::join!(take(1_000), take(500), take(500));
-        // Less what may go at once.
-        assert!(start.elapsed() >= Duration::from_millis(180), "{:?}", start.elapsed());
-        Throttle::new(None).take(usize::MAX).await;
     }
 
     #[tokio::test]

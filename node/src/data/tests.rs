@@ -4,6 +4,7 @@
 #![allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
 
 use std::{
+    collections::HashSet,
     fs::OpenOptions,
     io::Cursor,
     os::unix::fs::FileExt,
@@ -1222,4 +1223,29 @@ async fn its_futures_are_send() {
     drop(is_send(node.data.open([0; 32], vec![], 0, vec![])));
     drop(is_send(node.data.close()));
     drop(is_send(node.store.import_stream(&b""[..], Declared::AtMost(0))));
+}
+
+#[tokio::test]
+async fn what_a_node_wants_delivered_does_not_wait_for_strangers() {
+    let limits = Limits { keep_free: 0, ..Limits::default() };
+    let slow = |config: &mut DataConfig| {
+        config.max_serving = 4;
+        config.upload_rate = Some(300_000);
+    };
+    let holder = Node::with(1, slow, limits, Arc::new(|_| true));
+    let (stranger, lessor) = (Node::new(2), Node::new(3));
+    let own = holder.import(&content(60_000));
+    holder.data.put_first(HashSet::from([own.0]));
+    // They would take twenty seconds, and all the places that there are for such.
+    let theirs: Vec<_> = (0..3).map(|n| holder.import(&content(2_000_000 + n))).collect();
+    let fetches = theirs.iter().map(|wanted| stranger.fetch_from(&holder, *wanted));
+    let strangers = futures::future::join_all(fetches);
+    let delivered = async {
+        until("they are served", || holder.data.stats().payload_sent > 0).await;
+        lessor.fetch_from(&holder, own).await
+    };
+    tokio::select! {
+        _ = strangers => panic!("strangers come first"),
+        delivered = delivered => assert_eq!(delivered.expect("comes").bytes, own.1),
+    }
 }

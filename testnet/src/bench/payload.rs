@@ -54,13 +54,13 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Spread, line, machine, rounded,
+    Spread, iroh, line, machine, rounded,
     scp::{self, OpenSsh},
     temporary,
 };
 
 /// How long one transfer may take before the benchmark gives up: 4 MB/s and half a minute.
-fn limit(size: u64) -> Duration {
+pub(super) fn limit(size: u64) -> Duration {
     Duration::from_secs(30 + size / 4_000_000)
 }
 
@@ -92,6 +92,9 @@ pub(super) struct Options {
     /// Senders of `holders`, receivers of `fan-out`.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
     hosts: u32,
+    /// The program of `iroh-blobs`.
+    #[arg(long, default_value = iroh::PROGRAM)]
+    peer: PathBuf,
     /// Bytes a second that each sends at most, in `holders` and, if said, in `fan-out`.
     #[arg(long, value_parser = size)]
     upload: Option<u64>,
@@ -110,6 +113,8 @@ enum Case {
     FanOut,
     /// A file to a verified file, synced, beside scp with the same cipher.
     Scp,
+    /// The same beside iroh-blobs, from one file store to another.
+    IrohBlobs,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -264,7 +269,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let base = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     let held = temporary(memory.as_deref().unwrap_or(&base))?;
     let target = match options.case {
-        Case::File | Case::Scp => temporary(&base)?,
+        Case::File | Case::Scp | Case::IrohBlobs => temporary(&base)?,
         _ => temporary(memory.as_deref().unwrap_or(&base))?,
     };
     let root = prepare(held.path(), size)?;
@@ -274,6 +279,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Case::Holders => from_several(options, &payload),
         Case::FanOut => to_several(options, &payload),
         Case::Scp => beside_scp(options, &payload),
+        Case::IrohBlobs => beside_iroh(options, &payload),
     }
 }
 
@@ -283,6 +289,13 @@ struct Payload<'a> {
     target: &'a Path,
     root: Root,
     size: u64,
+}
+
+impl Payload<'_> {
+    /// The file with its bytes.
+    fn data(&self) -> PathBuf {
+        self.held.join(format!("{}.data", self.root))
+    }
 }
 
 fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
@@ -335,33 +348,61 @@ fn beside_scp(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
         bail!("there is no OpenSSH server and client here: apt-get install openssh-server")
     };
     let server = ssh.start(payload.target)?;
-    let from = payload.held.join(format!("{}.data", payload.root));
+    let from = payload.data();
     let to = payload.target.join("copied");
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let peer = Peer { name: scp::NAME, version: ssh.version, cipher: scp::CIPHER };
+    beside(options, payload, peer, || {
+        let seconds = server.copy(&from, &to)?;
+        std::fs::remove_file(&to)?;
+        Ok(seconds)
+    })
+}
+
+fn beside_iroh(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
+    let serving = iroh::Serving::start(&options.peer, &payload.data(), payload.held)?;
+    let version = iroh::VERSION.to_owned();
+    let peer = Peer { name: iroh::NAME, version, cipher: iroh::CIPHER };
+    beside(options, payload, peer, || serving.fetch(payload.target, payload.size))
+}
+
+/// What else moves the same bytes.
+struct Peer {
+    name: &'static str,
+    version: String,
+    cipher: &'static str,
+}
+
+/// Ours and a peer take turns; `theirs` gives the seconds that it took.
+fn beside(
+    options: &Options,
+    payload: &Payload<'_>,
+    peer: Peer,
+    mut theirs: impl FnMut() -> anyhow::Result<f64>,
+) -> anyhow::Result<()> {
+    let (mut ours, mut others) = (Vec::new(), Vec::new());
     let mb = payload.size as f64 / 1e6;
     for turn in 0..options.runs {
         for ours_is_next in in_turn(turn) {
             if ours_is_next {
                 ours.push(speed(&leasehold(payload)?, payload.size));
             } else {
-                theirs.push(mb / server.copy(&from, &to)?);
-                std::fs::remove_file(&to)?;
+                others.push(mb / theirs()?);
             }
         }
         let last = |runs: &[f64]| runs.last().copied().unwrap_or_default();
-        let (ours, theirs) = (last(&ours), last(&theirs));
-        eprintln!("run {}: leasehold {ours:.0} MB/s, scp {theirs:.0} MB/s", turn + 1);
+        let (ours, theirs) = (last(&ours), last(&others));
+        eprintln!("run {}: leasehold {ours:.0} MB/s, {} {theirs:.0} MB/s", turn + 1, peer.name);
     }
-    let pairs = Spread::of(ours.iter().zip(&theirs).map(|(a, b)| a / b));
+    let pairs = Spread::of(ours.iter().zip(&others).map(|(a, b)| a / b));
     let pairs = pairs.context("there was no run")?;
     let median = |runs: Vec<f64>| Spread::of(runs).map_or(0.0, |spread| spread.median);
-    let (ours, theirs) = (median(ours), median(theirs));
+    let (ours, theirs) = (median(ours), median(others));
     line(&PeerLine {
         bench: "payload",
-        case: "scp",
-        peer: scp::NAME,
-        version: ssh.version,
-        cipher: scp::CIPHER,
+        case: peer.name,
+        peer: peer.name,
+        version: peer.version,
+        cipher: peer.cipher,
         size: payload.size,
         mb_per_s: rounded(ours, 1),
         peer_mb_per_s: rounded(theirs, 1),
@@ -594,7 +635,7 @@ fn finish(sender: &mut Process, receiver: &mut Process, size: u64) -> anyhow::Re
 
 /// A side in its own process. It ends when its standard input does, and at the latest when this
 /// is dropped.
-struct Process {
+pub(super) struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: std::sync::mpsc::Receiver<io::Result<String>>,
@@ -603,8 +644,13 @@ struct Process {
 impl Process {
     fn start(args: &[&std::ffi::OsStr]) -> anyhow::Result<Self> {
         let this = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut child = Command::new(this)
-            .args(["bench", "payload-side"])
+        let own = ["bench".as_ref(), "payload-side".as_ref()];
+        Self::start_program(&this, &[&own, args].concat())
+    }
+
+    /// Starts another program that behaves as a side does.
+    pub(super) fn start_program(program: &Path, args: &[&std::ffi::OsStr]) -> anyhow::Result<Self> {
+        let mut child = Command::new(program)
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -634,7 +680,7 @@ impl Process {
     }
 
     /// The next line it says.
-    fn says<T: DeserializeOwned>(&mut self, within: Duration) -> anyhow::Result<T> {
+    pub(super) fn says<T: DeserializeOwned>(&mut self, within: Duration) -> anyhow::Result<T> {
         match self.lines.recv_timeout(within) {
             Ok(text) => {
                 let text = text.context("cannot read what a process says")?;
