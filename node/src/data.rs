@@ -32,6 +32,7 @@ mod dial;
 mod fetch;
 mod have;
 mod serve;
+pub mod socket;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,7 @@ mod tls;
 use std::{
     collections::{HashMap, HashSet},
     fmt, io,
-    net::{SocketAddr, UdpSocket},
+    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -50,8 +51,7 @@ use std::{
     time::Duration,
 };
 
-use quinn::{EndpointConfig, TransportConfig, VarInt, congestion::CubicConfig};
-use socket2::{Domain, Protocol, Socket, Type};
+use quinn::{EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt, congestion::CubicConfig};
 use thiserror::Error;
 use tokio::{
     runtime::{Builder, Handle},
@@ -59,7 +59,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::payload::{PayloadStore, Root};
 
@@ -124,6 +124,9 @@ pub struct DataConfig {
     /// The socket's buffers each way, in bytes. The kernel may give less (`net.core.rmem_max`,
     /// `wmem_max`), which costs throughput and is warned of.
     pub socket_buffer: usize,
+    /// The largest UDP payload that a path is tried for, in bytes, and that is taken from a peer. What a
+    /// path does not carry costs a few lost probes.
+    pub mtu: u16,
     /// Streams that one connection may have open at once.
     pub max_streams: u32,
     /// Connections served at once.
@@ -170,13 +173,20 @@ pub struct DataConfig {
     pub min_rate: u64,
 }
 
+/// The least that QUIC asks of any path, in bytes of UDP payload (RFC 9000, section 14).
+const MIN_MTU: u16 = 1_200;
+
 impl DataConfig {
+    /// What an Ethernet frame of 9,000 bytes carries besides the headers of IPv6 and UDP.
+    pub const MTU: u16 = 8_952;
+
     /// The defaults, listening on `listen`.
     pub fn new(listen: SocketAddr) -> Self {
         Self {
             listen,
             windows: Windows::default(),
             socket_buffer: 4 << 20,
+            mtu: Self::MTU,
             max_streams: 32,
             max_connections: 256,
             max_connections_per_key: 4,
@@ -208,7 +218,10 @@ impl DataConfig {
         // 128 KiB at once instead of 14: the paths are data-center networks, and most payloads
         // and all of their first round trips get faster.
         congestion.initial_window(128 << 10);
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(self.mtu.max(MIN_MTU));
         transport
+            .mtu_discovery_config(Some(discovery))
             .max_concurrent_uni_streams(0u32.into())
             .datagram_receive_buffer_size(None)
             .max_idle_timeout(Some(milliseconds(self.idle_timeout).into()))
@@ -427,9 +440,10 @@ impl Data {
     ) -> Result<(Self, mpsc::Receiver<Arriving>), StartError> {
         let identity = Identity::new(seed)?;
         let server = identity.server()?;
-        let endpoint_config = endpoint_config(&seed);
+        let endpoint_config = endpoint_config(&seed, &config);
         let listen = |source| StartError::Listen { address: config.listen, source };
-        let socket = socket(&config).map_err(listen)?;
+
+        let socket = socket::open(&config).map_err(listen)?;
         let address = socket.local_addr().map_err(listen)?;
 
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
@@ -449,7 +463,8 @@ impl Data {
             .build()
             .map_err(StartError::Thread)?;
         let entered = runtime.enter();
-        let endpoint = quinn::Endpoint::new(
+        let socket = socket::for_quinn(socket).map_err(listen)?;
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config,
             Some(server),
             socket,
@@ -471,9 +486,9 @@ impl Data {
             served: Mutex::default(),
             transfers: Mutex::default(),
             serving: Arc::new(Semaphore::new(serving(&config))),
-            serving_others: Arc::new(Semaphore::new(serving(&config) - serving(&config) / 4)),
+            serving_others: Arc::new(Semaphore::new(serving_others(&config))),
             fetching: Semaphore::new(config.max_fetching),
-            serving_each: PerKey::new(config.max_serving_per_key),
+            serving_each: PerKey::new(serving_each(&config)),
             asking: Semaphore::new(config.max_asking),
             asking_each: PerKey::new(config.max_asking_per_key),
             watching_each: PerKey::new(config.max_watching_per_key),
@@ -628,12 +643,24 @@ impl Data {
     }
 }
 
-/// How many payloads are sent at once: no more than each get four times the least that a transfer
-/// must make.
+/// How many payloads are sent at once: no more than each get eight times the least that a transfer
+/// must make. So one of two to the same peer still gets twice that while the node's own have half.
 fn serving(config: &DataConfig) -> usize {
-    let each = config.min_rate.saturating_mul(4).max(1);
+    let each = config.min_rate.saturating_mul(8).max(1);
     let paced = config.upload_rate.map_or(u64::MAX, |rate| rate / each);
     usize::try_from(paced).unwrap_or(usize::MAX).clamp(1, config.max_serving)
+}
+
+/// How many of them may be for payloads that are not the node's own to deliver.
+fn serving_others(config: &DataConfig) -> usize {
+    let all = serving(config);
+    if all > 1 { all - (all / 4).max(1) } else { all }
+}
+
+/// How many of them may be to one peer: where little is sent they share the peer's turns.
+fn serving_each(config: &DataConfig) -> usize {
+    let most = config.max_serving_per_key;
+    if config.upload_rate.is_some() { most.min(2) } else { most }
 }
 
 /// What the data thread does until `stop`.
@@ -656,35 +683,14 @@ fn close(endpoint: &quinn::Endpoint) {
     endpoint.close(VarInt::from_u32(Code::Closing as u32), Code::Closing.reason().as_bytes());
 }
 
-/// The socket, with the buffers that QUIC at speed wants: one socket carries all connections, and
-/// the default of some 200 KiB is 150 packets.
-fn socket(config: &DataConfig) -> io::Result<UdpSocket> {
-    let domain = Domain::for_address(config.listen);
-    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
-    let asked = config.socket_buffer;
-    socket.set_recv_buffer_size(asked)?;
-    socket.set_send_buffer_size(asked)?;
-    // Linux reports twice what it grants, for its own bookkeeping (socket(7)).
-    let (receive, send) = (socket.recv_buffer_size()? / 2, socket.send_buffer_size()? / 2);
-    if receive < asked || send < asked {
-        warn!(
-            asked,
-            receive,
-            send,
-            "the kernel grants smaller socket buffers than asked for: transfers may lose packets; \
-             raise net.core.rmem_max and net.core.wmem_max"
-        );
-    }
-    socket.bind(&config.listen.into())?;
-    Ok(socket.into())
-}
-
 /// Connection ids are random, and the key of stateless resets comes from the node's: a peer that
 /// still talks to this node's last run is told at once that it is over, not after its timeout.
-fn endpoint_config(seed: &[u8; 32]) -> EndpointConfig {
+fn endpoint_config(seed: &[u8; 32], data: &DataConfig) -> EndpointConfig {
     let key = blake3::derive_key("leasehold data plane 1: stateless resets", seed);
     let mut config = EndpointConfig::new(Arc::new(ResetKey(key)));
     config.cid_generator(|| Box::new(RandomIds::default()));
+    // Fails only below the least that QUIC allows, and then that stays.
+    let _ = config.max_udp_payload_size(data.mtu.max(MIN_MTU));
     config
 }
 

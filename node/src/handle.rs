@@ -193,12 +193,16 @@ impl Handle {
         size: u64,
         progress: impl FnMut(Progress) + Send,
     ) -> Result<(Index, FetchStats), FetchError> {
-        self.inner.holders.fetch_index(Vec::new(), root, size, progress).await
+        self.inner.holders.fetch_index(Vec::new(), (root, size), u64::MAX, progress).await
     }
 
-    /// Which payloads are not to be removed, with those that the indexes among them name.
-    pub async fn in_use(&self) -> InUse {
-        self.inner.holders.in_use().await.unwrap_or_default()
+    /// Which payloads are not to be removed, with those that the indexes among them name, but for
+    /// `without` and what only that names.
+    ///
+    /// # Errors
+    /// When that cannot be told, because the node stops or an index cannot be read.
+    pub async fn in_use(&self, without: Option<Root>) -> Result<InUse, AskError> {
+        self.inner.holders.in_use(without).await.ok_or(AskError::Stopped)
     }
 
     /// Who else says that it has a payload, or is fetching it.

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt as _, stream};
 use leasehold_proto::base::dice::Dice;
 use leasehold_proto::core::{Command, Event, InUse, Reply};
-use leasehold_proto::words::index::Index;
+use leasehold_proto::words::index::{Index, IndexError, MAX_BYTES};
 use leasehold_proto::words::record::{MAX_PAYLOADS, Payloads};
 use leasehold_proto::{Hash, Payload};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
 use crate::handle::Asked;
@@ -91,19 +92,21 @@ impl Holders {
         answer.await.ok()?.ok()
     }
 
-    /// Which payloads are not to be removed, with those that the indexes among them name; none when
-    /// the loop does not say.
-    pub(crate) async fn in_use(&self) -> Option<InUse> {
+    /// Which payloads are not to be removed, with those that the indexes among them name, but for
+    /// `without` and what only that names; none when that cannot be told.
+    pub(crate) async fn in_use(&self, without: Option<Root>) -> Option<InUse> {
         let Some(Reply::InUse(in_use)) = self.ask(Command::InUse).await else { return None };
         let payloads = self.payloads.clone();
         let named = move || {
             let all = |roots: BTreeSet<Hash>| {
-                let roots = payloads.with_named(roots.into_iter().map(Root::from));
-                roots.into_iter().map(Hash::from).collect()
+                let roots = roots.into_iter().map(Root::from);
+                let roots = payloads.with_named(roots.filter(|root| Some(*root) != without))?;
+                Ok::<_, PayloadError>(roots.into_iter().map(Hash::from).collect())
             };
-            InUse { pinned: all(in_use.pinned), leased: all(in_use.leased) }
+            Ok(InUse { pinned: all(in_use.pinned)?, leased: all(in_use.leased)? })
         };
-        spawn_blocking(named).await.ok()
+        let named = self.blocking(named).await;
+        named.inspect_err(|error| warn!(%error, "what indexes name cannot be told")).ok()
     }
 
     /// Sees to room for payloads of these sizes in bytes, at the cost of those that nobody uses.
@@ -135,7 +138,7 @@ impl Holders {
 
     /// What is not to make room; none when that cannot be told, so that nothing is.
     async fn spared(&self) -> Option<HashSet<Root>> {
-        let in_use = self.in_use().await?;
+        let in_use = self.in_use(None).await?;
         let spared = in_use.pinned.into_iter().chain(in_use.leased);
         let mut spared: HashSet<_> = spared.map(Root::from).collect();
         spared.extend(lock(&self.awaited).iter());
@@ -164,14 +167,16 @@ impl Holders {
             if now == last {
                 continue;
             }
-            last = now.clone();
+            let (leased, awaited) = now.clone();
+            let roots: Vec<_> = leased.into_iter().map(Root::from).chain(awaited).collect();
+            // What an index names that is still to come is known later.
+            let all_here = roots.iter().all(|root| self.payloads.has(*root).is_some());
             let payloads = self.payloads.clone();
-            let all = move || {
-                let (leased, awaited) = now;
-                let roots = leased.into_iter().map(Root::from).chain(awaited);
-                payloads.with_named(roots)
-            };
-            if let Ok(own) = spawn_blocking(all).await {
+            let own = self.blocking(move || payloads.with_named(roots)).await;
+            if all_here && own.is_ok() {
+                last = now;
+            }
+            if let Ok(own) = own {
                 self.data.put_first(own);
             }
         }
@@ -278,26 +283,35 @@ impl Holders {
     /// that, so that those who fetch it at the same time soon have different parts of it.
     ///
     /// # Errors
-    /// When it is no index, when there is no room for all of it, or when one payload does not come.
-    /// What came stays.
+    /// When it is no index, when its files have more than `most` bytes together, when there is no room
+    /// for all of it, or when one payload does not come. What came stays.
     pub(crate) async fn fetch_index(
         &self,
         named: Vec<Holder>,
-        root: Root,
-        size: u64,
+        (root, size): (Root, u64),
+        most: u64,
         mut progress: impl FnMut(Progress) + Send,
     ) -> Result<(Index, FetchStats), FetchError> {
         let began = Instant::now();
+        if size > MAX_BYTES as u64 {
+            return Err(PayloadError::NotAnIndex { root, why: IndexError::NoIndex }.into());
+        }
         let mut stats = self.fetch(named.clone(), root, size, &mut progress).await?;
         let payloads = self.payloads.clone();
         let index = self.blocking(move || payloads.index(root)).await?;
+        if index.size() > most {
+            return Err(PayloadError::TooLarge { limit: most }.into());
+        }
         // What is here already and what comes first is not to make room for the rest.
         let named_roots = index.payloads().iter().map(|payload| payload.root.into());
         let _spared = self.spare([root].into_iter().chain(named_roots).collect());
         let held =
             |payload: &&Payload| self.payloads.has(payload.root.into()) == Some(payload.size);
         let mut missing: Vec<_> = index.payloads().iter().filter(|p| !held(p)).copied().collect();
-        self.make_room(missing.iter().map(|payload| payload.size).collect()).await?;
+        // What is on its way for somebody else has its room.
+        let arriving = |p: &Payload| self.payloads.part(p.root.into(), p.size).is_some();
+        let to_come = missing.iter().filter(|payload| !arriving(payload));
+        self.make_room(to_come.map(|payload| payload.size).collect()).await?;
         let missing_bytes: u64 = missing.iter().map(|payload| payload.size).sum();
         let all = index.payload_bytes().saturating_add(size);
         let now = Progress { bytes: all - missing_bytes, size: all, holders: 0 };

@@ -36,7 +36,7 @@ use crate::data::frame::Refusal;
 use crate::data::{Arriving, FetchError, Holder, LinkError};
 use crate::handle::Asked;
 use crate::holders::Holders;
-use crate::payload::{PayloadStore, Root};
+use crate::payload::{PayloadError, PayloadStore, Root};
 use crate::work::{self, Spec, Stream, Work, WorkEvent};
 
 #[cfg(test)]
@@ -265,19 +265,20 @@ impl Jobs {
         let fetch_all = async {
             let mut found = Found { sources: start.sources.clone(), until: None };
             for payload in [start.job.program].into_iter().chain(start.job.stdin) {
-                self.fetch(start, &mut found, payload, false).await?;
+                self.fetch(start, &mut found, payload, None).await?;
             }
-            let mut indexes = Indexes::new();
-            for Input { name, payload, index } in &start.job.inputs {
-                let read = self.fetch(start, &mut found, *payload, index.is_some()).await?;
-                let Some(read) = read else { continue };
-                if index.is_some_and(|said| said < read.size()) {
-                    let more = read.size();
-                    let why =
-                        format!("the files of input {name} have {more} bytes: more than said");
-                    return Err(Outcome::NotRunnable(clip(&why)));
+            let (mut indexes, mut files) = (Indexes::new(), 0);
+            for Input { payload, index, .. } in &start.job.inputs {
+                let read = self.fetch(start, &mut found, *payload, *index).await?;
+                files += read.as_ref().map_or(1, |index| index.files().len());
+                if files > work::MAX_INPUTS {
+                    let most = work::MAX_INPUTS;
+                    let why = format!("its inputs are more than {most} files");
+                    return Err(Outcome::NotRunnable(why));
                 }
-                indexes.insert(payload.root, read);
+                if let Some(read) = read {
+                    indexes.insert(payload.root, read);
+                }
             }
             Ok(indexes)
         };
@@ -475,17 +476,18 @@ impl Jobs {
         start: &StartJob,
         delegate: &mut Found,
         payload: Payload,
-        index: bool,
+        index: Option<u64>,
     ) -> Result<Option<Index>, Outcome> {
         let (root, size) = (Root::from(payload.root), payload.size);
         loop {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
-            let fetched = if index {
-                let fetched = self.inner.holders.fetch_index(holders, root, size, |_| {}).await;
+            let all = &self.inner.holders;
+            let fetched = if let Some(most) = index {
+                let fetched = all.fetch_index(holders, (root, size), most, |_| {}).await;
                 fetched.map(|(index, stats)| (Some(index), stats))
             } else {
-                let fetched = self.inner.holders.fetch(holders, root, size, |_| {}).await;
+                let fetched = all.fetch(holders, root, size, |_| {}).await;
                 fetched.map(|stats| (None, stats))
             };
             let error = match fetched {
@@ -495,6 +497,20 @@ impl Jobs {
                 }
                 Err(error) => error,
             };
+            // The order is wrong about it, whoever brings it.
+            if let (Some(most), FetchError::Store(wrong)) = (index, &error) {
+                match **wrong {
+                    PayloadError::TooLarge { limit } if limit == most => {
+                        let why =
+                            format!("the files of {root} have more than the {most} bytes said");
+                        return Err(Outcome::NotRunnable(why));
+                    }
+                    PayloadError::NotAnIndex { .. } => {
+                        return Err(Outcome::NotRunnable(clip(&error.to_string())));
+                    }
+                    _ => {}
+                }
+            }
             let unreachable = matches!(error, FetchError::Link(LinkError::Unreachable { .. }));
             let until = *delegate.until.get_or_insert_with(|| Instant::now() + FIND);
             if unreachable

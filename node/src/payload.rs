@@ -150,13 +150,16 @@ pub struct Limits {
     pub keep_free: u64,
     /// The most bytes one payload may have.
     pub max_payload: u64,
+    /// Whether what arrives is dropped once it is verified, and never held: for measuring what there is
+    /// besides files.
+    pub discard: bool,
 }
 
 impl Default for Limits {
     /// No quota, payloads up to 1 TiB, and 256 MiB of the disk left alone, so that the journal
     /// can always grow.
     fn default() -> Self {
-        Self { quota: u64::MAX, keep_free: 256 << 20, max_payload: 1 << 40 }
+        Self { quota: u64::MAX, keep_free: 256 << 20, max_payload: 1 << 40, discard: false }
     }
 }
 
@@ -449,15 +452,20 @@ impl PayloadStore {
     /// Opens a payload for reading. The handle stays good when the payload is removed.
     pub fn open(&self, root: Root) -> Result<Payload, PayloadError> {
         let size = self.inner.used(root).ok_or(PayloadError::NotHeld(root))?;
+        let payload = self.open_files(root, size)?;
+        // So that the next run knows as well, within an hour. Failing to say so costs little.
+        let now = SystemTime::now();
+        let since = payload.data.metadata().and_then(|about| about.modified());
+        if since.is_ok_and(|since| since + USED_WITHIN < now) {
+            let _ = payload.data.set_modified(now);
+        }
+        Ok(payload)
+    }
+
+    fn open_files(&self, root: Root, size: u64) -> Result<Payload, PayloadError> {
         let open = |path: PathBuf| File::open(&path).map_err(io_error("opening", &path));
         let data = open(self.inner.data_path(root))?;
         let outboard = open(self.inner.outboard_path(root))?;
-        // So that the next run knows as well, within an hour. Failing to say so costs little.
-        let now = SystemTime::now();
-        let since = data.metadata().and_then(|about| about.modified());
-        if since.is_ok_and(|since| since + USED_WITHIN < now) {
-            let _ = data.set_modified(now);
-        }
         Ok(Payload { root, size, data, outboard })
     }
 
@@ -551,8 +559,12 @@ impl PayloadStore {
         if payload.size > limit {
             return Err(PayloadError::TooLarge { limit });
         }
+        self.read_all(&payload)
+    }
+
+    fn read_all(&self, payload: &Payload) -> Result<Vec<u8>, PayloadError> {
         let mut content = Vec::with_capacity(usize::try_from(payload.size).unwrap_or(0));
-        self.copy_verified(&payload, &mut content, &self.inner.data_path(root))?;
+        self.copy_verified(payload, &mut content, &self.inner.data_path(payload.root))?;
         Ok(content)
     }
 
@@ -613,7 +625,11 @@ impl PayloadStore {
         size: u64,
         spared: Option<&HashSet<Root>>,
     ) -> Result<Room, PayloadError> {
-        let take = || Reservation::new(&self.inner, size);
+        let take = || {
+            // What rests does not go for something that has no room even so.
+            self.check_room(&[size])?;
+            Reservation::new(&self.inner, size)
+        };
         let (reservation, _) = self.making_room(&[size], spared, take)?;
         Ok(Room { reservation })
     }

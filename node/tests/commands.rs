@@ -165,10 +165,10 @@ fn a_program_finds_a_directory() {
     assert_eq!(run(&buyer, &["--input", &data, &tell]).stdout, b"program\0from below");
     assert_eq!(sent(), before, "nothing is sent twice");
 
-    // What the order says of a directory's size binds.
-    let listed = buyer.get("/v1/payloads").json()["payloads"].clone();
-    let index = listed.as_array().expect("payloads").iter().find(|line| line["index"] == true);
-    let (index, size) = (&index.expect("the index")["root"], &index.expect("the index")["size"]);
+    // What the order says of a directory's size binds, before anything of it is fetched.
+    let other = directory(&fabric, "other", &[("large", &[3; 50_000])]);
+    let imported = buyer.cli_json(&["blob", "import", "--json", &other])["payloads"][0].clone();
+    let (index, size) = (&imported["root"], &imported["size"]);
     let bytes = std::fs::read(&tell).expect("reads");
     let root = blake3::hash(&bytes).to_string();
     let claim = |said: u64| {
@@ -187,7 +187,10 @@ fn a_program_finds_a_directory() {
     assert_eq!(answer.status, 200, "{answer:?}");
     let outcome = end_of(&buyer, &lease)["outcome"].clone();
     assert_eq!(outcome["kind"], "not_runnable", "{outcome}");
-    assert!(outcome.to_string().contains("11 bytes: more than said"), "{outcome}");
+    assert!(outcome.to_string().contains("more than the 10 bytes said"), "{outcome}");
+    let large = blake3::hash(&[3; 50_000]).to_string();
+    let held = seller.get("/v1/payloads").json().to_string();
+    assert!(held.contains(index.as_str().expect("a root")) && !held.contains(&large), "{held}");
     let (answer, _) = claim(1 << 50);
     assert_eq!(answer.status, 400, "what has no room is refused: {answer:?}");
     drop(seller);
@@ -512,6 +515,7 @@ fn a_directory_goes_from_hand_to_hand() {
     ended(&second.cli(&["blob", "rm", &new]), 7, &["pinned"]);
     ended(&second.cli(&["blob", "rm", "--index", &root]), 0, &[]);
     assert_eq!(roots(&second).len(), 6, "the pinned one and what it names");
+    ended(&second.cli(&["blob", "rm", "--index", &changed_root]), 7, &["pinned"]);
 
     // What is wrong is said.
     ended(&second.cli(&["blob", "export", "--index", &changed_root, &to]), 7, &["not empty"]);

@@ -124,15 +124,16 @@ fn arriving(body: Body, shutdown: CancellationToken) -> impl Stream<Item = io::R
 
 /// Every payload that the node holds
 #[utoipa::path(get, path = "/v1/payloads", tag = "payloads", responses(
-    (status = 200, body = Payloads), (status = 401, body = ErrorBody)))]
-pub(super) async fn list(State(app): State<App>) -> Json<Payloads> {
-    let in_use = app.handle.in_use().await;
+    (status = 200, body = Payloads), (status = 401, body = ErrorBody),
+    (status = 503, body = ErrorBody)))]
+pub(super) async fn list(State(app): State<App>) -> Result<Json<Payloads>, ApiError> {
+    let in_use = app.handle.in_use(None).await?;
     let held = app.handle.payloads().list();
     let line = |Stored { root, size, index }| {
         let (pinned, leased) = kept(&in_use, root);
         PayloadLine { root: root.to_string(), size, pinned, leased, index }
     };
-    Json(Payloads { payloads: held.into_iter().map(line).collect() })
+    Ok(Json(Payloads { payloads: held.into_iter().map(line).collect() }))
 }
 
 /// Whether the node holds a payload, and which others say that they do
@@ -145,7 +146,7 @@ pub(super) async fn holders(
     Path(root): Path<String>,
 ) -> Result<Json<PayloadStat>, ApiError> {
     let root = root_in(&root)?;
-    let (in_use, view) = (app.handle.in_use().await, app.handle.view().await?);
+    let (in_use, view) = (app.handle.in_use(None).await?, app.handle.view().await?);
     let (pinned, leased) = kept(&in_use, root);
     let holders = app.handle.holders(root).await.into_iter().map(|key| {
         let name = view.nodes.iter().find(|node| node.id == key).map(|node| node.name.clone());
@@ -287,23 +288,30 @@ pub(super) async fn remove(
     Params(params): Params<RemoveParams>,
 ) -> Result<StatusCode, ApiError> {
     let root = root_in(&root)?;
-    let in_use = app.handle.in_use().await;
+    let in_use = app.handle.in_use(None).await?;
     let (pinned, leased) = kept(&in_use, root);
     if !params.force && pinned {
-        return Err(ApiError::conflict("it is pinned: unpin it first, or force it"));
+        return Err(ApiError::conflict(
+            "it is pinned, or an index that names it is: unpin that first, or force it",
+        ));
     }
     if !params.force && leased {
-        return Err(ApiError::conflict("it belongs to a lease: release that first, or force it"));
+        return Err(ApiError::conflict(
+            "it belongs to a lease, or an index that names it does: release that first, or force it",
+        ));
     }
     let payloads = app.handle.payloads().clone();
-    let removed = tokio::task::spawn_blocking(move || {
-        if params.index {
-            // Only the index itself can be forced away.
-            let spared = in_use.pinned.into_iter().chain(in_use.leased);
-            payloads.remove_index(root, &spared.map(Root::from).collect()).map(|_| true)
-        } else {
-            payloads.remove(root)
+    // What is kept for another reason than this index stays, also where that is forced away.
+    let spared = match params.index {
+        true => Some(app.handle.in_use(Some(root)).await?),
+        false => None,
+    };
+    let removed = tokio::task::spawn_blocking(move || match spared {
+        Some(InUse { pinned, leased }) => {
+            let spared = pinned.into_iter().chain(leased).map(Root::from).collect();
+            payloads.remove_index(root, &spared).map(|_| true)
         }
+        None => payloads.remove(root),
     })
     .await;
     match removed.map_err(|error| ApiError::internal("removing a payload", &error))?? {

@@ -91,16 +91,23 @@ pub(super) struct Run {
 /// The files that the job needs.
 struct Files {
     program: Local,
-    inputs: Vec<(InputText, Local)>,
-    /// What the indexes among the inputs name.
-    named: Vec<Local>,
+    inputs: Vec<InputText>,
+    /// Those of them that are files, and those that are directories.
+    files: Vec<Local>,
+    directories: Vec<Directory>,
     stdin: Option<Local>,
 }
 
 impl Files {
-    fn all(&self) -> Vec<Local> {
-        let inputs = self.inputs.iter().map(|(_, local)| local).chain(&self.named);
-        [&self.program].into_iter().chain(inputs).chain(&self.stdin).cloned().collect()
+    /// Sends what the node does not hold. Gives the bytes that were sent.
+    async fn upload(&self, session: &Session) -> Result<u64, Failure> {
+        let mut sent = 0;
+        for directory in &self.directories {
+            sent += directory::upload(session, directory).await?;
+        }
+        let rest = [&self.program].into_iter().chain(&self.files).chain(&self.stdin);
+        let rest: Vec<_> = rest.cloned().collect();
+        Ok(sent + transfer::upload(session, &rest).await?)
     }
 }
 
@@ -233,7 +240,7 @@ impl Run {
         session: &Session,
         files: &Files,
     ) -> Result<(u64, Option<PayloadText>), Failure> {
-        let uploaded = transfer::upload(session, &files.all()).await?;
+        let uploaded = files.upload(session).await?;
         Ok(match &self.stdin {
             Some(path) if path.as_os_str() == "-" => {
                 let payload = transfer::upload_stdin(session).await?;
@@ -275,24 +282,28 @@ impl Run {
     async fn files(&self, session: &Session) -> Result<Files, Failure> {
         self.check_program()?;
         let program = transfer::hash(&self.program).await?;
-        let (mut inputs, mut named) = (Vec::new(), Vec::new());
+        let (mut inputs, mut files, mut directories) = (Vec::new(), Vec::new(), Vec::new());
         for (name, path) in &self.input {
             let path: &Path = path.as_ref();
-            let (local, index) = if path.is_dir() {
-                let Directory { index, local, files } = directory::hash(session, path).await?;
-                named.extend(files);
-                (local, Some(index.size()))
+            let (payload, index) = if path.is_dir() {
+                let directory = directory::hash(session, path).await?;
+                let found = (directory.local.payload.clone(), Some(directory.index.size()));
+                directories.push(directory);
+                found
             } else {
-                (transfer::hash(path).await?, None)
+                let local = transfer::hash(path).await?;
+                let payload = local.payload.clone();
+                files.push(local);
+                (payload, None)
             };
-            let PayloadText { root, size } = local.payload.clone();
-            inputs.push((InputText { name: name.clone(), root, size, index }, local));
+            let PayloadText { root, size } = payload;
+            inputs.push(InputText { name: name.clone(), root, size, index });
         }
         let stdin = match &self.stdin {
             Some(path) if path.as_os_str() != "-" => Some(transfer::hash(path).await?),
             _ => None,
         };
-        let files = Files { program, inputs, named, stdin };
+        let files = Files { program, inputs, files, directories, stdin };
         // What breaks a rule is said before anything is leased.
         let stdin = files.stdin.as_ref().map(|local| local.payload.clone());
         self.job(&files, stdin).parse().map_err(|why| Failure::new(Exit::Usage, why))?;
@@ -322,7 +333,7 @@ impl Run {
             args: self.args.clone(),
             env: self.env.iter().cloned().collect(),
             stdin,
-            inputs: files.inputs.iter().map(|(input, _)| input.clone()).collect(),
+            inputs: files.inputs.clone(),
             outputs: self.output.clone(),
             // Attached, the lease is given back once the outputs are here.
             release_after: self.detach,

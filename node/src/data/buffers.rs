@@ -8,8 +8,8 @@ use leasehold_proto::base::groups::GROUP_BYTES;
 
 use super::lock;
 
-/// How many that are not in use are kept: 8 MiB.
-const KEPT: usize = 32;
+/// How many that are not in use are kept: 16 MiB, as much as is in flight to one receiver.
+const KEPT: usize = 64;
 /// What a buffer holds: a group, and the most hash pairs that come before one.
 const CAPACITY: usize = GROUP_BYTES as usize + 64 * 64;
 

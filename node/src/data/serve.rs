@@ -56,8 +56,9 @@ use super::{
 };
 use crate::payload::{Payload, PayloadError, Root};
 
-/// How many groups are read ahead of the network.
-const READ_AHEAD: usize = 4;
+/// How many groups are handed to the network together, and how many such hand-overs are read ahead.
+const TOGETHER: usize = 4;
+const READ_AHEAD: usize = 2;
 
 /// A payload that a receiver complained of is not verified again within this time.
 const TRUST: Duration = Duration::from_secs(600);
@@ -441,11 +442,21 @@ async fn send_payload(
 
     let (pieces, mut read) = mpsc::channel(READ_AHEAD);
     let buffers = shared.reading.clone();
+    let together = if shared.upload.is_on() { 1 } else { TOGETHER };
     let encoder = spawn_blocking(move || {
-        let encoded = Handle::current().block_on(encode(&payload, &ranges, buffers, pieces));
+        let queue = Queue { pieces, pairs: BytesMut::new(), waiting: Vec::new(), together };
+        let encoded = Handle::current().block_on(encode(&payload, &ranges, buffers, queue));
         encoded.map_err(|e| (payload.root(), e))
     });
-    while let Some(Piece { pairs, group }) = read.recv().await {
+    let mut next = Vec::new().into_iter();
+    loop {
+        let Some(Piece { pairs, group }) = next.next() else {
+            match read.recv().await {
+                Some(pieces) => next = pieces.into_iter(),
+                None => break,
+            }
+            continue;
+        };
         let bytes = group.len() as u64;
         if shared.upload.is_on() {
             write(send, &mut pace, &mut [pairs]).await?;
@@ -515,18 +526,16 @@ async fn encode(
     payload: &Payload,
     ranges: &[Range<u64>],
     buffers: Buffers,
-    pieces: mpsc::Sender<Piece>,
+    mut queue: Queue,
 ) -> Result<(), EncodeError> {
     let root = payload.root().hash();
     let outboard = PreOrderOutboard { root, tree: payload.tree(), data: Pairs(payload) };
-    let queue = Queue { pieces, pairs: BytesMut::new() };
-    fsm::encode_ranges(
-        Groups { payload, buffers },
-        outboard,
-        &chunk_ranges(ranges, payload.size()),
-        queue,
-    )
-    .await
+    let chunks = chunk_ranges(ranges, payload.size());
+    let groups = Groups { payload, buffers };
+    let encoded = fsm::encode_ranges(groups, outboard, &chunks, &mut queue).await;
+    // What was read before something went wrong is good.
+    let handed_over = queue.hand_over().await;
+    encoded.and(handed_over.map_err(EncodeError::Io))
 }
 
 /// Reads groups. Blocks, and is only polled on a thread for that.
@@ -561,11 +570,26 @@ impl AsyncSliceReader for Pairs<'_> {
 }
 
 struct Queue {
-    pieces: mpsc::Sender<Piece>,
+    pieces: mpsc::Sender<Vec<Piece>>,
     pairs: BytesMut,
+    /// What is not handed over yet, and how much is at a time: waking another thread costs as much as
+    /// a good part of reading a group does.
+    waiting: Vec<Piece>,
+    together: usize,
 }
 
-impl AsyncStreamWriter for Queue {
+impl Queue {
+    async fn hand_over(&mut self) -> io::Result<()> {
+        let pieces = std::mem::take(&mut self.waiting);
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        // This kind is how bao-tree knows that the reader is gone, not the disk.
+        self.pieces.send(pieces).await.map_err(|_| io::ErrorKind::ConnectionReset.into())
+    }
+}
+
+impl AsyncStreamWriter for &mut Queue {
     /// Pairs wait for the group that they come before.
     async fn write(&mut self, data: &[u8]) -> io::Result<()> {
         self.pairs.extend_from_slice(data);
@@ -573,9 +597,8 @@ impl AsyncStreamWriter for Queue {
     }
 
     async fn write_bytes(&mut self, group: Bytes) -> io::Result<()> {
-        let piece = Piece { pairs: self.pairs.split().freeze(), group };
-        // This kind is how bao-tree knows that the reader is gone, not the disk.
-        self.pieces.send(piece).await.map_err(|_| io::ErrorKind::ConnectionReset.into())
+        self.waiting.push(Piece { pairs: self.pairs.split().freeze(), group });
+        if self.waiting.len() < self.together { Ok(()) } else { self.hand_over().await }
     }
 
     async fn sync(&mut self) -> io::Result<()> {

@@ -1082,7 +1082,7 @@ async fn the_first_address_that_answers_wins() {
     let (holder, asker) = (Node::new(1), Node::new(2));
     let (root, size) = holder.import(&content(100));
     // Bound and never answered.
-    let deaf = UdpSocket::bind(loopback()).expect("binds");
+    let deaf = std::net::UdpSocket::bind(loopback()).expect("binds");
     let addresses = vec![deaf.local_addr().expect("an address"), holder.data.local_addr()];
     let elsewhere = Holder { addresses, ..holder.holder() };
     asker.data.fetch(vec![elsewhere], root, size, |_| {}).await.expect("fetches");

@@ -2,7 +2,7 @@
 //!
 //! What is sent goes in slices, one after the other. Each time the peers that wait take turns, however
 //! many streams one of them has; what one waits for longest goes first. What the node itself wants
-//! delivered goes before all else, three times of four: the rest still moves.
+//! delivered has every other turn, whoever waits.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
@@ -13,9 +13,6 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 use super::lock;
-
-/// How many times in a row what is the node's own goes before what else waits.
-const OWN_IN_A_ROW: u32 = 3;
 
 /// At most so many bytes a second.
 #[derive(Debug)]
@@ -33,8 +30,8 @@ struct Turns {
     free_at: Instant,
     own: Waiting,
     others: Waiting,
-    /// How many of the last turns were the node's own.
-    own_in_a_row: u32,
+    /// Whether the last turn was the node's own, while others waited.
+    own_last: bool,
 }
 
 /// Those who wait, by peer.
@@ -63,7 +60,7 @@ impl Throttle {
             free_at: Instant::now(),
             own: Waiting::default(),
             others: Waiting::default(),
-            own_in_a_row: 0,
+            own_last: false,
         };
         Self { rate, turns: Arc::new(Mutex::new(turns)) }
     }
@@ -110,8 +107,8 @@ impl Turns {
     /// Whose turn is next; nobody's when nobody waits.
     fn next(&mut self) -> Option<oneshot::Sender<Turn>> {
         let others_wait = !self.others.of.is_empty();
-        let own = !self.own.of.is_empty() && (!others_wait || self.own_in_a_row < OWN_IN_A_ROW);
-        self.own_in_a_row = if own && others_wait { self.own_in_a_row + 1 } else { 0 };
+        let own = !(self.own.of.is_empty() || others_wait && self.own_last);
+        self.own_last = own && others_wait;
         let next = if own { self.own.next() } else { self.others.next() };
         self.taken = next.is_some();
         next
@@ -197,10 +194,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_the_nodes_own_goes_first_and_the_rest_still_moves() {
-        let mut waiting = vec![(1, false); 4];
-        waiting.extend(vec![(9, true); 7]);
-        assert_eq!(order(&waiting).await, [1, 9, 9, 9, 1, 9, 9, 9, 1, 9, 1]);
+    async fn what_is_the_nodes_own_has_every_other_turn() {
+        let mut waiting = vec![(1, false), (2, false), (1, false), (2, false)];
+        waiting.extend(vec![(9, true); 5]);
+        assert_eq!(order(&waiting).await, [1, 9, 2, 9, 1, 9, 2, 9, 9]);
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
-use leasehold_proto::words::index::{Index, MAGIC, MAX_BYTES};
+use leasehold_proto::words::index::{Index, IndexError, MAGIC, MAX_BYTES};
 
 use super::{Inner, PayloadError, PayloadStore, Root};
 
@@ -18,26 +18,42 @@ impl PayloadStore {
     /// When it is not held, does not match its name, or is no index.
     pub fn index(&self, root: Root) -> Result<Index, PayloadError> {
         let not = |why| PayloadError::NotAnIndex { root, why };
-        let bytes = match self.read(root, MAX_BYTES as u64) {
-            Err(PayloadError::TooLarge { .. }) => Vec::new(),
-            read => read?,
-        };
+        let size = self.has(root).ok_or(PayloadError::NotHeld(root))?;
+        if size > MAX_BYTES as u64 {
+            return Err(not(IndexError::NoIndex));
+        }
+        // To look what it says is not to use it.
+        let bytes = self.read_all(&self.open_files(root, size)?)?;
         Index::from_bytes(&bytes).map_err(not)
     }
 
-    /// These payloads, and all that those of them name which are indexes and held. One that cannot be
-    /// read names nothing.
-    pub fn with_named(&self, roots: impl IntoIterator<Item = Root>) -> HashSet<Root> {
+    /// These payloads, and all that those of them name which are held and are indexes.
+    ///
+    /// # Errors
+    /// When one of them cannot be read, so that what it names is not known.
+    pub fn with_named(
+        &self,
+        roots: impl IntoIterator<Item = Root>,
+    ) -> Result<HashSet<Root>, PayloadError> {
         let mut all = HashSet::new();
         for root in roots {
-            if self.inner.is_index(root)
-                && let Ok(index) = self.index(root)
-            {
-                all.extend(index.payloads().iter().map(|named| Root::from(named.root)));
+            if self.inner.is_index(root) {
+                match self.index(root) {
+                    Ok(index) => {
+                        all.extend(index.payloads().iter().map(|named| Root::from(named.root)));
+                    }
+                    // It only begins as one, or is gone by now.
+                    Err(
+                        PayloadError::NotAnIndex { .. }
+                        | PayloadError::NotHeld(_)
+                        | PayloadError::Corrupt(_),
+                    ) => {}
+                    Err(error) => return Err(error),
+                }
             }
             all.insert(root);
         }
-        all
+        Ok(all)
     }
 
     /// Removes an index and what it names, but for what another index names or is in `spared`. How
@@ -48,7 +64,7 @@ impl PayloadStore {
     pub fn remove_index(&self, root: Root, spared: &HashSet<Root>) -> Result<usize, PayloadError> {
         let index = self.index(root)?;
         let others = self.list().into_iter().filter(|stored| stored.index && stored.root != root);
-        let named_elsewhere = self.with_named(others.map(|stored| stored.root));
+        let named_elsewhere = self.with_named(others.map(|stored| stored.root))?;
         // The index first: what is left when this is cut short is what any payload is that is not
         // used.
         let mut removed = usize::from(self.remove(root)?);
@@ -80,7 +96,7 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use leasehold_proto::Payload;
-    use leasehold_proto::words::index::{IndexError, IndexedFile};
+    use leasehold_proto::words::index::IndexedFile;
 
     use super::super::{Declared, Limits};
     use super::*;
@@ -110,10 +126,10 @@ mod tests {
         let store = store(&dir);
         let indexes: Vec<_> = store.list().into_iter().filter(|stored| stored.index).collect();
         assert_eq!(indexes.iter().map(|stored| stored.root).collect::<Vec<_>>(), [root]);
-        let all = store.with_named([root]);
+        let all = store.with_named([root]).expect("reads");
         assert_eq!(all, [root, Root::of(b"one"), Root::of(b"two")].into());
         let absent = Root::of(b"absent");
-        assert_eq!(store.with_named([absent]), [absent].into());
+        assert_eq!(store.with_named([absent]).expect("reads"), [absent].into());
     }
 
     #[test]
@@ -125,7 +141,7 @@ mod tests {
             let root = keep(&store, bytes);
             let read = store.index(root);
             assert!(matches!(read, Err(PayloadError::NotAnIndex { .. })), "{read:?}");
-            assert_eq!(store.with_named([root]), [root].into());
+            assert_eq!(store.with_named([root]).expect("reads"), [root].into());
         }
         let none = store.index(Root::of(b"x"));
         assert!(matches!(none, Err(PayloadError::NotHeld(_))), "{none:?}");

@@ -26,6 +26,8 @@ pub const MAGIC: [u8; 8] = *b"LHINDEX1";
 pub const MAX_FILES: usize = 65_536;
 /// The most bytes of an index.
 pub const MAX_BYTES: usize = 16 << 20;
+/// Of them, those behind [`MAGIC`].
+const MAX_BODY: usize = MAX_BYTES - MAGIC.len();
 /// The most bytes of a path.
 pub const MAX_PATH: usize = 768;
 /// The most names in a path: those of its directories and the file's own.
@@ -101,7 +103,7 @@ impl Index {
     /// When they are none. Bytes that are an index are the only ones that are this index.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, IndexError> {
         let body = bytes.strip_prefix(&MAGIC).ok_or(IndexError::NoIndex)?;
-        let files = wire::decode::<MAX_BYTES, _>(body).map_err(IndexError::Malformed)?;
+        let files = wire::decode::<MAX_BODY, _>(body).map_err(IndexError::Malformed)?;
         Self::checked(files)
     }
 
@@ -120,7 +122,7 @@ impl Index {
 
     fn encoded(&self) -> Option<Vec<u8>> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend(wire::encode::<MAX_BYTES>(&self.files).ok()?);
+        bytes.extend(wire::encode::<MAX_BODY>(&self.files).ok()?);
         Some(bytes)
     }
 
@@ -280,5 +282,20 @@ mod tests {
         assert_eq!(many(MAX_FILES, 250), Err(IndexError::TooLong));
         let most = many(MAX_FILES, 100).expect("an index");
         assert_eq!(Index::from_bytes(&most.to_bytes()), Ok(most));
+        // A file takes 49 bytes and its path: one byte more than fits, and exactly what does.
+        let files = |last: usize| {
+            let each = 49 + 238;
+            let count = (MAX_BODY - 8) / each - 1;
+            let left = MAX_BODY - 8 - count * each - 49;
+            let mut files: Vec<_> = (0..count).map(|n| file(&format!("{n:0238}"), 1, 5)).collect();
+            let name = "n".repeat(200);
+            let path = format!("{name}/{}", "m".repeat(left + last - name.len() - 1));
+            files.push(file(&path, 1, 5));
+            files
+        };
+        let full = Index::new(files(0)).expect("it fits").to_bytes();
+        assert_eq!(full.len(), MAX_BYTES);
+        assert!(Index::from_bytes(&full).is_ok());
+        assert_eq!(Index::new(files(1)), Err(IndexError::TooLong));
     }
 }

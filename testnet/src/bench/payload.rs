@@ -14,7 +14,7 @@
 //!
 //! Each run is two fresh processes, so that peaks of memory are of one transfer. The two cases
 //! take turns, so that what else happens on the machine hits both alike. With `--case memory` the
-//! receiver's files are in memory, too.
+//! receiver drops what it has verified, and writes nothing.
 //!
 //! Two more cases have more processes: `holders`, one receiver and several senders that each send
 //! so much a second at most, beside the sum of that; `fan-out`, one sender and several receivers
@@ -22,7 +22,7 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Read, Write as _},
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::Arc,
@@ -33,7 +33,7 @@ use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use clap::{Args, Subcommand, ValueEnum};
 use leasehold_node::{
-    data::{Data, DataConfig, Holder},
+    data::{Data, DataConfig, Holder, socket},
     payload::{Declared, Limits, PayloadStore, Root},
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -51,7 +51,6 @@ use rustls::{
     sign::CertifiedKey,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
     Spread, iroh, line, machine, rounded,
@@ -92,6 +91,9 @@ pub(super) struct Options {
     /// Senders of `holders`, receivers of `fan-out`.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
     hosts: u32,
+    /// The largest packets, in bytes of UDP payload: 1452 is what fits Ethernet's usual frames.
+    #[arg(long, default_value_t = DataConfig::MTU, value_parser = clap::value_parser!(u16).range(1_200..))]
+    mtu: u16,
     /// The program of `iroh-blobs`.
     #[arg(long, default_value = iroh::PROGRAM)]
     peer: PathBuf,
@@ -105,7 +107,7 @@ pub(super) struct Options {
 enum Case {
     /// Memory to a verified file, synced, beside raw QUIC.
     File,
-    /// Memory to verified memory, beside raw QUIC.
+    /// Memory to verified bytes that are dropped, beside raw QUIC.
     Memory,
     /// Several holders of limited speed, to one.
     Holders,
@@ -126,6 +128,12 @@ fn size(text: &str) -> Result<u64, String> {
 /// One side of a transfer, in a process of its own.
 #[derive(Debug, Args)]
 pub(super) struct Side {
+    /// The largest packets.
+    #[arg(long)]
+    mtu: u16,
+    /// Whether what arrives is dropped once it is verified.
+    #[arg(long)]
+    discard: bool,
     #[command(subcommand)]
     role: Role,
 }
@@ -273,7 +281,14 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         _ => temporary(memory.as_deref().unwrap_or(&base))?,
     };
     let root = prepare(held.path(), size)?;
-    let payload = Payload { held: held.path(), target: target.path(), root, size };
+    let payload = Payload {
+        held: held.path(),
+        target: target.path(),
+        root,
+        size,
+        mtu: options.mtu,
+        discard: options.case == Case::Memory,
+    };
     match options.case {
         Case::File | Case::Memory => beside_quinn(options, &payload),
         Case::Holders => from_several(options, &payload),
@@ -289,6 +304,9 @@ struct Payload<'a> {
     target: &'a Path,
     root: Root,
     size: u64,
+    mtu: u16,
+    /// Whether receivers drop what they have verified.
+    discard: bool,
 }
 
 impl Payload<'_> {
@@ -306,7 +324,7 @@ fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
             if ours_is_next {
                 ours.push(leasehold(payload)?);
             } else {
-                raw.push(quinn_alone(size)?);
+                raw.push(quinn_alone(payload.mtu, size)?);
             }
         }
         let speed = |runs: &[Run]| runs.last().map_or(0.0, |run| speed(run, size));
@@ -318,7 +336,10 @@ fn beside_quinn(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
         );
     }
     let mtu = raw.iter().find_map(|run| run.sender.mtu);
-    let sink = format!("verified file on {}, synced", machine::file_system(payload.target));
+    let sink = match payload.discard {
+        true => "verified, dropped".to_owned(),
+        false => format!("verified file on {}, synced", machine::file_system(payload.target)),
+    };
     // The packets of both are of one size, by the same configuration.
     line(&case("leasehold", &ours, size, mtu, sink))?;
     line(&case("quinn", &raw, size, mtu, "dropped".to_owned()))?;
@@ -424,7 +445,7 @@ fn from_several(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
             // Each has it all, in the same files.
             let copy = temporary(payload.target)?;
             link(payload, copy.path())?;
-            let (sender, listens) = sending(copy.path(), number, Some(upload))?;
+            let (sender, listens) = sending(payload.mtu, copy.path(), number, Some(upload))?;
             known.push(Known { address: listens.address, key: listens.key, whole: true });
             senders.push((sender, copy));
         }
@@ -459,7 +480,7 @@ fn from_several(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> 
 fn to_several(options: &Options, payload: &Payload<'_>) -> anyhow::Result<()> {
     let (mut copies, mut took) = (Vec::new(), Vec::new());
     for turn in 1..=options.runs {
-        let (mut origin, listens) = sending(payload.held, 1, options.upload)?;
+        let (mut origin, listens) = sending(payload.mtu, payload.held, 1, options.upload)?;
         let origin_known = Known { address: listens.address, key: listens.key, whole: true };
         let mut receivers = Vec::new();
         let mut all = vec![origin_known];
@@ -575,7 +596,11 @@ fn prepare(dir: &Path, size: u64) -> anyhow::Result<Root> {
 }
 
 fn open(dir: &Path) -> anyhow::Result<PayloadStore> {
-    let limits = Limits { keep_free: 0, ..Limits::default() };
+    open_to(dir, false)
+}
+
+fn open_to(dir: &Path, discard: bool) -> anyhow::Result<PayloadStore> {
+    let limits = Limits { keep_free: 0, discard, ..Limits::default() };
     PayloadStore::open_dir(dir, limits)
         .with_context(|| format!("cannot open the payload store at {}", dir.display()))
 }
@@ -583,18 +608,23 @@ fn open(dir: &Path) -> anyhow::Result<PayloadStore> {
 /// One transfer over the data plane.
 fn leasehold(payload: &Payload<'_>) -> anyhow::Result<Run> {
     let store = temporary(payload.target)?;
-    let (mut sender, Listens { address, key }) = sending(payload.held, 1, None)?;
+    let (mut sender, Listens { address, key }) = sending(payload.mtu, payload.held, 1, None)?;
     let mut receiver = fetching(store.path(), 2, payload, None)?.0;
     receiver.tell(&[Known { address, key, whole: true }])?;
     finish(&mut sender, &mut receiver, payload.size)
 }
 
 /// Starts a side that serves, with this number.
-fn sending(store: &Path, number: u32, upload: Option<u64>) -> anyhow::Result<(Process, Listens)> {
+fn sending(
+    mtu: u16,
+    store: &Path,
+    number: u32,
+    upload: Option<u64>,
+) -> anyhow::Result<(Process, Listens)> {
     let (number, upload) = (number.to_string(), upload.map(|rate| rate.to_string()));
     let mut args = vec!["serve".as_ref(), store.as_os_str(), number.as_ref()];
     args.extend(upload.as_deref().map(std::ffi::OsStr::new));
-    let mut process = Process::start(&args)?;
+    let mut process = Process::start(mtu, false, &args)?;
     let listens = process.says(limit(0))?;
     Ok((process, listens))
 }
@@ -612,17 +642,18 @@ fn fetching(
     let mut args =
         vec!["fetch".as_ref(), store.as_os_str(), number.as_ref(), root.as_ref(), size.as_ref()];
     args.extend(upload.as_deref().map(std::ffi::OsStr::new));
-    let mut process = Process::start(&args)?;
+    let mut process = Process::start(payload.mtu, payload.discard, &args)?;
     let listens = process.says(limit(0))?;
     Ok((process, listens))
 }
 
 /// One transfer over QUIC alone.
-fn quinn_alone(size: u64) -> anyhow::Result<Run> {
-    let mut sender = Process::start(&["raw-serve".as_ref()])?;
+fn quinn_alone(mtu: u16, size: u64) -> anyhow::Result<Run> {
+    let mut sender = Process::start(mtu, false, &["raw-serve".as_ref()])?;
     let Listens { address, .. } = sender.says(limit(0))?;
     let (address, asked) = (address.to_string(), size.to_string());
-    let mut receiver = Process::start(&["raw-fetch".as_ref(), address.as_ref(), asked.as_ref()])?;
+    let args = ["raw-fetch".as_ref(), address.as_ref(), asked.as_ref()];
+    let mut receiver = Process::start(mtu, false, &args)?;
     finish(&mut sender, &mut receiver, size)
 }
 
@@ -642,10 +673,16 @@ pub(super) struct Process {
 }
 
 impl Process {
-    fn start(args: &[&std::ffi::OsStr]) -> anyhow::Result<Self> {
+    fn start(mtu: u16, discard: bool, args: &[&std::ffi::OsStr]) -> anyhow::Result<Self> {
         let this = std::env::current_exe().context("cannot find this program's own file")?;
-        let own = ["bench".as_ref(), "payload-side".as_ref()];
-        Self::start_program(&this, &[&own, args].concat())
+        let mtu = mtu.to_string();
+        let mut all = vec!["bench".as_ref(), "payload-side".as_ref()];
+        all.extend(["--mtu".as_ref(), std::ffi::OsStr::new(&mtu)]);
+        if discard {
+            all.push("--discard".as_ref());
+        }
+        all.extend(args);
+        Self::start_program(&this, &all)
     }
 
     /// Starts another program that behaves as a side does.
@@ -727,16 +764,18 @@ pub(super) fn run_side(side: Side) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (lines, told) = tokio::sync::mpsc::channel(1);
     let orphaned = std::thread::spawn(move || end_of_input(&lines));
+    let Side { mtu, discard, role } = side;
     runtime.block_on(async move {
-        match side.role {
+        match role {
             Role::Serve { store, number, upload } => {
-                serve(&store, (number, upload), orphaned).await
+                serve(&store, Plane { mtu, discard, number, upload }, orphaned).await
             }
             Role::Fetch { store, number, root, size, upload } => {
-                fetch(&store, (number, upload), (root, size), told, orphaned).await
+                let how = Plane { mtu, discard, number, upload };
+                fetch(&store, how, (root, size), told, orphaned).await
             }
-            Role::RawServe => raw_serve(orphaned).await,
-            Role::RawFetch { address, size } => raw_fetch(address, size).await,
+            Role::RawServe => raw_serve(mtu, orphaned).await,
+            Role::RawFetch { address, size } => raw_fetch(mtu, address, size).await,
         }
     })
 }
@@ -757,19 +796,32 @@ fn loopback() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 0).into()
 }
 
-fn plane(store: &Path, number: u8, upload: Option<u64>) -> anyhow::Result<Data> {
-    let mut config = DataConfig::new(loopback());
+/// How the data plane of a side runs.
+#[derive(Clone, Copy)]
+struct Plane {
+    mtu: u16,
+    discard: bool,
+    number: u8,
+    upload: Option<u64>,
+}
+
+fn settings(mtu: u16) -> DataConfig {
+    let mut settings = DataConfig::new(loopback());
+    settings.mtu = mtu;
+    settings
+}
+
+fn plane(store: &Path, plane: Plane) -> anyhow::Result<Data> {
+    let Plane { mtu, discard, number, upload } = plane;
+    let mut config = settings(mtu);
     config.upload_rate = upload;
-    let (data, _arriving) = Data::start(config, [number; 32], open(store)?, Arc::new(|_| true))?;
+    let store = open_to(store, discard)?;
+    let (data, _arriving) = Data::start(config, [number; 32], store, Arc::new(|_| true))?;
     Ok(data)
 }
 
-async fn serve(
-    store: &Path,
-    (number, upload): (u8, Option<u64>),
-    input: std::thread::JoinHandle<()>,
-) -> anyhow::Result<()> {
-    let data = plane(store, number, upload)?;
+async fn serve(store: &Path, how: Plane, input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
+    let data = plane(store, how)?;
     let before = machine::cpu_s();
     let start = Instant::now();
     line(&Listens { address: data.local_addr(), key: hex(&data.public_key()) })?;
@@ -786,12 +838,12 @@ async fn serve(
 /// Fetches when it is told from whom, and serves what it has until its input ends.
 async fn fetch(
     store: &Path,
-    (number, upload): (u8, Option<u64>),
+    how: Plane,
     (root, size): (Root, u64),
     mut told: tokio::sync::mpsc::Receiver<String>,
     input: std::thread::JoinHandle<()>,
 ) -> anyhow::Result<()> {
-    let data = plane(store, number, upload)?;
+    let data = plane(store, how)?;
     line(&Listens { address: data.local_addr(), key: hex(&data.public_key()) })?;
     let known = told.recv().await.context("nobody said whom to ask")?;
     let known: Vec<Known> =
@@ -834,16 +886,17 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
 }
 
 /// Serves one connection, and on it one stream.
-async fn raw_serve(input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
-    let settings = DataConfig::new(loopback());
+async fn raw_serve(mtu: u16, input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
+    let settings = settings(mtu);
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(server_tls()?));
-    let mut transport = transport();
+    let mut transport = transport(&settings);
     transport.send_window(settings.windows.send.into());
     config.transport_config(Arc::new(transport)).migration(false);
-    let socket = socket(&settings)?;
+    let socket = socket::for_quinn(socket::open(&settings)?)?;
     let runtime = Arc::new(quinn::TokioRuntime);
+    let endpoint_config = endpoint_config(&settings)?;
     let endpoint =
-        quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(config), socket, runtime)?;
+        quinn::Endpoint::new_with_abstract_socket(endpoint_config, Some(config), socket, runtime)?;
     let before = machine::cpu_s();
     let start = Instant::now();
     line(&Listens { address: endpoint.local_addr()?, key: String::new() })?;
@@ -871,17 +924,19 @@ async fn raw_serve(input: std::thread::JoinHandle<()>) -> anyhow::Result<()> {
     })
 }
 
-async fn raw_fetch(address: SocketAddr, size: u64) -> anyhow::Result<()> {
-    let settings = DataConfig::new(loopback());
+async fn raw_fetch(mtu: u16, address: SocketAddr, size: u64) -> anyhow::Result<()> {
+    let settings = settings(mtu);
     let mut config = quinn::ClientConfig::new(Arc::new(client_tls()?));
-    let mut transport = transport();
+    let mut transport = transport(&settings);
     transport
         .stream_receive_window(settings.windows.stream_receive.into())
         .receive_window(settings.windows.receive.into());
     config.transport_config(Arc::new(transport));
-    let socket = socket(&settings)?;
+    let socket = socket::for_quinn(socket::open(&settings)?)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let endpoint = quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)?;
+    let endpoint_config = endpoint_config(&settings)?;
+    let endpoint =
+        quinn::Endpoint::new_with_abstract_socket(endpoint_config, None, socket, runtime)?;
     let before = machine::cpu_s();
     let start = Instant::now();
     let connection = endpoint.connect_with(config, address, "localhost")?.await?;
@@ -905,23 +960,25 @@ async fn raw_fetch(address: SocketAddr, size: u64) -> anyhow::Result<()> {
 
 /// What the data plane sets for both sides (node/src/data.rs): the rest is quinn's default there,
 /// too.
-fn transport() -> quinn::TransportConfig {
+fn transport(settings: &DataConfig) -> quinn::TransportConfig {
     let mut congestion = quinn::congestion::CubicConfig::default();
     congestion.initial_window(128 << 10);
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(settings.mtu);
     let mut transport = quinn::TransportConfig::default();
     transport
+        .mtu_discovery_config(Some(discovery))
         .datagram_receive_buffer_size(None)
         .congestion_controller_factory(Arc::new(congestion))
         .allow_spin(false);
     transport
 }
 
-fn socket(settings: &DataConfig) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
-    socket.set_recv_buffer_size(settings.socket_buffer)?;
-    socket.set_send_buffer_size(settings.socket_buffer)?;
-    socket.bind(&settings.listen.into())?;
-    Ok(socket.into())
+/// What both sides set of the endpoint.
+fn endpoint_config(settings: &DataConfig) -> anyhow::Result<quinn::EndpointConfig> {
+    let mut config = quinn::EndpointConfig::default();
+    config.max_udp_payload_size(settings.mtu)?;
+    Ok(config)
 }
 
 /// The cipher that the data plane prefers.

@@ -4,11 +4,17 @@
 //!   network                        data thread                       blocking thread
 //! ┌─────────┐  packets  ┌───────────────────────────────┐ queue  ┌─────────────────────────┐
 //! │ holder  │ ────────> │ pairs and one group, gathered │ ─────> │ verify, write, tell the │
-//! └─────────┘           │ in one buffer; pace is kept   │  of 4  │ transfer what came      │
+//! └─────────┘           │ in one buffer; pace is kept   │        │ transfer what came      │
 //!                       └───────────────────────────────┘        └─────────────────────────┘
 //! ```
+//!
+//! Waking another thread costs as much as a good part of a group does, so where groups come fast some
+//! are handed over together.
 
-use std::{collections::VecDeque, io, net::SocketAddr, ops::Range, sync::Arc};
+use std::{
+    cell::Cell, collections::VecDeque, io, mem, net::SocketAddr, ops::Range, rc::Rc, sync::Arc,
+    time::Duration,
+};
 
 use bao_tree::{
     BaoTree, ChunkRanges,
@@ -27,6 +33,7 @@ use tokio::{
     runtime::Handle,
     sync::mpsc,
     task::{JoinHandle, spawn_blocking},
+    time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -41,8 +48,12 @@ use crate::data::{
 };
 use crate::payload::{PayloadError, Receiving};
 
-/// How many gathered groups may wait to be verified and written.
-const WRITE_BEHIND: usize = 4;
+/// How many groups are handed over together at most, and how long the first of them waits for others.
+const TOGETHER: usize = 4;
+const GATHER_FOR: Duration = Duration::from_millis(10);
+
+/// How many such hand-overs may wait to be verified and written.
+const WRITE_BEHIND: usize = 2;
 
 /// How many received segments are taken from a stream at once.
 const SEGMENTS: usize = 64;
@@ -100,6 +111,8 @@ impl Ask {
             received: 0,
             buffers: shared.gathering.clone(),
             pace: Pace::new(shared.config.stall, shared.config.min_rate),
+            together: Vec::new(),
+            since: Instant::now(),
         };
         // The verifier ends first where it finds a wrong byte or the disk fails: then its reason
         // counts, and waiting for more of the stream would be waiting for nothing.
@@ -187,6 +200,9 @@ struct Gather<'a> {
     received: u64,
     buffers: Buffers,
     pace: Pace,
+    /// Groups that are not handed over yet, and since when the first of them is there.
+    together: Vec<Bytes>,
+    since: Instant,
 }
 
 impl Gather<'_> {
@@ -202,15 +218,18 @@ impl Gather<'_> {
             match item {
                 BaoChunk::Parent { .. } => len += 64,
                 BaoChunk::Leaf { size, .. } => {
-                    let group = self.take(len + size).await?;
+                    let group = self.take(len + size, &groups).await?;
                     // An empty payload has one group, of no bytes.
-                    if !group.is_empty() && groups.send(Gathered::Group(group)).await.is_err() {
+                    if !group.is_empty() && !self.hand_over(group, &groups).await {
                         // The verifier has ended and knows why.
                         return Ok(());
                     }
                     len = 0;
                 }
             }
+        }
+        if !self.flush(&groups).await {
+            return Ok(());
         }
         if self.staged > 0 || self.more().await? {
             return Err(NotGathered::Trailing);
@@ -219,10 +238,47 @@ impl Gather<'_> {
         Ok(())
     }
 
-    async fn take(&mut self, len: usize) -> Result<Bytes, NotGathered> {
+    /// Passes a group on together with those before it that wait, or has it wait for those that
+    /// follow. Whether somebody takes it.
+    async fn hand_over(&mut self, group: Bytes, groups: &mpsc::Sender<Gathered>) -> bool {
+        if self.together.is_empty() {
+            self.since = Instant::now();
+        }
+        self.together.push(group);
+        self.together.len() < TOGETHER || self.flush(groups).await
+    }
+
+    async fn flush(&mut self, groups: &mpsc::Sender<Gathered>) -> bool {
+        let together = mem::take(&mut self.together);
+        together.is_empty() || groups.send(Gathered::Groups(together)).await.is_ok()
+    }
+
+    async fn take(
+        &mut self,
+        len: usize,
+        groups: &mpsc::Sender<Gathered>,
+    ) -> Result<Bytes, NotGathered> {
         while self.staged < len {
-            if !self.more().await? {
-                return Err(NotGathered::Ended);
+            // What is there does not wait for long.
+            let more = if self.together.is_empty() {
+                self.more().await
+            } else {
+                let until = self.since + GATHER_FOR;
+                match timeout_at(until, self.more()).await {
+                    Ok(more) => more,
+                    Err(_) => {
+                        self.flush(groups).await;
+                        continue;
+                    }
+                }
+            };
+            match more {
+                Ok(true) => {}
+                ended => {
+                    // What came before the end is good.
+                    self.flush(groups).await;
+                    return Err(ended.err().unwrap_or(NotGathered::Ended));
+                }
             }
         }
         let mut taken = self.buffers.empty();
@@ -258,7 +314,7 @@ impl Gather<'_> {
 
 /// What the data thread hands to the verifier.
 enum Gathered {
-    Group(Bytes),
+    Groups(Vec<Bytes>),
     /// The stream ended where it should.
     End,
 }
@@ -284,35 +340,54 @@ async fn verify(
     events: &mpsc::Sender<Event>,
 ) -> Result<(), Unverified> {
     let root = receiving.root().hash();
-    let source = Source { queue, group: Bytes::new() };
+    let waiting = Rc::new(Cell::new(0));
+    let source = Source { queue, groups: VecDeque::new(), waiting: waiting.clone() };
     let mut decoder = ResponseDecoder::new(root, ranges, receiving.tree(), source);
-    let mut source = loop {
-        match decoder.next().await {
-            ResponseDecoderNext::Done(source) => break source,
+    // What was written and is not told yet: where the next group begins, and how many bytes it was.
+    let mut written = None;
+    let mut ended = loop {
+        let item = match decoder.next().await {
+            ResponseDecoderNext::Done(source) => break Ok(source),
             ResponseDecoderNext::More((next, item)) => {
-                match item.map_err(unverified)? {
-                    BaoContentItem::Parent(parent) => {
-                        receiving.pair(&parent).map_err(Unverified::Store)?;
-                    }
-                    BaoContentItem::Leaf(leaf) => {
-                        receiving.group(&leaf).map_err(Unverified::Store)?;
-                        let bytes = leaf.data.len() as u64;
-                        shared.counters.payload_received.add(bytes);
-                        let next = leaf.offset / GROUP_BYTES + 1;
-                        if events.send(Event::Came(id, next, bytes)).await.is_err() {
-                            // Nobody wants more of it.
-                            return Err(Unverified::Short);
-                        }
-                    }
-                }
                 decoder = next;
+                item
+            }
+        };
+        match item.map_err(unverified) {
+            Err(why) => break Err(why),
+            Ok(BaoContentItem::Parent(parent)) => {
+                if let Err(error) = receiving.pair(&parent) {
+                    break Err(Unverified::Store(error));
+                }
+            }
+            Ok(BaoContentItem::Leaf(leaf)) => {
+                if let Err(error) = receiving.group(&leaf) {
+                    break Err(Unverified::Store(error));
+                }
+                let bytes = leaf.data.len() as u64;
+                shared.counters.payload_received.add(bytes);
+                let before = written.map_or(0, |(_, bytes)| bytes);
+                written = Some((leaf.offset / GROUP_BYTES + 1, before + bytes));
+                if waiting.get() == 0 && !tell(id, events, &mut written).await {
+                    break Err(Unverified::Short);
+                }
             }
         }
     };
-    match source.queue.recv().await {
-        Some(Gathered::End) => Ok(()),
-        Some(Gathered::Group(_)) | None => Err(Unverified::Short),
+    // What came before something went wrong has come.
+    if !tell(id, events, &mut written).await {
+        ended = Err(Unverified::Short);
     }
+    match ended?.queue.recv().await {
+        Some(Gathered::End) => Ok(()),
+        Some(Gathered::Groups(_)) | None => Err(Unverified::Short),
+    }
+}
+
+/// Tells the transfer what was written, if anything was. Whether somebody wants more of it.
+async fn tell(id: AskId, events: &mpsc::Sender<Event>, written: &mut Option<(u64, u64)>) -> bool {
+    let Some((next, bytes)) = written.take() else { return true };
+    events.send(Event::Came(id, next, bytes)).await.is_ok()
 }
 
 fn unverified(e: DecodeError) -> Unverified {
@@ -331,18 +406,25 @@ fn unverified(e: DecodeError) -> Unverified {
 /// crosses from one buffer into the next, and none is copied.
 struct Source {
     queue: mpsc::Receiver<Gathered>,
-    group: Bytes,
+    groups: VecDeque<Bytes>,
+    /// How many groups are here that were not begun, for the verifier to see.
+    waiting: Rc<Cell<usize>>,
 }
 
 impl AsyncStreamReader for Source {
     async fn read_bytes(&mut self, len: usize) -> io::Result<Bytes> {
-        if self.group.is_empty() && len > 0 {
-            match self.queue.recv().await {
-                Some(Gathered::Group(group)) => self.group = group,
-                Some(Gathered::End) | None => return Ok(Bytes::new()),
+        while len > 0 && self.groups.front().is_none_or(Bytes::is_empty) {
+            self.groups.pop_front();
+            if self.groups.is_empty() {
+                match self.queue.recv().await {
+                    Some(Gathered::Groups(groups)) => self.groups = groups.into(),
+                    Some(Gathered::End) | None => return Ok(Bytes::new()),
+                }
             }
         }
-        Ok(self.group.split_to(len.min(self.group.len())))
+        self.waiting.set(self.groups.len().saturating_sub(1));
+        let Some(group) = self.groups.front_mut() else { return Ok(Bytes::new()) };
+        Ok(group.split_to(len.min(group.len())))
     }
 
     async fn read<const L: usize>(&mut self) -> io::Result<[u8; L]> {

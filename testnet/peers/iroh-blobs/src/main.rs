@@ -3,8 +3,8 @@
 //! `fetch STORE ID ADDRESS HASH` fetches it, and says how long that took. Both then wait for the end
 //! of standard input, so that whoever started them can look at them.
 //!
-//! The time runs from the dial to the end of the fetch, as its store gives it: iroh-blobs does not
-//! sync what came, so that is less than a durable file.
+//! The time runs from the dial to the end of the fetch, as its store gives it, and on until the file is
+//! synced: iroh-blobs does not see to that itself, and ours does.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -56,8 +56,8 @@ async fn serve(store: &str, file: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn fetch(store: &str, id: &str, address: &str, hash: &str) -> anyhow::Result<()> {
-    let store = FsStore::load(store).await?;
+async fn fetch(dir: &str, id: &str, address: &str, hash: &str) -> anyhow::Result<()> {
+    let store = FsStore::load(dir).await?;
     let endpoint = endpoint().await?;
     let id: EndpointId = id.parse()?;
     let address: SocketAddr = address.parse()?;
@@ -66,6 +66,9 @@ async fn fetch(store: &str, id: &str, address: &str, hash: &str) -> anyhow::Resu
     let holder = EndpointAddr::new(id).with_ip_addr(address);
     let connection = endpoint.connect(holder, iroh_blobs::ALPN).await?;
     let stats = store.remote().fetch(connection, hash).complete().await?;
+    for entry in std::fs::read_dir(Path::new(dir).join("data"))? {
+        std::fs::File::open(entry?.path())?.sync_all()?;
+    }
     let seconds = begun.elapsed().as_secs_f64();
     let said = serde_json::json!({ "seconds": seconds, "bytes": stats.payload_bytes_read });
     println!("{said}");
