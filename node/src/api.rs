@@ -114,6 +114,7 @@ fn routes() -> Vec<Route> {
         ),
         route("/v1/payloads/{root}/holders", &["get"], Quick, get(payload::holders)),
         route("/v1/payloads/{root}/fetch", &["post"], Slow, post(payload::fetch)),
+        route("/v1/payloads/{root}/clone", &["post"], Slow, post(payload::clone)),
         route("/v1/payloads/{root}/verify", &["post"], Slow, post(payload::verify)),
         route(
             "/v1/payloads/{root}/pin",

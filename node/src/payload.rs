@@ -253,6 +253,9 @@ pub enum PayloadError {
         /// What is wrong with it.
         why: IndexError,
     },
+    /// The file system cannot share the blocks of a file with the store.
+    #[error("it cannot be cloned into the store: {0}")]
+    NotCloned(#[source] io::Error),
     /// What the payload is imported from failed.
     #[error("reading the source failed: {0}")]
     Source(#[source] io::Error),
@@ -480,15 +483,61 @@ impl PayloadStore {
         }
     }
 
-    /// Imports a file. It must not change meanwhile.
+    /// Imports a file: as a clone where the file system can share its blocks, else as a copy, and
+    /// then it must not change meanwhile.
     pub fn import_path(&self, path: &Path) -> Result<Imported, PayloadError> {
         let file = File::open(path).map_err(PayloadError::Source)?;
         let about = file.metadata().map_err(PayloadError::Source)?;
-        if about.is_file() {
-            self.import(file, Declared::Exactly(about.len()))
-        } else {
-            self.import(file, Declared::AtMost(self.inner.limits.max_payload))
+        if !about.is_file() {
+            return self.import(file, Declared::AtMost(self.inner.limits.max_payload));
         }
+        let room = Room { reservation: Reservation::new(&self.inner, about.len())? };
+        match self.import_cloned(&file, room, None) {
+            Err(PayloadError::NotCloned(_)) => self.import(file, Declared::Exactly(about.len())),
+            imported => imported,
+        }
+    }
+
+    /// Imports the file at `path`, whose bytes are known to be `root`, as a clone that shares its
+    /// blocks: so nothing is copied.
+    ///
+    /// # Errors
+    /// [`PayloadError::NotCloned`] where the file system cannot do that; that the file is another one.
+    pub fn clone_path(
+        &self,
+        path: &Path,
+        root: Root,
+        room: Room,
+    ) -> Result<Imported, PayloadError> {
+        // Whatever else is there must not be waited for.
+        let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+        let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path);
+        self.import_cloned(&file.map_err(PayloadError::Source)?, room, Some(root))
+    }
+
+    fn import_cloned(
+        &self,
+        file: &File,
+        room: Room,
+        known: Option<Root>,
+    ) -> Result<Imported, PayloadError> {
+        let size = room.reservation.size;
+        let about = file.metadata().map_err(PayloadError::Source)?;
+        if !about.is_file() || about.len() != size {
+            return Err(PayloadError::WrongSize { expected: size, actual: about.len() });
+        }
+        let partial = Partial::new(room.reservation)?;
+        rustix::fs::ioctl_ficlone(&partial.data, file)
+            .map_err(|e| PayloadError::NotCloned(e.into()))?;
+        // The clone is nobody else's: what becomes of the file does not change it.
+        let (root, size) = partial.hashed()?;
+        if size != about.len() {
+            return Err(PayloadError::WrongSize { expected: about.len(), actual: size });
+        }
+        if known.is_some_and(|known| known != root) {
+            return Err(PayloadError::Source(io::Error::other("its bytes have another root")));
+        }
+        partial.keep(root, size)
     }
 
     /// Imports what an asynchronous `source` yields until its end. Dropping the future drops what
@@ -727,12 +776,8 @@ impl PayloadStore {
             }
         }
         partial.reservation.exactly(size)?;
-        let mut outboard = partial.outboard_of(blake3::Hash::from_bytes([0; 32]), size)?;
-        let data =
-            File::open(&partial.data_path).map_err(io_error("opening", &partial.data_path))?;
-        let hashed = sync::outboard(data, tree(size), &mut outboard);
-        let hash = hashed.map_err(io_error("hashing", &partial.data_path))?;
-        partial.keep(Root(*hash.as_bytes()), size)
+        let (root, size) = partial.hashed()?;
+        partial.keep(root, size)
     }
 
     fn copy_verified(
@@ -1127,6 +1172,17 @@ impl Partial {
         Ok(())
     }
 
+    /// Hashes the bytes that are there into the outboard: their root, and how many they are.
+    fn hashed(&self) -> Result<(Root, u64), PayloadError> {
+        let path = &self.data_path;
+        let data = File::open(path).map_err(io_error("opening", path))?;
+        let size = data.metadata().map_err(io_error("inspecting", path))?.len();
+        let mut outboard = self.outboard_of(blake3::Hash::from_bytes([0; 32]), size)?;
+        let hashed = sync::outboard(data, tree(size), &mut outboard);
+        let hash = hashed.map_err(io_error("hashing", path))?;
+        Ok((Root(*hash.as_bytes()), size))
+    }
+
     fn outboard_of(
         &self,
         root: blake3::Hash,
@@ -1370,6 +1426,42 @@ mod tests {
         assert!(matches!(full.check_room(&[1]), Err(PayloadError::NoSpace { available: 0, .. })));
         let (_dir, picky) = store(Limits { max_payload: 9, ..roomy() });
         assert!(matches!(picky.check_room(&[10]), Err(PayloadError::TooLarge { limit: 9 })));
+    }
+
+    /// On a file system that shares blocks (`TMPDIR` on XFS or Btrfs) this is about clones, elsewhere
+    /// about what is done instead.
+    #[test]
+    fn a_file_is_cloned_where_its_blocks_can_be_shared() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = PayloadStore::open_dir(dir.path().join("store"), roomy()).expect("opens");
+        let bytes: Vec<u8> = (0..3 * GROUP_BYTES as u32 + 7).map(|n| (n >> 5) as u8).collect();
+        let (path, size) = (dir.path().join("file"), bytes.len() as u64);
+        fs::write(&path, &bytes).expect("writes");
+        let root = Root::of(&bytes);
+        let room = |size| store.take_room(size, None).expect("room");
+        for (path, wrong) in [(&path, size - 1), (&dir.path().join("none"), size)] {
+            let refused = store.clone_path(path, root, room(wrong));
+            let told =
+                matches!(refused, Err(PayloadError::WrongSize { .. } | PayloadError::Source(_)));
+            assert!(told, "{refused:?}");
+        }
+        match store.clone_path(&path, root, room(size)) {
+            Err(PayloadError::NotCloned(_)) => assert_eq!(store.has(root), None),
+            cloned => {
+                assert_eq!(cloned.expect("clones"), Imported { root, size, already_held: false });
+                let other = store.clone_path(&path, Root::of(b"x"), room(size));
+                assert!(matches!(other, Err(PayloadError::Source(_))), "{other:?}");
+                // What becomes of the file is nothing to the payload.
+                fs::write(&path, b"overwritten").expect("writes");
+                store.verify(root).expect("as it was");
+                store.remove(root).expect("removes");
+                fs::write(&path, &bytes).expect("writes");
+            }
+        }
+        assert_eq!(store.import_path(&path).expect("imports").root, root);
+        assert_eq!(store.read(root, size).expect("reads"), bytes);
+        store.verify(root).expect("its outboard is right, too");
+        assert_eq!((files(&store, "partial"), store.stats().reserved), (0, 0));
     }
 
     #[test]

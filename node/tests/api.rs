@@ -119,6 +119,16 @@ fn payloads_go_in_and_out_as_they_are() {
     assert_eq!(listed, json!({ "payloads": [line] }));
     assert_eq!(node.call("POST /v1/payloads?size=3", &[], b"four").code(), "bad_request");
     assert_eq!(node.get("/v1/payloads/xyz").json()["error"]["detail"]["field"], "root");
+    // A file is had by its path only by one who knows what is in it.
+    let clone = |path: &str, size: u64| {
+        let at = format!("POST /v1/payloads/{root}/clone?size={size}&path={path}");
+        let answer = node.call(&at, &[], b"");
+        (answer.status, answer.code())
+    };
+    assert_eq!(clone("relative", 3), (400, "bad_request".into()));
+    assert_eq!(clone("/etc/passwd", 700_000), (400, "bad_request".into()));
+    assert_eq!(clone("/dev/zero", 0), (400, "bad_request".into()));
+    assert_eq!(clone("/no/such", 700_000), (400, "bad_request".into()));
     // Chunks without any length, and a body that is cut.
     let head = format!(
         "POST /v1/payloads HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\

@@ -380,7 +380,9 @@ fn a_payload_goes_from_hand_to_hand() {
     let path = file(&fabric, "weights", &bytes);
     let imported = first.cli_json(&["blob", "import", "--json", &path]);
     let root = imported["payloads"][0]["root"].as_str().expect("a root").to_string();
-    assert_eq!(imported["payloads"][0]["sent"], 3_000_000);
+    // Nothing is sent where the file system can share the file's blocks with the node.
+    let sent = &imported["payloads"][0]["sent"];
+    assert!(*sent == 3_000_000 || *sent == 0, "{sent}");
     let again = first.cli_json(&["blob", "import", "--json", &path]);
     assert_eq!(again["payloads"][0]["sent"], 0);
 

@@ -276,6 +276,7 @@ impl ApiError {
             }
             PayloadError::WrongSize { .. } => Self::field("size", said),
             PayloadError::NotAnIndex { .. } => Self::field("index", said),
+            PayloadError::NotCloned(_) => Self::conflict(format!("{said}: send its bytes")),
             PayloadError::Source(_) => Self::field("body", said),
             PayloadError::NotHeld(_) | PayloadError::Arriving(_) | PayloadError::Corrupt(_) => {
                 Self::not_found(said)

@@ -21,7 +21,7 @@ use super::{lease, node, operator, payload, quarantine};
         node::healthz, node::readyz, node::metrics, document,
         node::info, node::list, node::offers,
         payload::upload, payload::list, payload::download, payload::holders, payload::fetch,
-        payload::remove, payload::pin, payload::unpin, payload::verify,
+        payload::remove, payload::pin, payload::unpin, payload::verify, payload::clone,
         lease::plan, lease::order, lease::request, lease::list, lease::show, lease::claim,
         lease::release, lease::end, lease::output, lease::file, lease::receipts, lease::proof,
         lease::jobs, lease::renew, lease::gang,

@@ -4,6 +4,7 @@
 #![allow(unused_qualifications)]
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -317,6 +318,46 @@ pub(super) async fn remove(
     match removed.map_err(|error| ApiError::internal("removing a payload", &error))?? {
         true => Ok(StatusCode::NO_CONTENT),
         false => Err(PayloadError::NotHeld(root).into()),
+    }
+}
+
+/// What is to be cloned.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CloneParams {
+    /// Where the file lies on the node's host: an absolute path.
+    path: String,
+    /// How many bytes it has, exactly.
+    size: u64,
+}
+
+/// Keep a file of the node's host as a payload without copying it, where its file system can share
+/// blocks. Whoever asks knows its content: its root has to be said.
+#[utoipa::path(post, path = "/v1/payloads/{root}/clone", tag = "payloads",
+    params(("root" = String, Path), CloneParams), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+    (status = 409, body = ErrorBody, description = "it cannot be cloned: send its bytes"),
+    (status = 507, body = ErrorBody)))]
+pub(super) async fn clone(
+    State(app): State<App>,
+    Path(root): Path<String>,
+    Params(params): Params<CloneParams>,
+) -> Result<StatusCode, ApiError> {
+    let root = root_in(&root)?;
+    let path = PathBuf::from(params.path);
+    if !path.is_absolute() {
+        return Err(ApiError::field("path", "it is not absolute"));
+    }
+    let room = app.handle.take_room(params.size).await?;
+    let payloads = app.handle.payloads().clone();
+    let cloned = tokio::task::spawn_blocking(move || payloads.clone_path(&path, root, room)).await;
+    match cloned.map_err(|error| ApiError::internal("cloning a payload", &error))? {
+        Ok(_) => Ok(StatusCode::NO_CONTENT),
+        // What is there, if anything is, is not told apart.
+        Err(PayloadError::Source(_) | PayloadError::WrongSize { .. }) => {
+            Err(ApiError::field("path", "there is no file with these bytes that the node can read"))
+        }
+        Err(error) => Err(error.into()),
     }
 }
 

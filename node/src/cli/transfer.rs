@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
-use hyper::StatusCode;
+use hyper::{Method, StatusCode};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use leasehold_keys::exit::Exit;
 use serde_json::{Value, json};
@@ -35,6 +35,8 @@ const MAX_LINE: usize = 64 * 1024;
 /// How often a download is tried.
 const TRIES: u32 = 3;
 
+/// From how many bytes on the node is asked to clone a file before it is sent.
+const CLONED_FROM: u64 = 1 << 20;
 /// How many files are asked for, or sent, at once: what each small one waits for is the node's disk.
 const AT_ONCE: usize = 8;
 
@@ -123,12 +125,14 @@ pub(super) async fn upload(session: &Session, all: &[Local]) -> Result<u64, Fail
     let total = missing.iter().map(|local| local.payload.size).sum();
     let bar = bar(&session.out, "uploading", total);
     let sent = stream::iter(missing).map(|local| send(session, local, &bar));
-    sent.buffer_unordered(AT_ONCE).try_collect::<()>().await?;
+    let sent = sent.buffer_unordered(AT_ONCE).try_fold(0, |sum, sent| ready(Ok(sum + sent)));
+    let sent = sent.await?;
     bar.finish_and_clear();
-    Ok(total)
+    Ok(sent)
 }
 
-async fn send(session: &Session, local: &Local, bar: &ProgressBar) -> Result<(), Failure> {
+/// Sends bytes, if the node cannot have the file without. Gives how many.
+async fn send(session: &Session, local: &Local, bar: &ProgressBar) -> Result<u64, Failure> {
     let PayloadText { root, size } = &local.payload;
     // A megabyte a second is slow for one's own node.
     let wait = Duration::from_secs(size >> 20);
@@ -137,16 +141,27 @@ async fn send(session: &Session, local: &Local, bar: &ProgressBar) -> Result<(),
         Source::Memory(bytes) => {
             let source = stream::once(ready(Ok(bytes.clone())));
             let _: Uploaded = session.client.upload(&to, source, wait).await?;
-            return Ok(());
+            return Ok(*size);
         }
         Source::File(path) => path,
     };
+    // Whatever stands against it, there is the other way.
+    if *size >= CLONED_FROM
+        && let Ok(whole) = std::fs::canonicalize(path)
+        && let Some(whole) = whole.to_str()
+    {
+        let clone = format!("/v1/payloads/{root}/clone?size={size}&path={}", escaped(whole));
+        if session.client.act(Method::POST, &clone, wait).await.is_ok() {
+            bar.inc(*size);
+            return Ok(0);
+        }
+    }
     let opened = tokio::fs::File::open(path).await;
     let opened = opened.map_err(|why| Failure::file("cannot read", path, &why))?;
     let source = watched(ReaderStream::with_capacity(opened, PIECE), bar.clone());
     let sent: Uploaded = session.client.upload(&to, source, wait).await?;
     if sent.root == *root {
-        return Ok(());
+        return Ok(*size);
     }
     let message = format!("{} changed while it was sent: run the command again", path.display());
     Err(Failure::say(Exit::Io, message))
