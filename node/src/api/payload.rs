@@ -154,13 +154,13 @@ pub(super) async fn holders(
         HolderLine { id: key.to_string(), name: name.unwrap_or_default() }
     });
     let store = app.handle.payloads().clone();
-    let index = tokio::task::spawn_blocking(move || index_stat(&store, root)).await;
+    let index = blocking("reading an index", move || index_stat(&store, root)).await?;
     Ok(Json(PayloadStat {
         root: root.to_string(),
         size: app.handle.payloads().has(root),
         pinned,
         leased,
-        index: index.ok().flatten(),
+        index,
         holders: holders.collect(),
     }))
 }
@@ -307,15 +307,14 @@ pub(super) async fn remove(
         true => Some(app.handle.in_use(Some(root)).await?),
         false => None,
     };
-    let removed = tokio::task::spawn_blocking(move || match spared {
+    let removed = blocking("removing a payload", move || match spared {
         Some(InUse { pinned, leased }) => {
             let spared = pinned.into_iter().chain(leased).map(Root::from).collect();
             payloads.remove_index(root, &spared).map(|_| true)
         }
         None => payloads.remove(root),
-    })
-    .await;
-    match removed.map_err(|error| ApiError::internal("removing a payload", &error))?? {
+    });
+    match removed.await?? {
         true => Ok(StatusCode::NO_CONTENT),
         false => Err(PayloadError::NotHeld(root).into()),
     }
@@ -350,8 +349,8 @@ pub(super) async fn clone(
     }
     let room = app.handle.take_room(params.size).await?;
     let payloads = app.handle.payloads().clone();
-    let cloned = tokio::task::spawn_blocking(move || payloads.clone_path(&path, root, room)).await;
-    match cloned.map_err(|error| ApiError::internal("cloning a payload", &error))? {
+    let cloned = blocking("cloning a payload", move || payloads.clone_path(&path, root, room));
+    match cloned.await? {
         Ok(_) => Ok(StatusCode::NO_CONTENT),
         // What is there, if anything is, is not told apart.
         Err(PayloadError::Source(_) | PayloadError::WrongSize { .. }) => {
@@ -402,12 +401,20 @@ pub(super) async fn verify(
 ) -> Result<StatusCode, ApiError> {
     let root = root_in(&root)?;
     let payloads = app.handle.payloads().clone();
-    let verified = tokio::task::spawn_blocking(move || payloads.verify(root)).await;
-    match verified.map_err(|error| ApiError::internal("verifying a payload", &error))? {
+    match blocking("verifying a payload", move || payloads.verify(root)).await? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
         Err(error @ PayloadError::Corrupt(_)) => Err(ApiError::conflict(error.to_string())),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Does what may block on the disk where it may.
+async fn blocking<T: Send + 'static>(
+    doing: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| ApiError::internal(doing, &error))
 }
 
 /// Whether a payload is pinned, and whether it belongs to a lease.
@@ -440,8 +447,7 @@ pub(super) async fn send(
     root: Root,
     shutdown: CancellationToken,
 ) -> Result<Response, ApiError> {
-    let opened = tokio::task::spawn_blocking(move || store.open(root)).await;
-    let payload = opened.map_err(|error| ApiError::internal("opening a payload", &error))??;
+    let payload = blocking("opening a payload", move || store.open(root)).await??;
     let size = payload.size();
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_string()),

@@ -195,7 +195,9 @@ impl Get {
             "took_ms": took_ms,
         });
         if let Some(path) = &self.output {
-            export(session, &root, self.index, path).await?;
+            // An index's own size is not that of all that was fetched.
+            let (_, own) = find::payload(session, &root).await?;
+            export(session, (&root, own), self.index, path).await?;
             answer["path"] = json!(path);
             if path.as_os_str() == "-" {
                 return Ok(Exit::Ok);
@@ -222,8 +224,8 @@ impl Get {
 
 impl Export {
     async fn run(self, session: &Session) -> Result<Exit, Failure> {
-        let (root, _) = find::payload(session, &self.root).await?;
-        let size = export(session, &root, self.index, &self.to).await?;
+        let (root, size) = find::payload(session, &self.root).await?;
+        export(session, (&root, size), self.index, &self.to).await?;
         if self.to.as_os_str() != "-" {
             let answer = json!({ "root": root, "size": size, "path": self.to });
             session.out.answer(&answer, || format!("{}\n", self.to.display()))?;
@@ -232,19 +234,22 @@ impl Export {
     }
 }
 
-/// Writes a payload that the node holds to a file, or an index's files to a directory. Gives the
-/// payload's own size in bytes.
-async fn export(session: &Session, root: &str, index: bool, to: &Path) -> Result<u64, Failure> {
-    let (_, size) = find::payload(session, root).await?;
+/// Writes a payload that the node holds to a file, or an index's files to a directory; `size` is the
+/// payload's own, in bytes.
+async fn export(
+    session: &Session,
+    (root, size): (&str, u64),
+    index: bool,
+    to: &Path,
+) -> Result<(), Failure> {
     if !index {
-        transfer::export(session, root, size, to).await?;
+        transfer::export(session, root, size, to).await
     } else if to.as_os_str() == "-" {
         let message = "the files of an index cannot go to standard output: name a directory";
-        return Err(Failure::say(Exit::Usage, message));
+        Err(Failure::say(Exit::Usage, message))
     } else {
-        directory::export(session, root, size, to).await?;
+        directory::export(session, root, size, to).await
     }
-    Ok(size)
 }
 
 impl Files {

@@ -125,13 +125,13 @@ pub(super) async fn upload(session: &Session, directory: &Directory) -> Result<u
 }
 
 /// Writes the files of an index that the node holds to `dir`, each checked against its root. The
-/// directory appears whole or not at all: it must not be there, or be empty. Gives how many there are.
+/// directory appears whole or not at all: it must not be there, or be empty.
 pub(super) async fn export(
     session: &Session,
     root: &str,
     size: u64,
     dir: &Path,
-) -> Result<usize, Failure> {
+) -> Result<(), Failure> {
     check_new(dir)?;
     let index = index(session, root, size).await?;
     let partial = Partial::create(dir)?;
@@ -150,8 +150,7 @@ pub(super) async fn export(
         transfer::take(session, &from, &payload, &bar, &mut to).await.map_err(trouble)?;
     }
     bar.finish_and_clear();
-    partial.keep(dir)?;
-    Ok(index.files().len())
+    partial.keep(dir)
 }
 
 /// That `dir` is free to become the directory.

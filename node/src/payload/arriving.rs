@@ -46,8 +46,8 @@ use super::{
 
 /// After how many groups the marks are written: 4 MiB.
 const MARK_EVERY: u64 = 16;
-/// After how many groups files and marks are synced: 64 MiB. More often, and the disk writes what comes
-/// while it comes: with 256 MiB a file of 1 GiB took a tenth longer.
+/// After how many groups files and marks are synced: 64 MiB. So the disk writes while more comes, and
+/// little is left to the last sync.
 const SYNC_EVERY: u64 = 256;
 /// Bytes of a hash pair.
 const PAIR: usize = 64;
