@@ -15,6 +15,9 @@ use leasehold_proto::words::contract::{
     JobSpec, Mandate, Member, Order, Refusal, Release, Renew, Renewal, Termination,
 };
 use leasehold_proto::words::equivocation::{Conviction, Reinstatement};
+use leasehold_proto::words::model::{
+    Finish, ModelOffer, ModelTerms, Sampling, Served, Service, Tally, TokenRates,
+};
 use leasehold_proto::words::object::{Body, Envelope, Header, Kind, Object, draft_json};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer, Payloads};
 use leasehold_proto::words::sign::Signed;
@@ -101,6 +104,7 @@ pub fn verdict(verdict: &Verdict) -> String {
         lessor,
         lessee,
         delegate,
+        model,
         rate,
         term,
         worst_case,
@@ -112,6 +116,7 @@ pub fn verdict(verdict: &Verdict) -> String {
         acknowledged_charge,
         credit,
         end,
+        requests_checked,
         price_checked,
     } = verdict;
     let context = Context::default();
@@ -126,8 +131,14 @@ pub fn verdict(verdict: &Verdict) -> String {
     page.line("delegate", delegate);
     page.line("granted", decided);
     let follows = if *price_checked { "recomputed from the offer" } else { "no offer inside" };
-    let rate = format!("{} per hour ({follows})", page.money(*rate));
-    page.line("rate", rate);
+    if let Some(terms) = model {
+        page.model(terms);
+        page.line("price", follows);
+        page.line("requests checked", format!("{requests_checked}, one by one"));
+    } else {
+        let rate = format!("{} per hour ({follows})", page.money(*rate));
+        page.line("rate", rate);
+    }
     page.line("term", term);
     page.amount("at most", *worst_case);
     page.line("receipts", receipts);
@@ -156,7 +167,7 @@ pub fn json(item: &Item) -> Value {
                 list.iter().map(|signed| signed_json(signed, 0)).collect()
             };
             let Proof { charter, offer, order, grant, renewals, .. } = &**proof;
-            let Proof { receipts, acknowledgements, termination, .. } = &**proof;
+            let Proof { receipts, acknowledgements, served, termination, .. } = &**proof;
             json!({
                 "type": "proof",
                 "charter": signed_json(charter, 0),
@@ -166,6 +177,7 @@ pub fn json(item: &Item) -> Value {
                 "renewals": each(renewals),
                 "receipts": each(receipts),
                 "acknowledgements": each(acknowledgements),
+                "served": each(served),
                 "termination": termination.as_ref().map(|signed| signed_json(signed, 0)),
             })
         }
@@ -436,6 +448,7 @@ impl Page<'_> {
             Kind::Commit => self.of::<Commit>(body),
             Kind::Reinstatement => self.of::<Reinstatement>(body),
             Kind::Payloads => self.of::<Payloads>(body),
+            Kind::Served => self.of::<Served>(body),
             Kind::Unknown(_) => {
                 self.line("body", format!("{} bytes of an unknown kind", body.len()));
             }
@@ -450,11 +463,27 @@ impl Page<'_> {
     }
 
     fn usage(&mut self, usage: &Usage) {
-        let Usage { billed, cpu, memory_mib_ms, memory_peak } = usage;
+        let Usage { billed, cpu, memory_mib_ms, memory_peak, tally } = usage;
+        if *tally != Tally::default() {
+            let Tally { requests, prompt_tokens, completion_tokens, last } = tally;
+            self.line("requests", requests);
+            self.line("prompt tokens", prompt_tokens);
+            self.line("completion tokens", completion_tokens);
+            self.line("last request", last);
+        }
         self.line("billed time", billed);
         self.line("cpu time", cpu);
         self.line("memory over time", format!("{memory_mib_ms} MiB·ms"));
         self.line("memory peak", bytes(*memory_peak));
+    }
+
+    fn model(&mut self, terms: &ModelTerms) {
+        let ModelTerms { name, digest, rates } = terms;
+        let TokenRates { prompt, completion } = rates;
+        self.line("model", format!("{name:?}"));
+        self.line("  digest", digest);
+        self.amount("  1M prompt tokens", *prompt);
+        self.amount("  1M completion", *completion);
     }
 
     fn payload(&mut self, name: &str, payload: &Payload) {
@@ -560,7 +589,7 @@ impl Shown for HostRecord {
 impl Shown for Offer {
     fn show(&self, page: &mut Page<'_>) {
         let Self { shapes, rates, slack_permille, classes, early, max_term, .. } = self;
-        let Self { runtimes, isolation, .. } = self;
+        let Self { runtimes, isolation, models, .. } = self;
         for shape in shapes {
             page.line("free", shape);
         }
@@ -571,6 +600,59 @@ impl Shown for Offer {
         page.line("longest term", max_term);
         page.line("runtimes", list(runtimes));
         page.line("isolation", list(isolation));
+        for model in models {
+            let ModelOffer { terms, quantisation, context, endpoints, abilities, demo, .. } = model;
+            let ModelOffer { state, load, tokens_per_second, first_token, .. } = model;
+            page.model(terms);
+            page.line("  quantisation", quantisation);
+            page.line("  context", format!("{context} tokens"));
+            page.line("  endpoints", list(endpoints.iter().map(word)));
+            page.line("  abilities", list(abilities));
+            page.line("  demo", if *demo { "yes" } else { "no" });
+            page.line("  state", word(state));
+            page.line("  load", format!("{load} requests"));
+            page.line("  speed", format!("{tokens_per_second} tokens/s, first {first_token}"));
+        }
+    }
+}
+
+impl Shown for Served {
+    fn show(&self, page: &mut Page<'_>) {
+        let Self { lease, number, previous, model, service, .. } = self;
+        let Self { prompt_total, completion_total, at, .. } = self;
+        let Service { endpoint, request, response, sampling, finish, .. } = service;
+        let Service { prompt_tokens, cached_tokens, completion_tokens, .. } = service;
+        page.line("lease", lease);
+        page.line("request number", number);
+        page.line("previous", previous);
+        page.line("model digest", model);
+        page.line("endpoint", word(endpoint));
+        page.line("request", request);
+        page.line("response", response);
+        let Sampling { temperature_permille, top_p_permille, seed, max_tokens } = sampling;
+        let thousandths = |value: &Option<u32>| value.map(|value| f64::from(value) / 1000.0);
+        let said = [
+            ("temperature", thousandths(temperature_permille).map(|value| value.to_string())),
+            ("top_p", thousandths(top_p_permille).map(|value| value.to_string())),
+            ("seed", seed.map(|value| value.to_string())),
+            ("max_tokens", max_tokens.map(|value| value.to_string())),
+        ];
+        for (name, value) in said {
+            if let Some(value) = value {
+                page.line(name, value);
+            }
+        }
+        let ended = match finish {
+            Finish::Answered => "answered",
+            Finish::HungUp => "who asked hung up",
+            Finish::Broken => "broke off on the serving side",
+        };
+        page.line("ended", ended);
+        page.line("prompt tokens", format!("{prompt_tokens}, {cached_tokens} of them known"));
+        page.line("completion tokens", completion_tokens);
+        let total = format!("{prompt_total} prompt, {completion_total} completion");
+        page.line("so far", total);
+        page.line("at", at);
     }
 }
 
@@ -616,6 +698,7 @@ impl Shown for Order {
             offer,
             request,
             shape,
+            model,
             class: asked,
             term,
             longest,
@@ -630,7 +713,10 @@ impl Shown for Order {
         page.line("lessee", lessee);
         page.line("delegate", delegate);
         page.line("asks lessor", lessor);
-        page.line("for", shape);
+        match model {
+            Some(terms) => page.model(terms),
+            None => page.line("for", shape),
+        }
         page.line("class", class(*asked));
         page.line("term", term);
         page.line("renewable", format!("up to {longest}"));
@@ -658,6 +744,7 @@ impl Shown for Grant {
             lessee,
             delegate,
             shape,
+            model,
             class: lent,
             rate,
             cap,
@@ -676,7 +763,10 @@ impl Shown for Grant {
         page.line("order", order);
         page.line("lessee", lessee);
         page.line("delegate", delegate);
-        page.line("lends", shape);
+        match model {
+            Some(terms) => page.model(terms),
+            None => page.line("lends", shape),
+        }
         page.line("class", class(*lent));
         page.line("term", term);
         page.line("renewable", format!("up to {longest}"));

@@ -323,11 +323,14 @@ fn name(command: &Command) -> Option<String> {
         Command::Pin(..) => Some("pin".into()),
         Command::AwaitEnd(lease) => of("await the end of", lease),
         Command::DraftOrder { .. } => Some("draft an order".into()),
+        Command::Serve(lease, _) => of("count a request under", lease),
+        Command::Consume(served) => of("agree on a request under", &served.body().lease),
         Command::Plan(_)
         | Command::Lessor(_)
         | Command::Reach(_)
         | Command::Holders(_)
         | Command::InUse
+        | Command::Sellers
         | Command::View => None,
     }
 }

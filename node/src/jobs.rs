@@ -838,6 +838,7 @@ fn usage_of(usage: &work::Usage) -> Usage {
         cpu: Span(usage.cpu_ms),
         memory_mib_ms: usage.memory_mib_ms,
         memory_peak: usage.memory_peak,
+        ..Usage::default()
     }
 }
 

@@ -3,7 +3,8 @@
 use leasehold_proto::LeaseId;
 use leasehold_proto::core::Kept;
 use leasehold_proto::core::kept::{
-    HELD_PREFIX, ReadError, acknowledgements_of, countersigned_of, lent_key, receipts_of,
+    HELD_PREFIX, ReadError, acknowledgements_of, consumed_of, countersigned_of, lent_key,
+    receipts_of, served_of,
 };
 use leasehold_proto::minds::book::Lent;
 use leasehold_proto::minds::holdings::{Held, Placed};
@@ -79,6 +80,12 @@ async fn from_lessor(
             acknowledgements.push(signed);
         }
     }
+    let mut served = Vec::new();
+    for (key, value) in store.scan(&served_of(&lease)).await? {
+        if let Kept::Served(_, _, draft) = Kept::read(&key, &value)? {
+            served.push(sign(&draft)?);
+        }
+    }
     let mut renewals = Vec::new();
     if let Some(renew) = &lent.renew {
         renewals.push(renew.clone());
@@ -94,6 +101,7 @@ async fn from_lessor(
         renewals,
         receipts,
         acknowledgements,
+        served,
         termination: lent.termination.as_ref().map(sign).transpose()?,
     })
 }
@@ -113,6 +121,12 @@ async fn from_lessee(
             acknowledgements.push(signer.sign(&ack)?);
         }
     }
+    let mut served = Vec::new();
+    for (key, value) in store.scan(&consumed_of(&lease)).await? {
+        if let Kept::Consumed(_, _, signed) = Kept::read(&key, &value)? {
+            served.push(signed);
+        }
+    }
     let order = match &held.order {
         Placed::Here(draft) => signer.sign(draft)?,
         Placed::Elsewhere(signed) => signed.clone(),
@@ -130,6 +144,7 @@ async fn from_lessee(
         renewals,
         receipts,
         acknowledgements,
+        served,
         termination: held.closing().cloned(),
     })
 }

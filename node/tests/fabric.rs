@@ -136,6 +136,7 @@ async fn until(node: &Node, what: &str, holds: impl Fn(&View) -> bool) -> View {
 
 fn want(cpu_milli: u64, max_hourly: &str) -> Want {
     Want {
+        model: None,
         shape: Resources::new(cpu_milli, 64 << 20, 1 << 20),
         class: Class::Firm,
         term: Span::secs(60),
@@ -585,6 +586,7 @@ impl Peer {
         let now = leasehold_node::clock::now().wall;
         let want = want(100, "1");
         let mut order = Order {
+            model: None,
             lessee,
             delegate: self.secret.id(),
             authority: Authority::Mandate(mandate.clone()),
@@ -810,6 +812,7 @@ async fn records_of_strangers() {
     // Everything is signed as it should be; what is missing is somebody who vouches for the key.
     let own = node.handle().view().await.expect("view").nodes[0].clone();
     let offer = Offer {
+        models: Vec::new(),
         shapes: own.shapes,
         rates: own.rates.expect("rates"),
         slack_permille: 1000,

@@ -25,12 +25,15 @@ pub mod kept;
 mod lessee;
 mod lessor;
 mod links;
+mod models;
 mod operator;
 mod payloads;
 pub mod view;
 
-pub use effect::{Effect, Notice, Notified, StartJob};
-pub use event::{Command, CommandId, Ended, Event, Failure, InUse, Leased, Reply, Ticket, Token};
+pub use effect::{Effect, ModelLease, Notice, Notified, StartJob};
+pub use event::{
+    Command, CommandId, Ended, Event, Failure, InUse, Leased, Reply, Seller, Ticket, Token,
+};
 pub use kept::{Holdback, Kept};
 pub use view::View;
 
@@ -53,6 +56,8 @@ use crate::words::charter::{Certificate, Role};
 use crate::words::contract::Mandate;
 use crate::words::equivocation::Equivocation;
 use crate::words::message::{Utterance, verify_grant};
+use crate::words::model::{Served, Tally};
+use crate::words::object::body_in;
 use crate::words::record::{Addresses, HostRecord};
 use crate::words::sign::{Draft, Hand, Signed, Verified, VerifyError};
 use crate::words::usage::{Outcome, Usage};
@@ -484,6 +489,7 @@ impl Core {
         out: &mut Vec<Effect>,
     ) -> Result<(), StartError> {
         let Saved { lent, held, mut receipts, mut claimed, holdback, gangs, pinned, .. } = saved;
+        let (mut served, mut consumed) = (saved.served, saved.consumed);
         self.stock.pinned = pinned;
         self.book.withhold(holdback.withheld.clone());
         self.holdback = holdback;
@@ -499,6 +505,9 @@ impl Core {
             }
             let restored = self.book.restore(now.boot, kept, receipts);
             restored.ok_or(StartError::Kept(id))?;
+            if let Some(tally) = served.remove(&id) {
+                self.book.restore_tally(&id, tally);
+            }
             if let Some(claim) = claimed.remove(&id) {
                 let claim = claim.verify(&self.hand.fabric);
                 self.book.set_pending(&id, claim.ok());
@@ -519,7 +528,8 @@ impl Core {
             let terms = grant
                 .and_then(Result::ok)
                 .map(|papers| (LeaseId(papers.grant.id()), papers.grant.body().clone()));
-            self.holdings.restore(kept, terms);
+            let tallies = terms.as_ref().and_then(|(lease, _)| consumed.remove(lease));
+            self.holdings.restore(kept, terms, tallies.unwrap_or_default());
         }
         for (certificate, (draft, together)) in gangs {
             self.restore_gang(certificate, &draft, together);
@@ -549,6 +559,7 @@ impl Core {
             }
             Event::DiskFull(full) => self.disk_full = full,
             Event::Payloads(roots) => self.has_payloads(now, roots),
+            Event::Models(models) => self.pricing.set_models(models),
             Event::Woke => {}
             Event::Leave => self.leave(now, out),
         }
@@ -619,7 +630,12 @@ impl Core {
                 out.push(Effect::Answer(command, Ok(Reply::InUse(in_use))));
                 return;
             }
-            _ if self.leaving => Err(Failure::Halted("it is stopping".into())),
+            Command::Sellers => {
+                let sellers = self.sellers(now);
+                out.push(Effect::Answer(command, Ok(Reply::Sellers(sellers))));
+                return;
+            }
+            _ if self.leaving && !what.counts() => Err(Failure::Halted("it is stopping".into())),
             Command::Lease(_) | Command::LeaseBy(_) | Command::Gang { .. } if self.disk_full => {
                 Err(Failure::DiskFull)
             }
@@ -650,6 +666,8 @@ impl Core {
                 Ok(())
             }
             Command::AwaitEnd(lease) => self.await_end(command, lease, out),
+            Command::Serve(lease, service) => self.serve(now, command, (lease, service), out),
+            Command::Consume(served) => self.consume(command, &served, out),
         };
         if let Err(failure) = failed {
             out.push(Effect::Answer(command, Err(failure)));
@@ -780,6 +798,10 @@ struct Saved {
     proofs: Vec<Equivocation>,
     reinstated: Vec<Signed>,
     pinned: BTreeSet<Hash>,
+    /// What was served under leases on models that this node granted.
+    served: BTreeMap<LeaseId, Tally>,
+    /// What was agreed on under leases on models that it holds, record by record.
+    consumed: BTreeMap<LeaseId, Vec<Tally>>,
 }
 
 impl Saved {
@@ -855,6 +877,20 @@ impl Saved {
                 }
                 Kept::Pinned(root) => {
                     sorted.pinned.insert(root);
+                }
+                Kept::Served(lease, number, draft) => {
+                    let known = sorted.served.entry(lease).or_default();
+                    if number > known.requests
+                        && let Some(served) = body_in::<Served>(&draft.envelope)
+                    {
+                        *known = served.tally(draft.id());
+                    }
+                }
+                Kept::Consumed(lease, _, signed) => {
+                    if let Some(served) = body_in::<Served>(&signed.envelope) {
+                        let tallies = sorted.consumed.entry(lease).or_default();
+                        tallies.push(served.tally(signed.id()));
+                    }
                 }
                 Kept::DropHeld(_)
                 | Kept::Unpinned(_)

@@ -38,6 +38,7 @@ pub mod words {
     pub mod equivocation;
     pub mod index;
     pub mod message;
+    pub mod model;
     pub mod object;
     pub mod record;
     pub mod sign;

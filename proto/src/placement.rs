@@ -118,6 +118,19 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
     for (name, value) in want.labels.iter().filter(|label| !labels.contains(label)) {
         reasons.push(format!("it is not labelled {name}={value}"));
     }
+    if let Some(terms) = &want.model {
+        if !body.sells_model(terms) {
+            reasons.push(format!("it does not serve '{}' at that price", terms.name));
+        }
+        if candidate.quarantined {
+            reasons.push("it was convicted of saying two different things".into());
+        }
+        if want.longest > body.max_term {
+            reasons.push(format!("term: at most {}, asked for {}", body.max_term, want.longest));
+        }
+        let fit = Fit { candidate, offer, rate: Amount::ZERO, full: false };
+        return if reasons.is_empty() { Ok(fit) } else { Err(reasons) };
+    }
     // What is free changes faster than it is heard of: a host that could fit at all may be asked.
     let full = !body.fits(&want.shape);
     let possible = candidate.host.is_some_and(|host| want.shape.fits(&host.hardware));
@@ -190,7 +203,10 @@ fn score(want: &Want, fit: &Fit<'_>, cheapest: u64, dice: &mut Dice) -> Choice {
         name: name_of(candidate),
         offer: offer.id(),
         rate: *rate,
-        worst_case: rate.per_hour_over(want.term).min(want.budget),
+        worst_case: match want.model {
+            Some(_) => want.budget,
+            None => rate.per_hour_over(want.term).min(want.budget),
+        },
         score: price.saturating_add(spare + risk + noise + avoided),
         why: why.join(", "),
     }

@@ -17,6 +17,7 @@ use crate::words::chain::Chain;
 use crate::words::charter::Role;
 use crate::words::contract::{EndReason, Grant, Renew, Renewal, Termination};
 use crate::words::message::{GrantPapers, OrderPapers, verify_grant, verify_order};
+use crate::words::model::{ModelTerms, Served, Tally};
 use crate::words::object::Kind;
 use crate::words::record::Offer;
 use crate::words::sign::{Signed, Verified, VerifyError};
@@ -24,6 +25,8 @@ use crate::words::usage::{Acknowledgement, ObjectionReason, Receipt, Usage};
 
 /// The most receipts that one proof may hold.
 pub const MAX_RECEIPTS: usize = 1 << 20;
+/// The most requests to a model that one proof may hold.
+pub const MAX_REQUESTS: usize = 1 << 20;
 /// The most objects about the last renewal.
 const MAX_RENEWALS: usize = 2;
 
@@ -44,6 +47,8 @@ pub struct Proof {
     pub receipts: Vec<Signed>,
     /// The acknowledgements that the exporter has, in order; one covers all before it.
     pub acknowledgements: Vec<Signed>,
+    /// Of a lease on a model: the record of every request, in order.
+    pub served: Vec<Signed>,
     /// How the lease ended, if it did.
     pub termination: Option<Signed>,
 }
@@ -63,6 +68,8 @@ pub struct Verdict {
     pub lessee: KeyId,
     /// Who acted for the lessee.
     pub delegate: KeyId,
+    /// The model whose tokens were lent, and at what price, if it was one.
+    pub model: Option<ModelTerms>,
     /// The price per hour.
     pub rate: Amount,
     /// How long it was, renewals included.
@@ -85,6 +92,9 @@ pub struct Verdict {
     pub credit: Amount,
     /// Why it ended; `None` while it runs or where no termination was exported.
     pub end: Option<EndReason>,
+    /// How many requests to a model were checked one by one: all that the last receipt covers, where
+    /// their records were exported.
+    pub requests_checked: u64,
     /// Whether the price could be recomputed from the offer named in the order.
     pub price_checked: bool,
 }
@@ -137,6 +147,14 @@ pub enum ProofError {
         /// Which one, counting from one.
         number: u64,
     },
+    /// The record of a request does not follow from those before it.
+    #[error("request {number}: {why}")]
+    Request {
+        /// Which request, counting from one.
+        number: u64,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// An acknowledgement matches no receipt.
     #[error("acknowledgement {0}: it matches no receipt of this lease")]
     Acknowledgement(u64),
@@ -146,14 +164,18 @@ pub enum ProofError {
     /// More receipts than are read.
     #[error("more than {MAX_RECEIPTS} receipts")]
     TooMany,
+    /// More requests than are read.
+    #[error("more than {MAX_REQUESTS} requests")]
+    TooManyRequests,
 }
 
 const fn objection(reason: &ObjectionReason) -> &'static str {
     match reason {
         ObjectionReason::Chain => "it does not follow from the receipt before it",
         ObjectionReason::Time => "it bills more time than passed",
-        ObjectionReason::Charge => "its charge is not the rate over the billed time",
+        ObjectionReason::Charge => "its charge does not follow from the price and what was used",
         ObjectionReason::Limit => "it says more than the lease allows",
+        ObjectionReason::Tokens => "it counts requests that were not agreed on",
     }
 }
 
@@ -192,7 +214,11 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
             if offer.id() != asked.offer || offer.signer() != asked.lessor {
                 return Err(ProofError::Offer("it is not the offer that the order names"));
             }
-            if offer.body().hourly(&asked.shape, asked.class) != Some(given.rate) {
+            let rate = match &given.model {
+                Some(terms) => offer.body().sells_model(terms).then_some(Amount::ZERO),
+                None => offer.body().hourly(&asked.shape, asked.class),
+            };
+            if rate != Some(given.rate) {
                 return Err(ProofError::Offer("the price granted does not follow from it"));
             }
             if offer.body().early != given.early {
@@ -204,7 +230,8 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
     };
     let lease = LeaseId(grant.id());
     let term = check_renewals(proof, &fabric, lease, &grant)?;
-    let (chain, hashes) = check_receipts(proof, &fabric, (lease, term), &grant)?;
+    let tallies = check_requests(proof, &fabric, lease, &grant)?;
+    let (chain, hashes) = check_receipts(proof, &fabric, (lease, term), &grant, &tallies)?;
     let acknowledged = check_acknowledgements(proof, &fabric, lease, given.delegate, &hashes)?;
     let ended = check_termination(proof, &fabric, (lease, term), &grant, &chain)?;
     let (end, credit) = ended.map_or((None, Amount::ZERO), |(end, credit)| (Some(end), credit));
@@ -215,6 +242,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
         lessor: grant.signer(),
         lessee: given.lessee,
         delegate: given.delegate,
+        model: given.model.clone(),
         rate: given.rate,
         term,
         worst_case: given.worst_case_over(term),
@@ -226,6 +254,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
         acknowledged_charge: acknowledged.1,
         credit,
         end,
+        requests_checked: tallies.len().try_into().unwrap_or(u64::MAX),
         price_checked,
     })
 }
@@ -272,11 +301,37 @@ fn check_renewals(
     Ok(longest)
 }
 
+/// What a lease on a model came to after each of its requests.
+fn check_requests(
+    proof: &Proof,
+    fabric: &FabricId,
+    lease: LeaseId,
+    grant: &Verified<Grant>,
+) -> Result<Vec<Tally>, ProofError> {
+    if proof.served.len() > MAX_REQUESTS {
+        return Err(ProofError::TooManyRequests);
+    }
+    let mut tallies: Vec<Tally> = Vec::new();
+    for (number, signed) in (1..).zip(&proof.served) {
+        let wrong = |why| ProofError::Request { number, why };
+        let served: Verified<Served> = of(&format!("request {number}"), signed.verify(fabric))?;
+        if served.signer() != grant.signer() || served.body().lease != lease {
+            return Err(ProofError::Parties { what: "request", number });
+        }
+        let model = grant.body().model.as_ref().ok_or(wrong("the lease is not on a model"))?;
+        let before = tallies.last().copied().unwrap_or_default();
+        before.is_followed_by(served.body(), model.digest).map_err(wrong)?;
+        tallies.push(served.body().tally(served.id()));
+    }
+    Ok(tallies)
+}
+
 fn check_receipts(
     proof: &Proof,
     fabric: &FabricId,
     (lease, term): (LeaseId, Span),
     grant: &Verified<Grant>,
+    tallies: &[Tally],
 ) -> Result<(Chain, Vec<Checked>), ProofError> {
     if proof.receipts.len() > MAX_RECEIPTS {
         return Err(ProofError::TooMany);
@@ -291,6 +346,12 @@ fn check_receipts(
         chain
             .check(grant.body(), term, receipt.body())
             .map_err(|reason| ProofError::Receipt { number, reason })?;
+        // Where the records were exported, what a receipt counts follows from them.
+        let counted = receipt.body().usage.tally;
+        let nth = usize::try_from(counted.requests).ok().and_then(|n| n.checked_sub(1));
+        if !tallies.is_empty() && nth.is_some_and(|nth| tallies.get(nth) != Some(&counted)) {
+            return Err(ProofError::Receipt { number, reason: ObjectionReason::Tokens });
+        }
         chain.advance(receipt.body(), receipt.id());
         hashes.push((receipt.id(), receipt.body().charge));
     }

@@ -320,6 +320,7 @@ fn hosts_are_ranked_for_reasons_and_the_full_come_last() {
     let people = People::new();
     let offer = |free: u64, classes: Vec<Class>, cents: u64| -> Verified<Offer> {
         let offer = Offer {
+            models: Vec::new(),
             shapes: if free > 0 {
                 vec![Resources::new(free * 1000, free << 30, 0)]
             } else {
@@ -437,12 +438,16 @@ fn offers_follow_changes_within_their_pace_and_are_honoured_for_a_while() {
     assert!((8..=11).contains(&offers.len()), "a burst, then two a second: {}", offers.len());
     let (at, first) = offers.first().expect("there is one");
     let id = first.id();
-    let quote = |at: u64, class| pricing.quote(Boot(at), &id, &free(1), class);
-    let quoted = |at: u64| quote(at, Class::Firm).and_then(|honoured| honoured.rate);
+    let order = |offer| Order {
+        offer,
+        shape: free(1),
+        ..people.order_body(1, 1, Span::secs(60), Span::secs(1))
+    };
+    let quoted = |at: u64| pricing.quote(Boot(at), &order(id)).and_then(|honoured| honoured.rate);
     assert_eq!(quoted(*at), People::rates().hourly(&free(1)));
     assert!(quoted(at + HONOUR.as_millis()).is_some());
     assert!(quoted(at + HONOUR.as_millis() + 1).is_none(), "too old");
-    assert!(pricing.quote(Boot(0), &Hash::default(), &free(1), Class::Firm).is_none(), "not ours");
+    assert!(pricing.quote(Boot(0), &order(Hash::default())).is_none(), "not ours");
     // Nothing changed: nothing is said until it must be refreshed, or is restated.
     let say = |at: u64, pricing: &mut Pricing| {
         pricing.publish(now(at), &free(400), &hand).expect("it fits").is_some()

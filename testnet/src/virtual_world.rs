@@ -1603,6 +1603,7 @@ impl<'a> World<'a> {
                 let charter = charter.clone();
                 let (receipts, acknowledgements) = (Vec::new(), Vec::new());
                 let proof = Proof {
+                    served: Vec::new(),
                     charter,
                     offer,
                     order,
@@ -1682,5 +1683,6 @@ const fn tag(event: &Event) -> u8 {
         Event::Extended(..) => 15,
         Event::JobBegun(_) => 16,
         Event::Payloads(_) => 17,
+        Event::Models(_) => 18,
     }
 }

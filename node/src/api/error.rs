@@ -210,6 +210,7 @@ impl From<Failure> for ApiError {
             Failure::InUse => Self::new(StatusCode::CONFLICT, Code::Conflict, said),
             Failure::BadJob(why) => Self::field("job", why),
             Failure::BadOrder(why) => Self::field("order", why),
+            Failure::BadRecord(_) => Self::conflict(said),
             Failure::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, Code::NoSpace, said),
             Failure::Busy => Self::busy(said),
             Failure::Halted(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::Halted, said),

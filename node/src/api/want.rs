@@ -267,6 +267,7 @@ impl WantText {
         let lessors = self.lessors.iter().map(|text| text.parse::<KeyId>());
         Ok(Want {
             shape,
+            model: None,
             class: match self.class {
                 ClassText::Firm => Class::Firm,
                 ClassText::Slack => Class::Slack,

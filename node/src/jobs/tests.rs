@@ -176,6 +176,7 @@ impl Delegate {
     /// A claim's job, of which the lessor knows this of where the delegate is.
     fn claims(&self, sources: Vec<SocketAddr>) -> StartJob {
         StartJob {
+            model: None,
             lease: LEASE,
             claim: Hash([1; 32]),
             delegate: KeyId(self.data.public_key()),

@@ -6,10 +6,12 @@
 use std::net::SocketAddr;
 
 use crate::base::id::{Hash, KeyId, LeaseId};
+use crate::base::money::Amount;
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Span};
 use crate::words::contract::{EndReason, JobSpec};
 use crate::words::message::Utterance;
+use crate::words::model::{ModelTerms, Tally};
 use crate::words::sign::Draft;
 
 use super::event::{CommandId, Failure, Reply, Ticket, Token};
@@ -90,6 +92,17 @@ pub struct Notified {
     pub end: Boot,
 }
 
+/// What a lease on a model allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelLease {
+    /// The model, and what its tokens cost.
+    pub terms: ModelTerms,
+    /// The most that may be charged in all.
+    pub cap: Amount,
+    /// What was served so far.
+    pub tally: Tally,
+}
+
 /// A job to start.
 #[derive(Clone, Debug)]
 pub struct StartJob {
@@ -105,6 +118,8 @@ pub struct StartJob {
     pub job: JobSpec,
     /// With what.
     pub shape: Resources,
+    /// The model to which it admits requests, where it is no job of the runner's.
+    pub model: Option<ModelLease>,
     /// When its last instruction must be over, on the boot clock.
     pub deadline: Boot,
     /// How long it may take to end after that before it is killed.

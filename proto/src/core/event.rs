@@ -13,7 +13,8 @@ use crate::minds::book::ReclaimPlan;
 use crate::placement::{Against, Ranking};
 use crate::words::contract::{EndReason, JobSpec, Reason};
 use crate::words::message::{OrderPapers, RecordSaid, Said};
-use crate::words::sign::{Draft, Signed};
+use crate::words::model::{ModelOffer, Served, Service};
+use crate::words::sign::{Draft, Signed, Verified};
 use crate::words::usage::{Outcome, Usage};
 use crate::words::want::{Choice, Heard, Want};
 
@@ -98,6 +99,8 @@ pub enum Event {
     /// Which payloads this node has now, or is fetching, the last used first: what stands for each
     /// in a record.
     Payloads(Vec<u64>),
+    /// Which models are served here now, sorted by name.
+    Models(Vec<ModelOffer>),
     /// Time has passed.
     Woke,
     /// The node is about to stop.
@@ -185,6 +188,13 @@ pub enum Command {
     InUse,
     /// Tell who may have a payload, and where these nodes serve their data planes.
     Holders(Hash),
+    /// A request was served under a lease on a model that this node granted.
+    Serve(LeaseId, Service),
+    /// The record of a request under a lease on a model that this node holds: it says what this node
+    /// asked, was answered and counted.
+    Consume(Box<Verified<Served>>),
+    /// Tell who sells models.
+    Sellers,
     /// Tell how things stand.
     View,
 }
@@ -240,8 +250,31 @@ pub enum Reply {
     /// Nodes that are up and may have the payload, in random order, at most 64, and where they serve
     /// their data planes.
     Holders(Vec<(KeyId, Vec<SocketAddr>)>),
+    /// The record of a request, kept, to be signed.
+    Served(Draft),
+    /// The record is agreed on.
+    Consumed,
+    /// Who sells models.
+    Sellers(Vec<Seller>),
     /// How things stand.
     View(Box<View>),
+}
+
+/// A node that sells models, as the map shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seller {
+    /// Its key.
+    pub key: KeyId,
+    /// Its name.
+    pub name: String,
+    /// Whether it is held to be alive, and believed.
+    pub up: bool,
+    /// The longest term of a lease.
+    pub max_term: Span,
+    /// What it sells.
+    pub models: Vec<ModelOffer>,
+    /// Where it serves its data plane.
+    pub addresses: Vec<SocketAddr>,
 }
 
 /// Payloads that are not to be removed, by their roots.
@@ -336,6 +369,9 @@ pub enum Failure {
     /// The job's description breaks a rule.
     #[error("the job is not acceptable: {0}")]
     BadJob(String),
+    /// A record of a request to a model does not follow from those before it.
+    #[error("the record of a request is not one to agree on: {0}")]
+    BadRecord(&'static str),
     /// The order is not one that this node can carry.
     #[error("the order cannot be used: {0}")]
     BadOrder(String),

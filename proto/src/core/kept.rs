@@ -24,7 +24,7 @@ const BESIDE: usize = 3 * 1024;
 const _: () = {
     use Kind::{
         Acknowledgement, Claim, Commit, Gang, Grant, HostRecord, Objection, Offer, Order, Receipt,
-        Release, Renew, Renewal, Termination, Unknown,
+        Release, Renew, Renewal, Served, Termination, Unknown,
     };
     const fn sum(kinds: &[Kind]) -> usize {
         let (mut sum, mut rest) = (0, kinds);
@@ -39,6 +39,7 @@ const _: () = {
     let lent = sum(&lent) + book::MAX_ACTS * book::ACT_LEN;
     assert!(sum(&held) + BESIDE <= MAX_VALUE && lent + BESIDE <= MAX_VALUE);
     assert!(sum(&[Receipt, Acknowledgement]) <= MAX_VALUE && sum(&[Objection]) <= MAX_VALUE);
+    assert!(sum(&[Served]) <= MAX_VALUE);
     assert!(2 * sum(&[Unknown(0)]) <= MAX_VALUE);
     assert!(HostRecord.max_len() <= Unknown(0).max_len());
     assert!(Offer.max_len() <= Unknown(0).max_len());
@@ -85,6 +86,10 @@ pub enum Kept {
     Pinned(Hash),
     /// No longer.
     Unpinned(Hash),
+    /// The record of a request that this node served under a lease on a model.
+    Served(LeaseId, u64, Draft),
+    /// The record of a request that this node made under a lease on a model.
+    Consumed(LeaseId, u64, Signed),
 }
 
 /// What the operator keeps out of new leases.
@@ -131,6 +136,18 @@ pub fn countersigned_of(lease: &LeaseId) -> Vec<u8> {
     key(b'c', &[&lease.0.0])
 }
 
+/// The prefix of every record of a request that this node served under `lease`.
+#[must_use]
+pub fn served_of(lease: &LeaseId) -> Vec<u8> {
+    key(b's', &[&lease.0.0])
+}
+
+/// The prefix of every record of a request that this node made under `lease`.
+#[must_use]
+pub fn consumed_of(lease: &LeaseId) -> Vec<u8> {
+    key(b'u', &[&lease.0.0])
+}
+
 /// The key of a lease this node granted.
 #[must_use]
 pub fn lent_key(lease: &LeaseId) -> Vec<u8> {
@@ -159,6 +176,8 @@ impl Kept {
             Self::Reinstated(of, _) => key(b'R', &[&of.0]),
             Self::Equivocation(a, b) => key(b'q', &[&a.id().0, &b.id().0]),
             Self::Pinned(root) | Self::Unpinned(root) => key(b'p', &[&root.0]),
+            Self::Served(lease, n, _) => key(b's', &[&lease.0.0, &n.to_be_bytes()]),
+            Self::Consumed(lease, n, _) => key(b'u', &[&lease.0.0, &n.to_be_bytes()]),
         }
     }
 
@@ -180,8 +199,9 @@ impl Kept {
             Self::DropHeld(_) | Self::DropClaimed(_) | Self::DropGang(_) | Self::Unpinned(_) => {
                 Ok(None)
             }
-            Self::Receipt(_, _, draft) => put(draft),
+            Self::Receipt(_, _, draft) | Self::Served(_, _, draft) => put(draft),
             Self::Acknowledged(_, _, signed)
+            | Self::Consumed(_, _, signed)
             | Self::Objected(_, signed)
             | Self::Claimed(_, signed)
             | Self::Reinstated(_, signed) => put(signed),
@@ -225,6 +245,8 @@ impl Kept {
             }
             b'o' => Self::Objected(lease()?, get(value)?),
             b'p' => Self::Pinned(hash().ok_or_else(unknown)?),
+            b's' => Self::Served(lease()?, number()?, get(value)?),
+            b'u' => Self::Consumed(lease()?, number()?, get(value)?),
             b'R' => Self::Reinstated(KeyId(hash().ok_or_else(unknown)?.0), get(value)?),
             b'q' => {
                 let (a, b) = get(value)?;

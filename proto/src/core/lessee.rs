@@ -145,6 +145,7 @@ impl Core {
             offer: choice.offer,
             request: self.dice.request(),
             shape: want.shape.clone(),
+            model: want.model.clone(),
             class: want.class,
             term: want.term,
             longest: want.longest,
@@ -656,6 +657,7 @@ impl Core {
                 lessor: kept.lessor,
                 stage: kept.stage,
                 shape: terms.shape.clone(),
+                model: terms.model.clone(),
                 rate: terms.rate,
                 worst_case: terms.worst_case_over(kept.term),
                 decided: terms.decided,
@@ -678,6 +680,7 @@ impl Core {
 fn want_of(order: &Order) -> Want {
     Want {
         shape: order.shape.clone(),
+        model: order.model.clone(),
         class: order.class,
         term: order.term,
         longest: order.longest,

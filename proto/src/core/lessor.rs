@@ -1,7 +1,8 @@
 //! The lessor's part: orders, claims and releases heard, jobs, receipts and terminations sent.
 
 use super::{
-    Core, Effect, Extending, Kept, Notice, Notified, Orphan, Past, Pending, StartJob, Ticket,
+    Core, Effect, Extending, Kept, ModelLease, Notice, Notified, Orphan, Past, Pending, StartJob,
+    Ticket,
 };
 use crate::base::id::{ActId, Hash, KeyId, LeaseId};
 use crate::base::time::{Boot, Now, SKEW, Span, Wall};
@@ -12,6 +13,7 @@ use crate::words::contract::{
     Claim, EndReason, Figure, JobSpec, MAX_REFERRALS, Order, Reason, Refusal, Release, Renew,
 };
 use crate::words::message::{Message, OrderPapers, Utterance, Word};
+use crate::words::model::MODEL;
 use crate::words::sign::{Draft, Verified};
 use crate::words::usage::{Acknowledgement, Objection, Outcome, Usage};
 use crate::words::wire;
@@ -99,7 +101,7 @@ impl Core {
         if let Some(reason) = self.unwilling().filter(|_| !known) {
             return Err(reason);
         }
-        let honoured = self.pricing.quote(now.boot, &body.offer, &body.shape, body.class);
+        let honoured = self.pricing.quote(now.boot, body);
         let offer = honoured.map(|honoured| (honoured.offer, honoured.rate, honoured.early));
         let quote = Quote { offer, sold: self.pricing.sells(body) };
         Ok(self.book.place(now, order, &quote))
@@ -262,7 +264,7 @@ impl Core {
             self.deny_claim(now, claim, (Reason::NotReady, Vec::new()), ticket, out);
             return;
         }
-        let runs = self.pricing.runs(&job.runtime);
+        let runs = job.runtime == MODEL || self.pricing.runs(&job.runtime);
         match self.book.claim(now, claim, runs) {
             Acted::Repeat(answer) => reply(Word::Accepted, answer, ticket, out),
             Acted::Denied(answer) => reply(Word::Refused, answer, ticket, out),
@@ -307,6 +309,11 @@ impl Core {
             sources: self.data_addresses(&known.terms.delegate),
             job,
             shape: known.terms.shape.clone(),
+            model: known.terms.model.clone().map(|terms| ModelLease {
+                terms,
+                cap: known.terms.cap,
+                tally: known.reported.tally,
+            }),
             deadline: known.deadline() + late,
             grace: known.terms.grace,
         }
@@ -633,6 +640,7 @@ impl Core {
                 self.adopt(lease, *frozen, out);
                 return;
             }
+            // A lease on a model is a job of this process alone: it is taken up as if not begun.
             None if running && same_boot && self.is_unbegun(now, lease) => {
                 self.unbegun.insert(*lease);
                 return;
@@ -851,6 +859,7 @@ fn view_of(id: &LeaseId, lease: &Lease) -> LentView {
         lessee: terms.lessee,
         delegate: terms.delegate,
         shape: terms.shape.clone(),
+        model: terms.model.clone(),
         class: terms.class,
         rate: terms.rate,
         decided: terms.decided,

@@ -989,6 +989,7 @@ impl Core {
                     max_term: body.map(|offer| offer.max_term).unwrap_or_default(),
                     runtimes: body.map(|offer| offer.runtimes.clone()).unwrap_or_default(),
                     isolation: body.map(|offer| offer.isolation.clone()).unwrap_or_default(),
+                    models: body.map(|offer| offer.models.clone()).unwrap_or_default(),
                     labels: host.labels.clone(),
                     quarantined: self.conduct.is_quarantined(&key),
                     addresses: host.addresses.clone(),

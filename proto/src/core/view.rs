@@ -9,6 +9,7 @@ use crate::base::time::{Boot, Span, Wall};
 use crate::minds::{book, holdings};
 use crate::words::contract::{Class, EarlyEnd, EndReason};
 use crate::words::equivocation::Equivocation;
+use crate::words::model::{ModelOffer, ModelTerms};
 use crate::words::record::Addresses;
 use crate::words::usage::{ObjectionReason, Outcome, Usage};
 
@@ -80,6 +81,10 @@ pub struct Counters {
     pub objections: u64,
     /// Offers published.
     pub offers: u64,
+    /// Requests to models served.
+    pub served: u64,
+    /// Requests to models of others of which the record was agreed on.
+    pub consumed: u64,
     /// Proofs of equivocation kept.
     pub equivocations: u64,
 }
@@ -119,6 +124,8 @@ pub struct NodeView {
     pub runtimes: Vec<String>,
     /// What confines a job there.
     pub isolation: Vec<String>,
+    /// The models it serves.
+    pub models: Vec<ModelOffer>,
     /// What its operator says about it.
     pub labels: Vec<(String, String)>,
     /// Where it is reached.
@@ -144,6 +151,8 @@ pub struct LentView {
     pub delegate: KeyId,
     /// What is lent.
     pub shape: Resources,
+    /// The model whose tokens are lent, if it is one.
+    pub model: Option<ModelTerms>,
     /// How firmly.
     pub class: Class,
     /// The price per hour.
@@ -191,6 +200,8 @@ pub struct HeldView {
     pub stage: holdings::Stage,
     /// What is lent.
     pub shape: Resources,
+    /// The model whose tokens are lent, if it is one.
+    pub model: Option<ModelTerms>,
     /// The price per hour.
     pub rate: Amount,
     /// The most it can cost.

@@ -265,6 +265,7 @@ pub fn departure((order, asked): (Hash, &Order), grant: &Verified<Grant>) -> Opt
         (given.lessee != asked.lessee, "it names another lessee"),
         (given.delegate != asked.delegate, "it names another delegate"),
         (given.shape != asked.shape, "it lends another shape"),
+        (given.model != asked.model, "it lends another model, or at another price"),
         (given.class != asked.class, "it lends in another class"),
         (given.term != asked.term, "it has another term"),
         (given.longest != asked.longest, "it may be renewed to another term"),

@@ -38,6 +38,7 @@ use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
 use crate::words::contract::{
     EarlyEnd, EndReason, Fence, Figure, Grant, Order, Reason, Termination,
 };
+use crate::words::model::{Service, Tally};
 use crate::words::object::{Envelope, body_in};
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Outcome, Usage};
@@ -183,8 +184,7 @@ impl Book {
     }
 
     /// Takes back a lease that was kept, with its receipts in any order; those that are
-    /// countersigned, or were not yet part of the chain when the node died, are left out.
-    /// `None` when what was kept does not decode: the caller must not go on without it.
+    /// countersigned, or were not yet part of the chain when the node died, are left out. `None` when what was kept does not decode: the caller must not go on without it.
     pub fn restore(
         &mut self,
         now: Boot,
@@ -332,6 +332,7 @@ impl Book {
             lessee: body.lessee,
             delegate: body.delegate,
             shape: body.shape.clone(),
+            model: body.model.clone(),
             class: body.class,
             rate,
             cap: body.cap,
@@ -433,11 +434,36 @@ impl Book {
         over && self.drain(now, id, EndReason::Released, by)
     }
 
-    /// Takes what the job's meter says.
+    /// Takes what the job's meter says. What was served of a model is counted by its records alone.
     pub fn report(&mut self, id: &LeaseId, usage: Usage) {
         if let Some(lease) = self.leases.get_mut(id) {
-            lease.reported = usage;
+            lease.reported = Usage { tally: lease.reported.tally, ..usage };
         }
+    }
+
+    /// What was served of a model, by the last record that was kept, where no receipt covers it yet.
+    pub fn restore_tally(&mut self, id: &LeaseId, tally: Tally) {
+        if let Some(lease) = self.leases.get_mut(id)
+            && lease.kept.chain.usage.tally.may_become(&tally)
+        {
+            lease.reported.tally = tally;
+            self.reschedule(*id);
+        }
+    }
+
+    /// A request was served under a lease on a model. Gives its number and record; none where the
+    /// lease is not on a model, was not claimed, or has its final receipt.
+    pub fn serve(&mut self, now: Now, id: &LeaseId, service: Service) -> Option<(u64, Draft)> {
+        let lease = self.leases.get_mut(id)?;
+        let model = lease.terms.model.as_ref()?.digest;
+        if lease.kept.claimed.is_none() || lease.kept.chain.closed() {
+            return None;
+        }
+        let served = lease.reported.tally.next(*id, model, service, now.wall);
+        let draft = self.hand.draft(id.0, served.number, now.wall + EVIDENCE_LIFE, &served).ok()?;
+        lease.reported.tally = served.tally(draft.id());
+        self.reschedule(*id);
+        Some((served.number, draft))
     }
 
     /// The next receipt of a lease; the final one when it is draining. `None` when it was never
@@ -666,7 +692,8 @@ impl Book {
             Stage::Active => {
                 let frozen = lease.kept.frozen.is_some();
                 let held = holds.map(|hold| if frozen { hold.end } else { hold.freeze }).min();
-                let end = lease.term_end().min(lease.spent());
+                let spent = if lease.is_used_up() { Boot(0) } else { lease.spent() };
+                let end = lease.term_end().min(spent);
                 let end = if self.plant.is("outlive-term") { end + Span::secs(60) } else { end };
                 let end = end.min(held.unwrap_or(end));
                 Some(end.min(lease.next_receipt()).min(lease.exposed_out()))

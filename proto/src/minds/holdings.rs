@@ -11,7 +11,7 @@
 //! counts from its later decision. Receipts are countersigned only when they follow from what was
 //! agreed and bill no more time than has passed here since the claim was first sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,7 @@ use crate::base::money::Amount;
 use crate::base::time::{Boot, BootId, Now, SKEW, Span, Wall};
 use crate::words::chain::{self, Chain, EVIDENCE_LIFE};
 use crate::words::contract::{EndReason, GangOf, Grant, Renewal, Termination};
+use crate::words::model::{Served, Tally};
 use crate::words::object::body_in;
 use crate::words::sign::{Draft, Hand, Signed, Verified};
 use crate::words::usage::{Acknowledgement, Objection, ObjectionReason, Outcome, Receipt};
@@ -31,6 +32,11 @@ const MARGIN: Span = Span::millis(50);
 /// How much more than the time since the claim was sent a receipt may bill, beside drift: clock
 /// resolution.
 const RESOLUTION: Span = Span::millis(2);
+
+/// How far ahead of those before it the record of a request may come.
+const MAX_EARLY: u64 = 1_024;
+/// How many requests may be agreed on without a receipt for them.
+const MAX_UNCOVERED: usize = 65_536;
 
 /// Where a held lease stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -142,6 +148,11 @@ pub struct Holding {
     pub renew_left: bool,
     /// How its job ended, by the termination.
     pub ended: Option<Over>,
+    /// Of a lease on a model: what it came to after each request that no receipt has covered yet,
+    /// the last one agreed on last.
+    tallies: VecDeque<Tally>,
+    /// Records that came before those that they follow.
+    early: BTreeMap<u64, Verified<Served>>,
 }
 
 /// How a held lease ended.
@@ -172,13 +183,21 @@ pub enum Judged {
     Agreed(Draft, bool),
     /// It is not.
     Objected(Draft),
+    /// It counts requests whose records are not here yet: it is to come again.
+    Later,
     /// It is about no lease held here, or not by its lessor.
     Foreign,
 }
 
 impl Holdings {
-    /// Takes back a lease that was kept.
-    pub fn restore(&mut self, kept: Held, terms: Option<(LeaseId, Grant)>) {
+    /// Takes back a lease that was kept; `tallies` is what a lease on a model came to after each of its
+    /// requests, in any order.
+    pub fn restore(
+        &mut self,
+        kept: Held,
+        terms: Option<(LeaseId, Grant)>,
+        mut tallies: Vec<Tally>,
+    ) {
         let order = kept.order.id();
         if let Some((lease, _)) = &terms {
             self.leases.insert(*lease, order);
@@ -190,15 +209,27 @@ impl Holdings {
         let lost = (kept.stage == Stage::Ended).then(|| unheard(&kept));
         let ended = ended.or(lost);
         let renew_left = kept.renew.is_some();
-        let holding = Holding { kept, terms, objected: None, acts: 0, renew_left, ended };
+        tallies.retain(|tally| tally.requests > kept.chain.usage.tally.requests);
+        tallies.sort();
+        let (objected, acts, early) = (None, 0, BTreeMap::new());
+        let tallies = tallies.into();
+        let holding = Holding { kept, terms, objected, acts, renew_left, ended, tallies, early };
         self.orders.insert(order, Box::new(holding));
     }
 
     /// An order is about to be sent.
     pub fn ordered(&mut self, kept: Held) {
         let order = kept.order.id();
-        let (terms, objected, ended) = (None, None, None);
-        let holding = Holding { kept, terms, objected, acts: 0, renew_left: false, ended };
+        let holding = Holding {
+            kept,
+            terms: None,
+            objected: None,
+            acts: 0,
+            renew_left: false,
+            ended: None,
+            tallies: VecDeque::new(),
+            early: BTreeMap::new(),
+        };
         self.orders.insert(order, Box::new(holding));
     }
 
@@ -271,7 +302,17 @@ impl Holdings {
         // Who asked for a renewal has consented to be billed for it, heard or not.
         let asked = kept.renew.as_ref().filter(|_| holding.renew_left);
         let term = asked.map_or(kept.term, |(_, asked)| kept.term.max(*asked));
+        // Its record of the last request it covers may still be on its way.
+        let (covers, newest) = (body.usage.tally, holding.tallies.back());
+        let newest = *newest.unwrap_or(&kept.chain.usage.tally);
+        if terms.model.is_some() && covers.requests > newest.requests {
+            return Judged::Later;
+        }
+        let agreed = covers == kept.chain.usage.tally || holding.tallies.contains(&covers);
         let checked = kept.chain.check(&terms, term, body).and_then(|()| {
+            if !agreed {
+                return Err(ObjectionReason::Tokens);
+            }
             // What was never claimed costs nothing. After a reboot of this host the boot clock
             // says nothing about the claim any more, and the wall clock has to do, unless it has
             // evidently been set back since.
@@ -297,6 +338,7 @@ impl Holdings {
                     return Judged::Foreign;
                 };
                 kept.chain.advance(body, receipt.id());
+                holding.tallies.retain(|tally| tally.requests > covers.requests);
                 kept.acknowledgement = Some(draft.clone());
                 kept.objection = None;
                 if kept.stage == Stage::Granted {
@@ -325,6 +367,53 @@ impl Holdings {
                 }
             }
         }
+    }
+
+    /// Takes the record of a request under a lease on a model, of which this node knows that it says
+    /// what was asked and answered. Gives the records that are agreed on with it: none while those
+    /// before it are not here.
+    ///
+    /// # Errors
+    /// When it is not one to agree on.
+    pub fn consume(
+        &mut self,
+        served: &Verified<Served>,
+    ) -> Result<Vec<Verified<Served>>, &'static str> {
+        let body = served.body();
+        let holding = self.get_mut(&body.lease).ok_or("this node holds no such lease")?;
+        let Some((_, Grant { model: Some(model), .. })) = &holding.terms else {
+            return Err("the lease is not on a model");
+        };
+        if served.signer() != holding.kept.lessor {
+            return Err("another node signed it than lends");
+        }
+        let newest = holding.tallies.back().copied().unwrap_or(holding.kept.chain.usage.tally);
+        if body.number <= newest.requests {
+            let known = holding.tallies.iter().any(|tally| tally.last == served.id());
+            return if known { Ok(Vec::new()) } else { Err("another request has its number") };
+        }
+        if body.number > newest.requests + MAX_EARLY || body.model != model.digest {
+            return Err("it does not follow from the records before it");
+        }
+        if holding.tallies.len() >= MAX_UNCOVERED {
+            return Err("too many requests are covered by no receipt");
+        }
+        let (model, mut tally) = (model.digest, newest);
+        if body.number == tally.requests + 1 {
+            tally.is_followed_by(body, model)?;
+        }
+        holding.early.insert(body.number, served.clone());
+        let mut agreed = Vec::new();
+        while let Some(next) = holding.early.remove(&(tally.requests + 1)) {
+            // One that came early and does not follow is never agreed on, nor is what follows it.
+            if tally.is_followed_by(next.body(), model).is_err() {
+                break;
+            }
+            tally = next.body().tally(next.id());
+            holding.tallies.push_back(tally);
+            agreed.push(next);
+        }
+        Ok(agreed)
     }
 
     /// Takes a termination. True when it is new and by the lessor of a lease held here.

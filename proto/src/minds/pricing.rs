@@ -18,6 +18,7 @@ use crate::base::money::Amount;
 use crate::base::resource::{Rates, Resources};
 use crate::base::time::{Boot, Now, Span};
 use crate::words::contract::{Class, EarlyEnd, Figure, Order};
+use crate::words::model::ModelOffer;
 use crate::words::object::key_subject;
 use crate::words::record::Offer;
 use crate::words::sign::{Draft, Hand};
@@ -68,6 +69,8 @@ impl Policy {
 #[derive(Debug)]
 pub struct Pricing {
     policy: Policy,
+    /// The models that are served, and how their engines fare, as the shell says.
+    models: Vec<ModelOffer>,
     issued: VecDeque<Issued>,
     current: Option<Offer>,
     seq: u64,
@@ -101,6 +104,7 @@ impl Pricing {
     pub const fn new(policy: Policy) -> Self {
         Self {
             policy,
+            models: Vec::new(),
             issued: VecDeque::new(),
             current: None,
             seq: 0,
@@ -180,31 +184,35 @@ impl Pricing {
             max_term: self.policy.max_term,
             runtimes: self.policy.runtimes.clone(),
             isolation: self.policy.isolation.clone(),
+            models: self.models.clone(),
         }
     }
 
-    /// What the offer called `id` says about `shape` in `class`, if it is still honoured.
+    /// What the offer that `order` names says about it, if it is still honoured. A model costs
+    /// nothing per hour.
     #[must_use]
-    pub fn quote(
-        &self,
-        now: Boot,
-        id: &Hash,
-        shape: &Resources,
-        class: Class,
-    ) -> Option<Honoured<'_>> {
-        let issued = self.issued.iter().rev().find(|issued| issued.id == *id)?;
+    pub fn quote(&self, now: Boot, order: &Order) -> Option<Honoured<'_>> {
+        let issued = self.issued.iter().rev().find(|issued| issued.id == order.offer)?;
         let Issued { draft, offer, .. } = issued;
-        let (rate, early) = (offer.hourly(shape, class), offer.early);
+        let rate = match &order.model {
+            Some(terms) => offer.sells_model(terms).then_some(Amount::ZERO),
+            None => offer.hourly(&order.shape, order.class),
+        };
+        let early = offer.early;
         (issued.at + HONOUR >= now).then_some(Honoured { offer: draft, rate, early })
     }
 
-    /// Whether class, term and intervals of `order` are sold here.
+    /// Whether model or class, term and intervals of `order` are sold here.
     ///
     /// # Errors
-    /// The figures, in milliseconds, that are out of bounds; none when it is the class, or nothing
-    /// is sold at all.
+    /// The figures, in milliseconds, that are out of bounds; none when it is the model or class, or
+    /// nothing is sold at all.
     pub fn sells(&self, order: &Order) -> Result<(), Vec<Figure>> {
-        if !self.policy.classes().contains(&order.class) {
+        let sold = match &order.model {
+            Some(terms) => order.class == Class::Firm && self.serves(&terms.name),
+            None => self.policy.classes().contains(&order.class),
+        };
+        if !sold {
             return Err(Vec::new());
         }
         let (policy, least) = (&self.policy, crate::words::contract::MIN_RECEIPT_EVERY);
@@ -232,6 +240,20 @@ impl Pricing {
     #[must_use]
     pub fn latest(&self) -> Option<&Draft> {
         self.issued.back().map(|issued| &issued.draft)
+    }
+
+    /// Whether a model of that name is served now.
+    #[must_use]
+    pub fn serves(&self, name: &str) -> bool {
+        self.models.iter().any(|model| model.terms.name == name)
+    }
+
+    /// Which models are served from now on, sorted by name.
+    pub fn set_models(&mut self, models: Vec<ModelOffer>) {
+        if self.models != models {
+            self.models = models;
+            self.wanted = true;
+        }
     }
 
     /// Whether jobs of `runtime` can run here.

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! A receipt follows from the one before it: number + 1, its hash, usage that never falls, and a
-//! charge that is the lease's rate over the billed time, at most the cap. The lessee adds what
+//! charge that is the lease's rate over the billed time, and the price of the tokens served, at
+//! most the cap. The lessee adds what
 //! only it can know: that no more time was billed than has passed on its own boot clock since it
 //! first sent the claim.
 
@@ -13,6 +14,7 @@ use crate::base::id::{Hash, LeaseId};
 use crate::base::money::Amount;
 use crate::base::time::{Span, Wall};
 use crate::words::contract::{EndReason, Grant, Termination};
+use crate::words::model::Tally;
 use crate::words::usage::{ObjectionReason, Receipt, Usage};
 
 /// How long grants, receipts and terminations stay valid as evidence after they were signed.
@@ -33,16 +35,24 @@ pub struct Chain {
     pub end: Option<EndReason>,
 }
 
-/// What `billed` costs under `grant`.
+/// What `usage` costs under `grant`.
 #[must_use]
-pub fn charge(grant: &Grant, billed: Span) -> Amount {
-    grant.rate.per_hour_over(billed).min(grant.cap)
+pub fn charge(grant: &Grant, usage: &Usage) -> Amount {
+    let Tally { prompt_tokens, completion_tokens, .. } = usage.tally;
+    let tokens = grant
+        .model
+        .as_ref()
+        .map_or(Amount::ZERO, |model| model.rates.charge(prompt_tokens, completion_tokens));
+    grant.rate.per_hour_over(usage.billed).plus(tokens).min(grant.cap)
 }
 
 /// The longest time that may be billed under `grant` while its term is `term`: that, or until its
-/// cap is reached.
+/// cap is reached; none where it is tokens that are lent.
 #[must_use]
 pub fn billable(grant: &Grant, term: Span) -> Span {
+    if grant.model.is_some() {
+        return Span::ZERO;
+    }
     grant.cap.lasts_at(grant.rate).map_or(term, |span| span.min(term))
 }
 
@@ -76,12 +86,17 @@ impl Chain {
         at: Wall,
     ) -> Receipt {
         let usage = Usage {
-            billed: usage.billed.max(self.usage.billed).min(term),
+            billed: usage.billed.max(self.usage.billed).min(billable(grant, term)),
             cpu: usage.cpu.max(self.usage.cpu),
             memory_mib_ms: usage.memory_mib_ms.max(self.usage.memory_mib_ms),
             memory_peak: usage.memory_peak.max(self.usage.memory_peak).min(grant.shape.memory),
+            tally: if self.usage.tally.may_become(&usage.tally) {
+                usage.tally
+            } else {
+                self.usage.tally
+            },
         };
-        let charge = charge(grant, usage.billed);
+        let charge = charge(grant, &usage);
         Receipt { lease, number: self.number + 1, previous: self.last, usage, charge, end, at }
     }
 
@@ -144,13 +159,18 @@ impl Chain {
             || is.cpu < was.cpu
             || is.memory_mib_ms < was.memory_mib_ms
             || is.memory_peak < was.memory_peak
+            || !was.tally.may_become(&is.tally)
         {
             return Err(ObjectionReason::Chain);
         }
         if is.billed > term || is.memory_peak > grant.shape.memory {
             return Err(ObjectionReason::Limit);
         }
-        if receipt.charge != charge(grant, is.billed) {
+        let (tokens, time) = (is.tally != Tally::default(), is.billed > Span::ZERO);
+        if (grant.model.is_none() && tokens) || (grant.model.is_some() && time) {
+            return Err(ObjectionReason::Limit);
+        }
+        if receipt.charge != charge(grant, &is) {
             return Err(ObjectionReason::Charge);
         }
         Ok(())

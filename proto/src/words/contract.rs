@@ -14,6 +14,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::model::ModelTerms;
 use super::sign::Signed;
 use super::usage::Outcome;
 use crate::base::id::{ActId, Hash, KeyId, LeaseId, Payload, RequestId};
@@ -116,8 +117,10 @@ pub struct Order {
     pub offer: Hash,
     /// Chosen by the lessee; at this lessor it makes at most one lease.
     pub request: RequestId,
-    /// What is asked for.
+    /// What is asked for; nothing where it is a model.
     pub shape: Resources,
+    /// The model that is asked for, on the terms of the offer; then no capacity is.
+    pub model: Option<ModelTerms>,
     /// How firmly.
     pub class: Class,
     /// For how long, from the lessor's decision on.
@@ -162,6 +165,8 @@ pub struct Grant {
     pub delegate: KeyId,
     /// What is lent.
     pub shape: Resources,
+    /// The model whose tokens are lent, as in the order.
+    pub model: Option<ModelTerms>,
     /// How firmly.
     pub class: Class,
     /// The price per hour for the whole shape, from the offer; at most the order's ceiling.
@@ -515,8 +520,15 @@ impl Order {
         if !self.shape.is_well_formed() {
             return Err("an order's GPUs are listed sorted, each kind once");
         }
-        if self.shape.cpu_milli == 0 || self.shape.memory == 0 {
-            return Err("an order asks for some CPU and some memory");
+        match &self.model {
+            Some(_) if !self.shape.is_nothing() || self.gang.is_some() => {
+                return Err("an order for a model asks for no capacity, and for no gang");
+            }
+            Some(model) => model.check()?,
+            None if self.shape.cpu_milli == 0 || self.shape.memory == 0 => {
+                return Err("an order asks for some CPU and some memory");
+            }
+            None => {}
         }
         if self.term == Span::ZERO {
             return Err("an order's term is longer than nothing");
@@ -537,6 +549,9 @@ impl Grant {
         if !self.shape.is_well_formed() {
             return Err("a grant's GPUs are well formed");
         }
+        if let Some(model) = &self.model {
+            model.check()?;
+        }
         self.early.check()
     }
 
@@ -554,10 +569,13 @@ impl Grant {
         self.worst_case_over(self.term)
     }
 
-    /// The most that it can cost over `term`.
+    /// The most that it can cost over `term`; tokens can be used up however short it is.
     #[must_use]
     pub fn worst_case_over(&self, term: Span) -> Amount {
-        self.rate.per_hour_over(term).min(self.cap)
+        match self.model {
+            Some(_) => self.cap,
+            None => self.rate.per_hour_over(term).min(self.cap),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use super::contract::{
     Termination,
 };
 use super::equivocation::Reinstatement;
+use super::model::Served;
 use super::record::{HostRecord, Offer, Payloads};
 use super::sign::{Signed, Verified, VerifyError};
 use super::usage::{Acknowledgement, Objection, Receipt};
@@ -269,6 +270,8 @@ kinds! {
     20 "reinstatement" 1 KiB Reinstatement
     /// Which payloads can be fetched from a node. Subject: the node's key.
     21 "payloads" 5 KiB Payloads
+    /// What a request to a model came to. Subject: the lease.
+    22 "served" 1 KiB Served
 }
 
 impl fmt::Display for Kind {

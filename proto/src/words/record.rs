@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 
 use super::charter::MAX_NAME;
 use super::contract::{Class, EarlyEnd};
+use super::model::{MAX_MODELS, ModelOffer, ModelTerms};
 use super::sign::Signed;
 use crate::base::id::Hash;
 use crate::base::money::Amount;
@@ -81,6 +82,8 @@ pub struct Offer {
     pub runtimes: Vec<String>,
     /// What confines a job here, as probed by doing: `wasm`, `cgroup1`, `landlock7`, ….
     pub isolation: Vec<String>,
+    /// The models it serves, sorted by name.
+    pub models: Vec<ModelOffer>,
 }
 
 /// Which payloads a node has, or is fetching. It is a hint where to ask; what somebody really has,
@@ -155,6 +158,13 @@ impl Offer {
         if self.rates.gpu_hour.len() > crate::base::resource::MAX_GPU_KINDS {
             return Err("an offer has at most 16 GPU rates");
         }
+        let sorted = self
+            .models
+            .is_sorted_by(|one, next| one.terms.name.as_str() < next.terms.name.as_str());
+        if self.models.len() > MAX_MODELS || !sorted {
+            return Err("an offer has at most 32 models, sorted, each name once");
+        }
+        self.models.iter().try_for_each(ModelOffer::check)?;
         if self.slack_permille > 1000 {
             return Err("slack costs no more than firm capacity");
         }
@@ -169,6 +179,12 @@ impl Offer {
             Class::Firm => firm,
             Class::Slack => firm.permille(self.slack_permille),
         })
+    }
+
+    /// Whether a model is sold on these very terms.
+    #[must_use]
+    pub fn sells_model(&self, terms: &ModelTerms) -> bool {
+        self.models.iter().any(|model| model.terms == *terms)
     }
 
     /// Whether `shape` fits one of the shapes.

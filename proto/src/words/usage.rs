@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::contract::EndReason;
+use super::model::Tally;
 use crate::base::id::{Hash, LeaseId};
 use crate::base::money::Amount;
 use crate::base::time::{Span, Wall};
@@ -29,6 +30,8 @@ pub struct Usage {
     pub memory_mib_ms: u64,
     /// The most memory at once, in bytes.
     pub memory_peak: u64,
+    /// What was served of a model; nothing under any other lease.
+    pub tally: Tally,
 }
 
 /// How a job ended.
@@ -102,7 +105,8 @@ pub struct Receipt {
     pub previous: Hash,
     /// What was used since the claim.
     pub usage: Usage,
-    /// What is owed since the claim: the rate over `usage.billed`, at most the cap.
+    /// What is owed since the claim: the rate over `usage.billed`, and what the tokens of
+    /// `usage.tally` cost, at most the cap.
     pub charge: Amount,
     /// Why the lease ended, in its final receipt.
     pub end: Option<EndReason>,
@@ -135,6 +139,8 @@ pub enum ObjectionReason {
     Charge,
     /// It says more than the lease allows.
     Limit,
+    /// It counts requests or tokens that were not agreed on one by one.
+    Tokens,
 }
 
 /// The lessee's disagreement.

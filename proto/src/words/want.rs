@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use super::contract::{Class, Reason};
+use super::model::ModelTerms;
 use crate::base::id::{Hash, KeyId};
 use crate::base::money::Amount;
 use crate::base::resource::Resources;
@@ -13,8 +14,10 @@ use crate::base::time::Span;
 /// What a lessee wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Want {
-    /// How much.
+    /// How much; nothing where it is a model.
     pub shape: Resources,
+    /// The model whose tokens are wanted, on the terms that its lessor offers.
+    pub model: Option<ModelTerms>,
     /// How firmly.
     pub class: Class,
     /// For how long.

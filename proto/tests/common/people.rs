@@ -128,6 +128,7 @@ impl People {
     /// An order of `cores` for `term`, to be claimed within `claim`.
     pub fn order_body(&self, request: u8, cores: u64, term: Span, claim: Span) -> Order {
         Order {
+            model: None,
             lessee: self.tenant.id(),
             delegate: self.delegate.id(),
             authority: Authority::Mandate(self.mandate.clone()),
@@ -180,6 +181,7 @@ impl People {
     pub fn offer(&self) -> Draft {
         use leasehold_proto::words::record::Offer;
         let offer = Offer {
+            models: Vec::new(),
             shapes: Vec::new(),
             rates: Self::rates(),
             slack_permille: 500,
@@ -249,6 +251,7 @@ pub fn choice(n: u8) -> Choice {
 /// What a lessee wants of any of them.
 pub fn want() -> Want {
     Want {
+        model: None,
         shape: Resources::new(1000, 1 << 30, 0),
         class: Class::Firm,
         term: Span::secs(60),

@@ -17,6 +17,9 @@ use leasehold_proto::words::contract::{
 };
 use leasehold_proto::words::equivocation::{Equivocation, Reinstatement};
 use leasehold_proto::words::message::{BUCKETS, Message, RecordName};
+use leasehold_proto::words::model::{
+    Endpoint, Finish, ModelOffer, ModelState, ModelTerms, Sampling, Service, Tally, TokenRates,
+};
 use leasehold_proto::words::object::{Body, Envelope, Kind, key_subject, order_subject};
 use leasehold_proto::words::record::{Addresses, HostRecord, Offer, Payloads};
 use leasehold_proto::words::sign::{Draft, HeaderOf, Signed, Signer};
@@ -61,6 +64,7 @@ pub(crate) struct Story {
     pub(crate) commit: Signed,
     pub(crate) reinstatement: Signed,
     pub(crate) payloads: Signed,
+    pub(crate) served: Signed,
     pub(crate) receipts: Vec<Signed>,
     pub(crate) acknowledgements: Vec<Signed>,
     pub(crate) objection: Signed,
@@ -152,10 +156,27 @@ impl Story {
             certificate: lessor_certificate.clone(),
         };
         let host = node_pen.sign(key_subject(&node), &host);
+        let terms = ModelTerms {
+            name: "lantern-135m".into(),
+            digest: Hash::of(b"weights"),
+            rates: TokenRates { prompt: Amount(100_000_000), completion: Amount(400_000_000) },
+        };
         let rate = rates.hourly(&shape).expect("every kind has a rate");
         let early =
             EarlyEnd { notice: Span::secs(30), freeze: Span::secs(5), credit_permille: 100 };
         let offer = Offer {
+            models: vec![ModelOffer {
+                terms: terms.clone(),
+                quantisation: "Q8_0".into(),
+                context: 8_192,
+                endpoints: vec![Endpoint::Chat, Endpoint::Completions],
+                abilities: vec!["logprobs".into(), "tools".into()],
+                demo: true,
+                state: ModelState::Warm,
+                load: 2,
+                tokens_per_second: 60,
+                first_token: Span::millis(40),
+            }],
             shapes: vec![all],
             rates,
             slack_permille: 600,
@@ -178,6 +199,7 @@ impl Story {
         let mandate = tenant_pen.sign(key_subject(&delegate), &mandate);
         let request = RequestId::derive(&[b"the story"]);
         let order = Order {
+            model: None,
             lessee: tenant,
             delegate,
             authority: Authority::Mandate(mandate.clone()),
@@ -206,6 +228,7 @@ impl Story {
         };
         let refusal = node_pen.sign(signed_order.id(), &refusal);
         let grant = Grant {
+            model: None,
             order: signed_order.id(),
             lessee: tenant,
             delegate,
@@ -267,6 +290,7 @@ impl Story {
                 cpu: Span::millis(seconds * 900),
                 memory_mib_ms: seconds * 512_000,
                 memory_peak: GIB,
+                ..Usage::default()
             };
             let at = START + Span::secs(62 + seconds);
             let receipt: Receipt = chain.next(lease, (&grant, term), usage, end, at);
@@ -293,11 +317,29 @@ impl Story {
             outcome: Some(Outcome::Exited(0)),
         };
         let termination = node_pen.sign(lease.0, &termination);
-        // Last, so that the numbers of the others stay.
+        // After all that was there before them, so that the numbers of the others stay.
         let mut roots =
             [&b"a program"[..], b"an input"].map(|bytes| Payloads::brief(&Hash::of(bytes)));
         roots.sort_unstable();
         let payloads = node_pen.sign(key_subject(&node), &Payloads { roots: roots.to_vec() });
+        let service = Service {
+            endpoint: Endpoint::Chat,
+            request: Hash::of(b"a request"),
+            response: Hash::of(b"an answer"),
+            sampling: Sampling {
+                temperature_permille: Some(700),
+                top_p_permille: None,
+                seed: Some(-1),
+                max_tokens: Some(64),
+            },
+            finish: Finish::Answered,
+            prompt_tokens: 31,
+            cached_tokens: 7,
+            completion_tokens: 12,
+        };
+        let at = START + Span::secs(70);
+        let served = Tally::default().next(lease, terms.digest, service, at);
+        let served = node_pen.sign(lease.0, &served);
         Self {
             fabric,
             charter,
@@ -318,6 +360,7 @@ impl Story {
             commit,
             reinstatement,
             payloads,
+            served,
             receipts,
             acknowledgements,
             objection,
@@ -329,6 +372,7 @@ impl Story {
     /// The lease with everything that proves it.
     pub(crate) fn proof(&self) -> Proof {
         Proof {
+            served: Vec::new(),
             charter: self.charter.clone(),
             offer: Some(self.offer.clone()),
             order: self.order.clone(),
@@ -374,6 +418,7 @@ impl Story {
             &self.commit,
             &self.reinstatement,
             &self.payloads,
+            &self.served,
         ]
         .map(|signed| {
             let kind = signed.header().expect("an envelope").kind;

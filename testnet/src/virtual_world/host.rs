@@ -259,6 +259,7 @@ impl Job {
             cpu: Span::millis(ran * self.busy / 1000),
             memory_mib_ms: (self.memory >> 20).saturating_mul(ran),
             memory_peak: self.memory,
+            ..Usage::default()
         }
     }
 }

@@ -83,6 +83,7 @@ fn want(load: &Load, dice: &mut Dice) -> Want {
     let budget = if dice.chance(1, 6) { 20_000 + dice.below(400_000) } else { 10 * UNIT };
     let exposure = if dice.chance(1, 10) { dice.below(100_000) } else { UNIT };
     Want {
+        model: None,
         shape: Resources::new(milli, (1 + dice.below(8)) * GIB / 4, dice.below(4) * GIB),
         class: if dice.chance(1, 3) { Class::Slack } else { Class::Firm },
         term,

@@ -38,7 +38,7 @@ impl Core {
                 out.push(Effect::Notice(Notice::Objected(lease)));
                 Utterance::Signs(Word::Objected, answer)
             }
-            Judged::Foreign => Utterance::Plain(Message::Done),
+            Judged::Later | Judged::Foreign => Utterance::Plain(Message::Done),
         };
         out.push(Effect::Reply { ticket, what });
     }

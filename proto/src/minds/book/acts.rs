@@ -9,6 +9,7 @@ use crate::words::chain::EVIDENCE_LIFE;
 use crate::words::contract::{
     Acceptance, Claim, Commit, EndReason, Figure, Gang, Reason, Release, Renew, Renewal,
 };
+use crate::words::model::MODEL;
 use crate::words::object::Kind;
 use crate::words::sign::{Draft, Verified};
 
@@ -38,6 +39,10 @@ impl Book {
         }
         if !runs {
             return no(Reason::NotOffered);
+        }
+        // A lease on a model is used by requests to it, any other by a job.
+        if lease.terms.model.is_some() != (body.job.runtime == MODEL) {
+            return no(Reason::BadJob);
         }
         if !lease.is_whole() && !alone {
             return no(Reason::NotCommitted);

@@ -178,7 +178,7 @@ impl Lease {
         };
         let credit = self.kept.claimed.filter(|_| theirs).map_or(Amount::ZERO, |claimed| {
             let billed = self.billed(claimed, self.kept.frozen.unwrap_or(stops));
-            let charge = chain::charge(&self.terms, billed);
+            let charge = self.charge_after(billed);
             chain::credit(&self.terms, charge, self.term_end().since(stops), why)
         });
         let within = ends.since(now) + self.terms.grace;

@@ -199,9 +199,24 @@ impl Lease {
         }
     }
 
-    /// When its cap is reached if it is never frozen again.
+    /// What it costs as things stand, if it was billed for so long.
+    pub(super) fn charge_after(&self, billed: Span) -> Amount {
+        chain::charge(&self.terms, &Usage { billed, ..self.reported })
+    }
+
+    /// Whether the tokens that were served have reached its cap.
+    #[must_use]
+    pub fn is_used_up(&self) -> bool {
+        self.terms.model.is_some() && self.charge_after(Span::ZERO) >= self.terms.cap
+    }
+
+    /// When its cap is reached by time if it is never frozen again.
     pub(super) fn capped(&self, claimed: Boot) -> Boot {
-        claimed + self.kept.paused + chain::billable(&self.terms, self.kept.term)
+        let lasts = match self.terms.model {
+            Some(_) => self.kept.term,
+            None => chain::billable(&self.terms, self.kept.term),
+        };
+        claimed + self.kept.paused + lasts
     }
 
     /// For how long it is billed if it runs until then, by its clock alone.
@@ -292,7 +307,7 @@ impl Lease {
     pub(super) fn owes_less_than(&self, amount: Amount) -> bool {
         let Some(claimed) = self.kept.claimed else { return true };
         let until = self.kept.frozen.unwrap_or(claimed);
-        let charge = chain::charge(&self.terms, self.billed(claimed, until));
+        let charge = self.charge_after(self.billed(claimed, until));
         charge.minus(self.kept.acknowledged.1) < amount || charge == self.kept.acknowledged.1
     }
 
@@ -304,6 +319,10 @@ impl Lease {
         if total >= self.terms.cap {
             return never;
         }
+        if self.terms.model.is_some() {
+            let owed = self.charge_after(Span::ZERO);
+            return if owed >= total && owed > self.kept.acknowledged.1 { Boot(0) } else { never };
+        }
         let began = claimed + self.kept.paused;
         total.lasts_at(self.terms.rate).map_or(never, |span| began + span + Span::millis(1))
     }
@@ -312,6 +331,10 @@ impl Lease {
     /// never ended for what it was not asked to countersign.
     pub(super) fn next_receipt(&self) -> Boot {
         if self.unacknowledged.len() >= MAX_UNANSWERED || self.kept.frozen.is_some() {
+            return Boot(u64::MAX);
+        }
+        // Of a model nothing is used while nobody asks: there is nothing to agree on.
+        if self.terms.model.is_some() && self.reported.tally == self.kept.chain.usage.tally {
             return Boot(u64::MAX);
         }
         let paced = self.receipt_due - self.terms.receipt_every + MIN_RECEIPT_EVERY;
@@ -334,7 +357,7 @@ impl Lease {
             let taken = taken.filter(|hold| hold.freeze < self.term_end());
             return taken.map_or(Next::End(EndReason::Term, me), |h| Next::End(h.why, h.by));
         }
-        if self.spent() <= now {
+        if self.spent() <= now || self.is_used_up() {
             return Next::End(EndReason::Budget, me);
         }
         if let Some(hold) = self.kept.holds.iter().find(|hold| hold.end <= now) {
