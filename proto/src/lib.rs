@@ -56,6 +56,7 @@ pub mod minds {
     pub mod holdings;
     pub mod member;
     pub mod pricing;
+    pub mod route;
     pub mod seek;
     pub mod spread;
     pub mod transfer;
