@@ -607,7 +607,7 @@ impl Shown for Offer {
             page.line("  quantisation", quantisation);
             page.line("  context", format!("{context} tokens"));
             page.line("  endpoints", list(endpoints.iter().map(word)));
-            page.line("  abilities", list(abilities));
+            page.line("  abilities", format!("{abilities:#x}"));
             page.line("  demo", if *demo { "yes" } else { "no" });
             page.line("  state", word(state));
             page.line("  load", format!("{load} requests"));
@@ -645,7 +645,6 @@ impl Shown for Served {
         let ended = match finish {
             Finish::Answered => "answered",
             Finish::HungUp => "who asked hung up",
-            Finish::Broken => "broke off on the serving side",
         };
         page.line("ended", ended);
         page.line("prompt tokens", format!("{prompt_tokens}, {cached_tokens} of them known"));

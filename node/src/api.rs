@@ -11,6 +11,9 @@
 //! POST /v1/leases/{lease}/claim  …/renew  …/release  …/revoke
 //! POST /v1/reclaim  /v1/drain  /v1/resume
 //! GET  /v1/quarantine    POST /v1/quarantine/reinstate
+//! GET  /v1/catalog  /v1/api-keys   PUT /v1/catalog/{name}   POST /v1/api-keys   see `model`
+//! POST /v1/chat/completions  /v1/completions  /v1/embeddings  /v1/responses    see `openai`
+//! GET  /v1/models  /v1/models/{id}
 //! GET  /v1/leases/{lease}/end  …/output  …/outputs/{name}  …/receipts  …/proof
 //! ```
 //!
@@ -23,7 +26,9 @@ mod ends;
 pub mod error;
 mod guard;
 mod lease;
+pub mod model;
 mod node;
+mod openai;
 mod openapi;
 mod operator;
 mod payload;
@@ -40,7 +45,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware;
-use axum::routing::{MethodRouter, get, post, put};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -136,6 +141,15 @@ fn routes() -> Vec<Route> {
         route("/v1/quarantine", &["get"], Quick, get(quarantine::list)),
         route("/v1/quarantine/reinstate", &["post"], Quick, post(quarantine::reinstate)),
         route("/v1/resume", &["post"], Quick, post(operator::resume)),
+        route("/v1/catalog", &["get"], Quick, get(model::list)),
+        route(
+            "/v1/catalog/{name}",
+            &["put", "delete"],
+            Quick,
+            put(model::put).delete(model::remove),
+        ),
+        route("/v1/api-keys", &["get", "post"], Quick, get(model::keys).post(model::add_key)),
+        route("/v1/api-keys/{id}", &["delete"], Quick, delete(model::remove_key)),
         route("/v1/leases/{lease}/end", &["get"], Slow, get(lease::end)),
         route("/v1/leases/{lease}/output", &["get"], Slow, get(lease::output)),
         route("/v1/leases/{lease}/outputs/{name}", &["get"], Slow, get(lease::file)),
@@ -152,6 +166,7 @@ pub fn router(
     shutdown: CancellationToken,
 ) -> Router {
     let guard = Arc::new(Guard::new(bound, token));
+    let models = openai::Service::of(&handle, shutdown.clone()).router(Arc::clone(&guard));
     let app = App { handle, guard, ends: Ends::default(), shutdown };
     let mut router = Router::new();
     for Route { path, pace, serve, .. } in routes() {
@@ -167,6 +182,7 @@ pub fn router(
         .layer(DefaultBodyLimit::max(guard::MAX_JSON))
         .layer(middleware::from_fn_with_state(app.clone(), guard::check))
         .with_state(app)
+        .merge(models)
 }
 
 async fn no_path() -> ApiError {

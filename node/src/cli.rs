@@ -5,6 +5,7 @@
 //! tables of a plan and progress go to standard error. The exit code says what happened
 //! ([`Exit`]); `run` exits with the program's own.
 
+mod api_key;
 mod blob;
 mod directory;
 mod explain;
@@ -14,6 +15,7 @@ pub mod init;
 pub mod join;
 mod lease;
 mod logs;
+mod model;
 mod nodes;
 mod offers;
 mod operator;
@@ -139,6 +141,14 @@ enum Command {
     /// Import, get, export, list, pin, verify and remove payloads
     #[command(subcommand)]
     Blob(blob::Blob),
+    /// Pull, add, price, list and remove the models of this node
+    #[command(subcommand)]
+    Model(model::Model),
+    /// List the models that can be asked through this node
+    Models(model::Models),
+    /// Make, list and remove keys for the models' API
+    #[command(subcommand)]
+    ApiKey(api_key::ApiKey),
     /// List the receipts of a lease
     Receipts(receipts::Receipts),
     /// Check proofs and signed objects, with no node and no network
@@ -359,6 +369,9 @@ async fn dispatch(cli: Cli, exec: Exec) -> Result<u8, Failure> {
         Command::Logs(args) => args.run(&Session::open(&global)?).await?,
         Command::Outputs(args) => args.run(&Session::open(&global)?).await?,
         Command::Blob(args) => args.run(&Session::open(&global)?).await?,
+        Command::Model(args) => args.run(&Session::open(&global)?).await?,
+        Command::Models(args) => args.run(&Session::open(&global)?).await?,
+        Command::ApiKey(args) => args.run(&Session::open(&global)?).await?,
         Command::Receipts(args) => args.run(&Session::open(&global)?).await?,
         Command::Explain(args) => args.run(&Session::open(&global)?).await?,
         Command::Run(args) => return args.run(&Session::open(&global)?).await,

@@ -242,6 +242,22 @@ impl Client {
         self.json(response).await
     }
 
+    /// The same to change what is at `path`.
+    ///
+    /// # Errors
+    /// As for [`Client::get`].
+    pub async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, ClientError> {
+        let bytes = serde_json::to_vec(body).map_err(|error| self.answered(error.to_string()))?;
+        let body = Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed_unsync();
+        let json = Some("application/json");
+        let response = self.send(Method::PUT, path, json, body, ANSWER).await?;
+        self.json(response).await
+    }
+
     /// Whether there is something at `path`.
     ///
     /// # Errors

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use leasehold_proto::minds::pricing::Policy;
 use leasehold_proto::words::contract::EarlyEnd;
+use leasehold_proto::words::model::TokenRates;
 use leasehold_proto::words::record::Addresses;
 use leasehold_proto::{Amount, GpuRate, Gpus, Rates, Resources, Span};
 use serde::{Deserialize, Serialize};
 
+use crate::gateway;
 use crate::quantity;
 
 /// The file's name in the data directory.
@@ -38,6 +40,8 @@ pub struct Config {
     pub offer: Offer,
     /// What it keeps of programs, inputs and outputs.
     pub payloads: Payloads,
+    /// The models it serves, and those that it asks of others.
+    pub models: Models,
     /// How it logs.
     pub log: Log,
 }
@@ -148,6 +152,28 @@ pub struct Payloads {
     pub upload: String,
 }
 
+/// `[models]`: amounts as text, in the charter's currency. Which models there are is not said here:
+/// see `leasehold model`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Models {
+    /// Models that are sold, whatever `leasehold model set` said of them before.
+    pub serve: Vec<String>,
+    /// Threads of the embedded engine, for each model; 0: as many as the host has cores.
+    pub threads: u16,
+    /// Price of a million tokens that are asked, of a model of which nothing else is said.
+    pub prompt_million: String,
+    /// Price of a million tokens that are answered, likewise.
+    pub completion_million: String,
+    /// What a lease on a model of another node may cost: it is taken when a request wants it, and
+    /// anew when it is used up.
+    pub budget: String,
+    /// For how long it is taken.
+    pub term: String,
+    /// What owners of API keys pay beyond what their answers cost this node (`"10%"`).
+    pub markup: String,
+}
+
 /// `[log]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -202,6 +228,21 @@ impl Default for Offer {
             freeze: text("10s"),
             credit: text("10%"),
             min_disk_free: text("256M"),
+        }
+    }
+}
+
+impl Default for Models {
+    fn default() -> Self {
+        let text = str::to_string;
+        Self {
+            serve: Vec::new(),
+            threads: 0,
+            prompt_million: text("0.05"),
+            completion_million: text("0.20"),
+            budget: text("1"),
+            term: text("1h"),
+            markup: text("0%"),
         }
     }
 }
@@ -383,6 +424,46 @@ impl Config {
         // No runtime of this version can attach a device, so none is offered.
         let gpus: Vec<Gpus> = Vec::new();
         Ok(Resources { cpu_milli, memory, disk, gpus })
+    }
+
+    /// What a model costs where nothing is said.
+    ///
+    /// # Errors
+    /// When a price does not read.
+    pub fn token_rates(&self) -> Result<TokenRates, ConfigError> {
+        let price = |field: &'static str, text: &str| {
+            quantity::amount(text).map_err(|why| value(field, why))
+        };
+        Ok(TokenRates {
+            prompt: price("models.prompt_million", &self.models.prompt_million)?,
+            completion: price("models.completion_million", &self.models.completion_million)?,
+        })
+    }
+
+    /// On what terms models of other nodes are asked.
+    ///
+    /// # Errors
+    /// When an amount, time or share does not read.
+    pub fn gateway(&self) -> Result<gateway::Terms, ConfigError> {
+        let Models { budget, term, markup, .. } = &self.models;
+        let budget = quantity::amount(budget).map_err(|why| value("models.budget", why))?;
+        let markup = quantity::share(markup).map_err(|why| value("models.markup", why))?;
+        let term = self.span("models.term", term)?;
+        if budget == Amount::ZERO || term < Span::secs(60) {
+            let why = "a lease on a model has some budget, and a term of a minute at least".into();
+            return Err(ConfigError::Value { field: "models.budget", why });
+        }
+        Ok(gateway::Terms { budget, term, markup_permille: markup.into() })
+    }
+
+    /// How many threads an embedded engine may use.
+    #[must_use]
+    pub fn model_threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        match self.models.threads {
+            0 => cores,
+            threads => usize::from(threads),
+        }
     }
 
     /// The policy behind the offers.

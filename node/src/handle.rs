@@ -11,9 +11,12 @@ use leasehold_proto::words::sign::{Signed, Signer};
 use leasehold_proto::{KeyId, LeaseId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::api_key::Keys;
 use crate::attach::{self, AttachError, Attached};
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
+use crate::gateway;
 use crate::holders::Holders;
+use crate::model::Models;
 use crate::payload::{PayloadError, PayloadStore, Room, Root};
 use crate::records::{self, ProofError};
 use crate::run::Counts;
@@ -37,7 +40,19 @@ struct Inner {
     payloads: PayloadStore,
     data: Data,
     holders: Holders,
+    models: Hosted,
     counts: Arc<Counts>,
+}
+
+/// What belongs to hosted models.
+#[derive(Clone, Debug)]
+pub(crate) struct Hosted {
+    pub(crate) models: Models,
+    pub(crate) keys: Keys,
+    /// On what terms models of other nodes are asked.
+    pub(crate) terms: gateway::Terms,
+    /// What that has counted, once it is there.
+    pub(crate) asked: Arc<gateway::Counts>,
 }
 
 /// What does not change while a node runs.
@@ -81,10 +96,11 @@ impl Handle {
         signer: Arc<Signer>,
         store: Store,
         payloads: PayloadStore,
-        (data, holders): (Data, Holders),
+        (data, holders, models): (Data, Holders, Hosted),
         counts: Arc<Counts>,
     ) -> Self {
-        let inner = Inner { commands, facts, signer, store, payloads, data, holders, counts };
+        let inner =
+            Inner { commands, facts, signer, store, payloads, data, holders, models, counts };
         Self { inner: Arc::new(inner) }
     }
 
@@ -126,6 +142,12 @@ impl Handle {
     #[must_use]
     pub fn data(&self) -> &Data {
         &self.inner.data
+    }
+
+    /// The models of this node, and what it asks of others.
+    #[must_use]
+    pub(crate) fn hosted(&self) -> &Hosted {
+        &self.inner.models
     }
 
     /// The store, for its figures.

@@ -429,6 +429,7 @@ pub(crate) async fn tell(
     loop {
         changes.mark_unchanged();
         let newest = payloads.newest(MAX_PAYLOADS).into_iter();
+        let newest = newest.filter(|root| !payloads.is_private(*root));
         let mut roots: Vec<_> = newest.map(|root| Payloads::brief(&root.into())).collect();
         roots.sort_unstable();
         if roots != told {

@@ -5,7 +5,7 @@
 //!                 \  |  /
 //!                 handle                            commands in, replies out
 //!                    |
-//!   verify --->     run     ---> jobs               the loop: inputs -> core -> effects
+//!   verify --->     run     ---> jobs, model        the loop: inputs -> core -> effects
 //!      ^           / | \          |  \
 //!     net      probe | store    work  data+payload  the edges; none imports another
 //! ```
@@ -13,6 +13,7 @@
 //! Start at [`node::Node`], which assembles everything, then read [`run`].
 
 pub mod api;
+pub mod api_key;
 pub mod attach;
 pub mod cli;
 pub mod client;
@@ -21,15 +22,19 @@ pub mod config;
 pub mod data;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod gateway;
 pub mod handle;
 pub mod history;
 mod holders;
 pub mod home;
 pub mod host;
+pub mod infer;
 mod jobs;
 pub mod metrics;
+pub mod model;
 pub mod net;
 pub mod node;
+pub mod openai;
 pub mod payload;
 pub mod probe;
 pub mod quantity;

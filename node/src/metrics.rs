@@ -31,6 +31,7 @@ pub fn render(view: &View, handle: &Handle) -> Result<String, fmt::Error> {
     membership(fabric, view);
     leases(fabric, view);
     inside(fabric, handle);
+    models(fabric, handle);
     process(&mut registry);
     let mut text = String::new();
     encode(&mut text, &registry)?;
@@ -186,6 +187,36 @@ fn inside(registry: &mut Registry, handle: &Handle) {
         "Connections of the data plane that are open",
         connections,
     );
+}
+
+/// Hosted models: those of this node, and those that clients ask through it.
+fn models(registry: &mut Registry, handle: &Handle) {
+    let hosted = handle.hosted();
+    let (served, asked) = (hosted.models.counts(), &hosted.asked);
+    for (name, help, counter) in [
+        ("model_requests", "Requests of other nodes to models here", &served.requests),
+        ("model_faults", "Of them, those that came to nothing", &served.faults),
+        ("model_hung_up", "Of them, those whose asker hung up", &served.hung_up),
+        ("model_prompt_tokens", "Tokens that others asked", &served.prompt_tokens),
+        ("model_completion_tokens", "Tokens that others were answered", &served.completion_tokens),
+        ("gateway_requests", "Requests of clients to models", &asked.requests),
+        ("gateway_faults", "Of them, those that came to nothing", &asked.faults),
+        ("gateway_fallbacks", "Tries on another node after one had failed", &asked.fallbacks),
+        ("gateway_hung_up", "Requests whose client hung up", &asked.hung_up),
+        ("gateway_leases", "Leases on models taken", &asked.leases),
+        ("gateway_disagreed", "Records not agreed on", &asked.disagreed),
+        ("gateway_prompt_tokens", "Tokens that clients asked", &asked.prompt_tokens),
+        ("gateway_completion_tokens", "Tokens they were answered", &asked.completion_tokens),
+    ] {
+        count(registry, name, help, counter.load(Ordering::Relaxed));
+    }
+    let running = ByLabel::default();
+    for (entry, load) in hosted.models.list() {
+        for (word, n) in [("active", load.active), ("queued", load.queued)] {
+            set(&running, &[("model", &entry.name), ("is", word)], n.into());
+        }
+    }
+    registry.register("model_load", "Requests that models here work on or have waiting", running);
 }
 
 /// The names that Prometheus' own client libraries use; what the system does not say is left out.

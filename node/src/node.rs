@@ -15,13 +15,18 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::api_key::{KeyError, Keys};
 use crate::config::{Config, ConfigError};
 use crate::data::{self, Data, DataConfig};
-use crate::handle::{Facts, Handle};
+use crate::gateway;
+use crate::handle::{Facts, Handle, Hosted};
 use crate::history::{History, HistoryError};
 use crate::holders::{self, Holders};
 use crate::home::{Home, HomeError, Identity};
+use crate::infer::INFER;
 use crate::jobs::Jobs;
+use crate::model::Models;
+use crate::model::catalog::{Catalog, CatalogError};
 use crate::net::{Limits, Net, NetConfig, NetError, NetEvent};
 use crate::payload::{self, PayloadError, PayloadStore};
 use crate::probe::{Probe, ProbeBindError, ProbeLimits};
@@ -75,6 +80,12 @@ pub enum StartError {
     /// The payloads do not open.
     #[error("payloads: {0}")]
     Payloads(#[from] PayloadError),
+    /// The models do not open.
+    #[error("models: {0}")]
+    Models(#[from] CatalogError),
+    /// The API keys do not open.
+    #[error("API keys: {0}")]
+    Keys(#[from] KeyError),
     /// The jobs of an earlier run cannot be looked at or ended.
     #[error("jobs of an earlier run: {0}")]
     Jobs(#[from] work::OpenError),
@@ -136,6 +147,10 @@ pub struct Bound {
     data: Data,
     arrivals: mpsc::Receiver<data::Arriving>,
     admitted: Admitted,
+    catalog: Catalog,
+    keys: Keys,
+    terms: gateway::Terms,
+    threads: usize,
 }
 
 impl Node {
@@ -168,6 +183,10 @@ impl Node {
         let limits =
             payload::Limits { keep_free: min_disk_free, quota, ..payload::Limits::default() };
         let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
+        let catalog = Catalog::open(home.dir(), config.token_rates()?)?;
+        config.models.serve.iter().try_for_each(|name| catalog.serve(name))?;
+        let keys = Keys::open(home.dir())?;
+        let (terms, threads) = (config.gateway()?, config.model_threads());
         let seed = *identity.secret.seed();
         let (net, net_events, link) = Net::start(NetConfig {
             seed,
@@ -234,6 +253,10 @@ impl Node {
             data,
             arrivals,
             admitted,
+            catalog,
+            keys,
+            terms,
+            threads,
         })
     }
 }
@@ -298,6 +321,10 @@ impl Bound {
             admitted,
             min_disk_free,
             history: self.history,
+            catalog: self.catalog,
+            keys: self.keys,
+            terms: self.terms,
+            threads: self.threads,
         };
         let (net_events, packets, arrivals) = (self.net_events, self.packets, self.arrivals);
         let streams = Streams { net_events, packets, work_events, arrivals };
@@ -318,6 +345,8 @@ impl Node {
     ) -> Self {
         let Parts { store, payloads, data, net, probe, work, reaped, running, .. } = parts;
         let Parts { isolation, admitted, min_disk_free, history, .. } = parts;
+        let Parts { catalog, keys, terms, threads, .. } = parts;
+        let signer = Arc::new(Signer::from_seed(seed));
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
         let (checked, checked_input) = mpsc::channel(QUEUE);
@@ -327,16 +356,22 @@ impl Node {
         let inputs = (events, commands.clone());
         let holders = Holders::new(data.clone(), payloads.clone(), commands.clone());
         tokio::spawn(holders.clone().put_first(shutdown.clone()));
+        let models =
+            Models::new(catalog, payloads.clone(), Arc::clone(&signer), inputs.clone(), threads);
+        tokio::spawn(models.clone().tell(shutdown.clone()));
+        tokio::spawn(models.clone().tend(shutdown.clone()));
+        tokio::spawn(keys.clone().keep(shutdown.clone()));
+        let hosted = Hosted { models: models.clone(), keys, terms, asked: Arc::default() };
         let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());
         let handle = Handle::new(
             commands,
             facts,
-            Arc::new(Signer::from_seed(seed)),
+            signer,
             store.clone(),
             payloads,
-            (data.clone(), holders),
+            (data.clone(), holders, hosted),
             Arc::clone(&counts),
         );
         let tell = jobs.clone();
@@ -346,10 +381,14 @@ impl Node {
             }
         });
         let closing_jobs = jobs.clone();
-        let serve = jobs.clone();
+        let (serve, infer) = (jobs.clone(), models.clone());
         tokio::spawn(async move {
             while let Some(arriving) = arrivals.recv().await {
-                tokio::spawn(serve.clone().serve(arriving));
+                if arriving.channel == INFER {
+                    tokio::spawn(infer.clone().serve(arriving));
+                } else {
+                    tokio::spawn(serve.clone().serve(arriving));
+                }
             }
         });
         let node_loop = Loop {
@@ -360,6 +399,7 @@ impl Node {
             net,
             probe,
             jobs,
+            models,
             admitted,
             counts,
             min_disk_free,
@@ -420,6 +460,10 @@ struct Parts {
     admitted: Admitted,
     min_disk_free: u64,
     history: History,
+    catalog: Catalog,
+    keys: Keys,
+    terms: gateway::Terms,
+    threads: usize,
 }
 
 /// What the edges tell.

@@ -303,6 +303,8 @@ struct Inner {
     /// Numbers the partial files of this run.
     next_partial: AtomicU64,
     set_aside: AtomicU64,
+    /// What peers do not get.
+    private: Mutex<HashSet<Root>>,
 }
 
 #[derive(Debug, Default)]
@@ -382,11 +384,22 @@ impl PayloadStore {
             making_room: Mutex::default(),
             next_partial: AtomicU64::new(0),
             set_aside: AtomicU64::new(0),
+            private: Mutex::default(),
         };
         let store = Self { inner: Arc::new(inner) };
         store.scan()?;
         store.take_up_resting()?;
         Ok(store)
+    }
+
+    /// Keeps these payloads from peers, whoever asks for them, and no others.
+    pub fn keep_private(&self, roots: HashSet<Root>) {
+        *lock(&self.inner.private) = roots;
+    }
+
+    /// Whether a payload is kept from peers.
+    pub fn is_private(&self, root: Root) -> bool {
+        lock(&self.inner.private).contains(&root)
     }
 
     /// The size in bytes of a payload that is held.

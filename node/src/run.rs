@@ -24,7 +24,7 @@ use leasehold_proto::core::{
 };
 use leasehold_proto::words::message::{self, Utterance};
 use leasehold_proto::words::sign::{Signer, VerifyError};
-use leasehold_proto::{KeyId, Span};
+use leasehold_proto::{KeyId, LeaseId, Span};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +33,7 @@ use crate::handle::Asked;
 use crate::history::History;
 use crate::home::Home;
 use crate::jobs::Jobs;
+use crate::model::Models;
 use crate::net::{Net, NetCommand, NetEvent, SendError};
 use crate::probe::Probe;
 use crate::store::{Pending, Store, Write};
@@ -72,6 +73,7 @@ pub(crate) struct Loop {
     pub(crate) net: Net,
     pub(crate) probe: Probe,
     pub(crate) jobs: Jobs,
+    pub(crate) models: Models,
     pub(crate) verifiers: Verifiers,
     pub(crate) admitted: Admitted,
     pub(crate) counts: Arc<Counts>,
@@ -408,12 +410,21 @@ impl Loop {
                 self.send(state, NetCommand::Disconnect { peer: peer.0, why: why.into() });
             }
             Effect::Record(draft) => self.own_record(state, &draft).await,
+            Effect::StartJob(start) if start.model.is_some() => self.models.start(*start),
             Effect::StartJob(start) => self.jobs.start(*start),
-            Effect::ExtendJob(lease, deadline) => self.jobs.extend(lease, deadline),
-            Effect::FreezeJob(lease) => self.jobs.freeze(lease, true),
-            Effect::ThawJob(lease) => self.jobs.freeze(lease, false),
+            Effect::ExtendJob(lease, deadline) => {
+                if !self.models.extend(lease, deadline) {
+                    self.jobs.extend(lease, deadline);
+                }
+            }
+            Effect::FreezeJob(lease) => self.freeze(lease, true),
+            Effect::ThawJob(lease) => self.freeze(lease, false),
             Effect::NotifyJob(lease, notified) => self.jobs.notify(lease, notified),
-            Effect::StopJob(lease, why) => self.jobs.stop(lease, why),
+            Effect::StopJob(lease, why) => {
+                if !self.models.stop(lease) {
+                    self.jobs.stop(lease, why);
+                }
+            }
             Effect::JobNoted(lease) => self.jobs.noted(lease),
             Effect::Answer(command, reply) => {
                 if let Some(waiting) = state.waiting.remove(&command) {
@@ -422,6 +433,12 @@ impl Loop {
             }
             Effect::Notice(notice) => tell(&notice),
             Effect::Keep(_) | Effect::Packet { .. } => {}
+        }
+    }
+
+    fn freeze(&self, lease: LeaseId, frozen: bool) {
+        if !self.models.freeze(&lease, frozen) {
+            self.jobs.freeze(lease, frozen);
         }
     }
 

@@ -38,7 +38,7 @@ fn offered(name: &str) -> ModelOffer {
         quantisation: "Q8_0".into(),
         context: 8_192,
         endpoints: vec![Endpoint::Chat],
-        abilities: Vec::new(),
+        abilities: 0,
         demo: false,
         state: ModelState::Warm,
         load: 0,

@@ -6,7 +6,7 @@ use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::id::{Hash, KeyId};
 use leasehold_proto::base::money::Amount;
 use leasehold_proto::base::time::{Boot, Span};
-use leasehold_proto::minds::route::{Host, Nobody, Question, Router, Sort, Went};
+use leasehold_proto::minds::route::{Host, Lack, Nobody, Question, Router, Sort, Went};
 use leasehold_proto::words::model::{Endpoint, ModelOffer, ModelState, ModelTerms, TokenRates};
 
 fn offer(price: u64) -> ModelOffer {
@@ -16,7 +16,7 @@ fn offer(price: u64) -> ModelOffer {
         quantisation: "Q8_0".into(),
         context: 1_000,
         endpoints: vec![Endpoint::Chat],
-        abilities: vec!["tools".into()],
+        abilities: 0b1,
         demo: false,
         state: ModelState::Warm,
         load: 0,
@@ -49,7 +49,7 @@ fn question<'a>() -> Question<'a> {
     Question {
         model: "m",
         endpoint: Endpoint::Chat,
-        needs: &[],
+        needs: 0,
         prompt_tokens: 100,
         max_tokens: None,
         sort: Sort::Balanced,
@@ -139,16 +139,17 @@ fn where_nobody_may_answer_it_says_why() {
         chosen.expect_err("nobody")
     };
     assert_eq!(none(&Question { model: "n", ..question() }, &map), Nobody::Unknown);
-    let unable = Question { needs: &["images"], ..question() };
-    assert_eq!(none(&unable, &map), Nobody::Unable("images".into()));
+    let unable = Question { needs: 0b110, ..question() };
+    assert_eq!(none(&unable, &map), Nobody::Unable(Lack::Abilities(0b110)));
     let unable = Question { endpoint: Endpoint::Embeddings, ..question() };
-    assert_eq!(none(&unable, &map), Nobody::Unable("embeddings".into()));
-    let long = none(&Question { prompt_tokens: 1_001, ..question() }, &map);
-    let Nobody::Against(reasons) = &long else { panic!("{long:?}") };
+    assert_eq!(none(&unable, &map), Nobody::Unable(Lack::Endpoint));
+    let long = none(&Question { prompt_tokens: 2_002, ..question() }, &map);
+    assert_eq!(long, Nobody::Unable(Lack::Context(1_000)));
+    let dear = none(&Question { max_price: (Some(150), None), ..question() }, &map);
+    let Nobody::Against(reasons) = &dear else { panic!("{dear:?}") };
     assert_eq!(reasons.len(), 2);
-    assert!(
-        long.to_string().contains("h1: it is down") && long.to_string().contains("1000 tokens")
-    );
+    assert!(dear.to_string().contains("h1: it is down"), "{dear}");
+    assert!(dear.to_string().contains("h2: it takes"), "{dear}");
     map.0.clear();
     assert_eq!(none(&question(), &map), Nobody::Unknown);
 }

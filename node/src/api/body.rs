@@ -14,6 +14,7 @@ use leasehold_proto::core::{Ended, View};
 use leasehold_proto::minds::book::ReclaimPlan;
 use leasehold_proto::placement::{Against, Ranking};
 use leasehold_proto::words::contract::Reason;
+use leasehold_proto::words::model::ModelTerms;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::words::want::{Choice, Heard};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -703,6 +704,9 @@ pub struct LeaseLine {
     pub lessee: Option<String>,
     /// What is lent.
     pub shape: Quantity,
+    /// The model whose tokens are lent, if it is one, and how many of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelUse>,
     /// The price per hour.
     pub rate: Money,
     /// The most it can cost, when held.
@@ -766,6 +770,39 @@ fn named(of: impl std::fmt::Debug) -> String {
     name
 }
 
+/// What was used of a model under a lease, by its latest receipt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ModelUse {
+    /// What it is called.
+    pub name: String,
+    /// What it is.
+    pub digest: String,
+    /// Price of a million tokens that are asked.
+    pub prompt_million: Money,
+    /// Price of a million tokens that are answered.
+    pub completion_million: Money,
+    /// How many requests.
+    pub requests: u64,
+    /// Tokens that were asked.
+    pub prompt_tokens: u64,
+    /// Tokens that were answered.
+    pub completion_tokens: u64,
+}
+
+impl ModelUse {
+    fn of(terms: &ModelTerms, usage: &Usage) -> Self {
+        Self {
+            name: terms.name.clone(),
+            digest: terms.digest.to_string(),
+            prompt_million: Money(terms.rates.prompt),
+            completion_million: Money(terms.rates.completion),
+            requests: usage.tally.requests,
+            prompt_tokens: usage.tally.prompt_tokens,
+            completion_tokens: usage.tally.completion_tokens,
+        }
+    }
+}
+
 impl LeaseLine {
     /// A lease this node holds.
     #[must_use]
@@ -778,6 +815,7 @@ impl LeaseLine {
             lessor: of.lessor.to_string(),
             lessee: None,
             shape: (&of.shape).into(),
+            model: of.model.as_ref().map(|terms| ModelUse::of(terms, &of.usage)),
             rate: Money(of.rate),
             worst_case: Some(Money(of.worst_case)),
             decided: of.decided.to_string(),
@@ -810,6 +848,7 @@ impl LeaseLine {
             lessor: view.me.to_string(),
             lessee: Some(of.lessee.to_string()),
             shape: (&of.shape).into(),
+            model: of.model.as_ref().map(|terms| ModelUse::of(terms, &of.usage)),
             rate: Money(of.rate),
             worst_case: None,
             decided: of.decided.to_string(),

@@ -48,7 +48,7 @@ impl Guard {
         Self { bound: bound.ip().to_canonical(), token, places }
     }
 
-    fn check_host(&self, request: &Request) -> Result<(), ApiError> {
+    pub(super) fn check_host(&self, request: &Request) -> Result<(), ApiError> {
         let named = request.headers().get_all(header::HOST);
         let mut hosts = named.iter().map(|value| value.to_str().unwrap_or_default());
         let one = match (hosts.next(), hosts.next()) {
@@ -81,6 +81,11 @@ impl Guard {
         self.bound.is_unspecified()
             || ip == self.bound
             || (ip.is_loopback() && self.bound.is_loopback())
+    }
+
+    /// Whether this is the node's token.
+    pub(super) fn is_token(&self, token: &[u8]) -> bool {
+        self.token.is(token)
     }
 
     fn check_token(&self, headers: &HeaderMap) -> Result<(), ApiError> {

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{lease, node, operator, payload, quarantine};
+use super::{lease, model, node, operator, payload, quarantine};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -27,6 +27,7 @@ use super::{lease, node, operator, payload, quarantine};
         lease::jobs, lease::renew, lease::gang,
         quarantine::list, quarantine::reinstate,
         operator::reclaim, operator::drain, operator::resume, operator::revoke,
+        model::list, model::put, model::remove, model::keys, model::add_key, model::remove_key,
     ),
     security(("token" = [])),
     modifiers(&Token),
@@ -35,6 +36,7 @@ use super::{lease, node, operator, payload, quarantine};
         (name = "nodes", description = "Who is there and what they offer"),
         (name = "payloads", description = "Bytes named by their BLAKE3 root"),
         (name = "leases", description = "Order, use, follow, renew, release, prove"),
+        (name = "models", description = "Models of this node, and who may ask them"),
         (name = "operator", description = "Take capacity back, empty the host, sell again"),
     ),
 )]

@@ -304,7 +304,7 @@ impl PayloadText {
         Self { root: payload.root.to_string(), size: payload.size }
     }
 
-    fn parse(&self, field: &'static str) -> Result<Payload, NotUnderstood> {
+    pub(super) fn parse(&self, field: &'static str) -> Result<Payload, NotUnderstood> {
         let root = within(field, self.root.parse::<Hash>())?;
         Ok(Payload { root, size: self.size })
     }

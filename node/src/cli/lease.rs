@@ -12,7 +12,7 @@ use super::output::{page, shape, short_id, short_key, span};
 use super::want::{GangArgs, WantArgs};
 use super::{Failure, Session, find, operator};
 use crate::api::body::{
-    GangRequest, Ganged, LeaseLine, LeaseRequest, Leased, Leases, Reclaimed, Released,
+    GangRequest, Ganged, LeaseLine, LeaseRequest, Leased, Leases, ModelUse, Reclaimed, Released,
     RenewRequest, Renewed, Side,
 };
 use crate::api::want::{Text, WantText};
@@ -210,8 +210,22 @@ fn shown(line: &LeaseLine) -> String {
         ("lessor", line.lessor.clone()),
     ];
     lines.extend(line.lessee.clone().map(|lessee| ("lessee", lessee)));
-    lines.push(("shape", shape(&line.shape)));
-    lines.push(("rate", format!("{}/h", money(line.rate))));
+    match &line.model {
+        Some(model) => {
+            let (asked, answered) = (model.prompt_million, model.completion_million);
+            let price =
+                format!("{} asked, {} answered, per 1M tokens", money(asked), money(answered));
+            lines.push(("model", model.name.clone()));
+            lines.push(("price", price));
+            let ModelUse { requests, prompt_tokens, completion_tokens, .. } = model;
+            let used = format!("{requests} requests, {prompt_tokens} + {completion_tokens} tokens");
+            lines.push(("used", used));
+        }
+        None => {
+            lines.push(("shape", shape(&line.shape)));
+            lines.push(("rate", format!("{}/h", money(line.rate))));
+        }
+    }
     lines.extend(line.worst_case.map(|amount| ("at most", money(amount))));
     lines.push(("granted", line.decided.clone()));
     let longer = match line.max_term_ms > line.term_ms {
@@ -276,11 +290,17 @@ fn row(line: &LeaseLine) -> Vec<String> {
         stage,
         short_key(&line.lessor),
         line.lessee.as_deref().map_or_else(dash, short_key),
-        shape(&line.shape),
+        line.model.as_ref().map_or_else(|| shape(&line.shape), |model| model.name.clone()),
         // To the second: milliseconds tell a person nothing here.
         line.decided.split('.').next().unwrap_or_default().into(),
         span(line.left_ms),
-        format!("{} {}/h", line.rate, line.currency),
+        match &line.model {
+            Some(model) => format!(
+                "{}+{} {}/1M",
+                model.prompt_million, model.completion_million, line.currency
+            ),
+            None => format!("{} {}/h", line.rate, line.currency),
+        },
         format!("{} {}", line.charge, line.currency),
     ]
 }

@@ -61,6 +61,9 @@ pub struct Up {
     /// Sell what the configuration says may be sold
     #[arg(long, env = "LEASEHOLD_SELL")]
     sell: bool,
+    /// Sell this model, which must be at the node (see `leasehold model`); may be repeated
+    #[arg(long, value_name = "MODEL")]
+    serve: Vec<String>,
     /// How log lines look: human or json
     #[arg(long, value_name = "FORMAT", env = "LEASEHOLD_LOG_FORMAT", value_parser = log_format)]
     log_format: Option<LogFormat>,
@@ -179,6 +182,7 @@ impl Up {
         }
         config.fabric.join.extend(&self.join);
         config.offer.sell |= self.sell;
+        config.models.serve.extend(self.serve.iter().cloned());
         if let Some(format) = self.log_format {
             config.log.format = format;
         }

@@ -41,6 +41,9 @@ pub(super) async fn serve(
     mut recv: RecvHalf,
 ) {
     let Have { root, size } = have;
+    if shared.store.is_private(root) {
+        return refuse(shared, &mut send, Refusal::NotHeld, 0, "").await;
+    }
     // Looked for in this order: what arrives is held before it no longer arrives.
     let part = shared.store.part(root, size);
     let part = match (shared.store.has(root), part) {

@@ -354,6 +354,9 @@ async fn serve_get(
         return refuse(shared, &mut send, Refusal::Busy, 0, "too many payloads are on their way")
             .await;
     };
+    if shared.store.is_private(root) {
+        return refuse(shared, &mut send, Refusal::NotHeld, 0, "").await;
+    }
     let (store, wanted) = (shared.store.clone(), ranges.clone());
     let opened = spawn_blocking(move || match store.open(root) {
         // What of it is here already may be had while the rest arrives; once more for what was held

@@ -276,8 +276,9 @@ impl Core {
                 self.book.set_pending(&lease, Some(claim.clone()));
                 out.push(Effect::Keep(Kept::Claimed(lease, claim.signed().clone())));
                 self.keep_lent(&lease, out);
-                reply(Word::Accepted, answer, ticket, out);
+                // Whoever is told may use it at once.
                 self.start_job(lease, claim, out);
+                reply(Word::Accepted, answer, ticket, out);
             }
         }
     }

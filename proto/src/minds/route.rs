@@ -57,8 +57,8 @@ pub struct Question<'a> {
     pub model: &'a str,
     /// What it is asked for.
     pub endpoint: Endpoint,
-    /// What it must be able to do beyond plain text.
-    pub needs: &'a [&'a str],
+    /// What it must be able to do beyond plain text, as in [`ModelOffer::abilities`].
+    pub needs: u64,
     /// About how many tokens are asked.
     pub prompt_tokens: u64,
     /// The most tokens of answer, if that was said.
@@ -109,15 +109,29 @@ pub struct Choice {
     pub terms: ModelTerms,
 }
 
+/// What a model cannot do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    /// It is not asked this.
+    #[error("it does not answer this sort of request")]
+    Endpoint,
+    /// These abilities.
+    #[error("it cannot do all that is asked of it")]
+    Abilities(u64),
+    /// It looks back on so many tokens at most.
+    #[error("its context is {0} tokens")]
+    Context(u32),
+}
+
 /// Why nobody can be asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Nobody {
     /// No node serves a model of this name.
     #[error("no node serves it")]
     Unknown,
-    /// The model is served, and cannot do this, wherever it is.
-    #[error("it cannot do '{0}' on any node that serves it")]
-    Unable(String),
+    /// The model is served, and cannot do this on any node that serves it.
+    #[error("{0}")]
+    Unable(Lack),
     /// Something speaks against every node that serves it.
     #[error("{}", .0.iter().map(|(name, why)| format!("{name}: {why}")).collect::<Vec<_>>().join("; "))]
     Against(Vec<(String, String)>),
@@ -225,7 +239,7 @@ impl Router {
         hosts: &'a [Host<'a>],
     ) -> Result<Vec<Fit<'a>>, Nobody> {
         let (mut fits, mut against, mut served) = (Vec::new(), Vec::new(), false);
-        let mut unable: Option<String> = None;
+        let mut unable: Option<Lack> = None;
         let mut able = false;
         for host in hosts {
             let mut offers = host.models.iter();
@@ -359,13 +373,17 @@ fn is_named(host: &Host<'_>, name: &str) -> bool {
 }
 
 /// What the model is asked for and cannot do there.
-fn lacks(question: &Question<'_>, offer: &ModelOffer) -> Option<String> {
+fn lacks(question: &Question<'_>, offer: &ModelOffer) -> Option<Lack> {
     if !offer.endpoints.contains(&question.endpoint) {
-        return Some(format!("{:?}", question.endpoint).to_lowercase());
+        return Some(Lack::Endpoint);
     }
-    let mut needs = question.needs.iter();
-    let lacks = needs.find(|need| !offer.abilities.iter().any(|ability| ability == *need));
-    lacks.map(|need| (*need).to_owned())
+    let lacks = question.needs & !offer.abilities;
+    if lacks > 0 {
+        return Some(Lack::Abilities(lacks));
+    }
+    // What is reckoned may be twice of what it is; exactly only the engine knows.
+    let long = question.prompt_tokens / 2 > u64::from(offer.context);
+    long.then_some(Lack::Context(offer.context))
 }
 
 fn speaks_against(question: &Question<'_>, host: &Host<'_>, offer: &ModelOffer) -> Option<String> {
@@ -375,7 +393,7 @@ fn speaks_against(question: &Question<'_>, host: &Host<'_>, offer: &ModelOffer) 
     if !host.up {
         Some("it is down".into())
     } else if let Some(what) = lacks(question, offer) {
-        Some(format!("it cannot do '{what}'"))
+        Some(what.to_string())
     } else if question.ignore.iter().any(|name| is_named(host, name)) {
         Some("it is to be ignored".into())
     } else if !question.only.is_empty() && !question.only.iter().any(|name| is_named(host, name)) {
@@ -391,8 +409,6 @@ fn speaks_against(question: &Question<'_>, host: &Host<'_>, offer: &ModelOffer) 
         && !question.quantizations.iter().any(|q| q.eq_ignore_ascii_case(&offer.quantisation))
     {
         Some(format!("its weights are kept as '{}'", offer.quantisation))
-    } else if question.prompt_tokens > u64::from(offer.context) {
-        Some(format!("its context is {} tokens", offer.context))
     } else {
         None
     }

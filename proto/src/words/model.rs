@@ -24,10 +24,8 @@ pub const MODEL: &str = "model";
 pub const PER: u64 = 1_000_000;
 /// The most models that one node offers.
 pub const MAX_MODELS: usize = 32;
-/// The longest name of a model or of one of its abilities, in bytes.
+/// The longest name of a model, in bytes.
 pub const MAX_MODEL_NAME: usize = 64;
-/// The most abilities that a model is said to have.
-pub const MAX_ABILITIES: usize = 16;
 
 /// Prices in the charter's currency, for [`PER`] tokens.
 #[derive(
@@ -115,8 +113,9 @@ pub struct ModelOffer {
     pub context: u32,
     /// What can be asked of it, each once, in order.
     pub endpoints: Vec<Endpoint>,
-    /// What it can do beyond plain text (`tools`, `structured_output`, `images`, …), sorted.
-    pub abilities: Vec<String>,
+    /// What it can do beyond plain text (tools, pictures, structured output, …), a bit for each: which
+    /// stands for what is the API's to say, and never changes.
+    pub abilities: u64,
     /// Whether it is there to show how things work, not to be of use.
     pub demo: bool,
     /// How ready it is.
@@ -138,10 +137,6 @@ impl ModelTerms {
 impl ModelOffer {
     pub(super) fn check(&self) -> Result<(), &'static str> {
         self.terms.check()?;
-        let sorted = self.abilities.is_sorted_by(|one, next| one < next);
-        if self.abilities.len() > MAX_ABILITIES || !sorted || !self.abilities.iter().all(is_name) {
-            return Err("a model has at most 16 abilities, sorted, each once");
-        }
         if self.endpoints.is_empty() || !self.endpoints.is_sorted_by(|one, next| one < next) {
             return Err("a model can be asked something, each endpoint named once, in order");
         }
@@ -188,7 +183,7 @@ pub struct Sampling {
     pub max_tokens: Option<u64>,
 }
 
-/// How a request ended.
+/// How a request ended. What broke off on the serving side is not counted at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
@@ -196,8 +191,6 @@ pub enum Finish {
     Answered,
     /// Who asked hung up: what was produced until then counts.
     HungUp,
-    /// It broke off on the serving side: nothing counts.
-    Broken,
 }
 
 /// One request as its lessor knows it: what [`Served`] says of it.
@@ -245,15 +238,12 @@ pub struct Served {
 
 impl Served {
     pub(super) fn check(&self) -> Result<(), &'static str> {
-        let Service { cached_tokens, prompt_tokens, completion_tokens, finish, .. } = self.service;
+        let Service { cached_tokens, prompt_tokens, .. } = self.service;
         if self.number == 0 {
             return Err("requests are counted from one");
         }
         if cached_tokens > prompt_tokens {
             return Err("no more tokens are known than are asked");
-        }
-        if finish == Finish::Broken && prompt_tokens.max(completion_tokens) > 0 {
-            return Err("what broke off on the serving side costs nothing");
         }
         Ok(())
     }

@@ -170,7 +170,7 @@ impl Story {
                 quantisation: "Q8_0".into(),
                 context: 8_192,
                 endpoints: vec![Endpoint::Chat, Endpoint::Completions],
-                abilities: vec!["logprobs".into(), "tools".into()],
+                abilities: 0b1000_0001,
                 demo: true,
                 state: ModelState::Warm,
                 load: 2,

@@ -1,0 +1,874 @@
+//! The entry side of hosted models: from a client's request to an answer of whichever node serves the
+//! model best, under a lease that this node holds there.
+//!
+//! ```text
+//! request --route--> node 1 --lease, stream--> first piece --> the rest, to the client
+//!                      \--fails before that--> node 2 ...        \--counted, compared, agreed on
+//! ```
+//!
+//! Until the first piece has come a request may go to another node; after that it may not, since the
+//! client has some of it. What a serving node says of a request is compared with what went there and
+//! what came back, before this node agrees to pay for it: the hashes must be those of the very bytes,
+//! and the tokens no more than these bytes can be ([`crate::openai::tally`]).
+//!
+//! A lease is held for each serving node and model that is used, as a purse: taken when the first
+//! request wants it, anew when its budget or term runs out, and given back when nobody has asked for a
+//! while. A model that this node serves itself needs none.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use leasehold_proto::base::dice::Dice;
+use leasehold_proto::core::{Command, Failure, Reply, Seller};
+use leasehold_proto::minds::route::{Choice, Host, Lack, Nobody, Question, Router, Sort, Went};
+use leasehold_proto::words::contract::{Class, JobSpec, Mandate};
+use leasehold_proto::words::model::{Finish, MODEL, ModelOffer, ModelTerms, Served, Service};
+use leasehold_proto::words::object::body_in;
+use leasehold_proto::words::sign::Signed;
+use leasehold_proto::words::want::Want;
+use leasehold_proto::{Amount, FabricId, Hash, KeyId, LeaseId, Payload, Resources, Span};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock;
+use crate::data::frame::{Code, Refusal};
+use crate::data::{LinkError, RecvHalf, SendHalf};
+use crate::handle::{AskError, Handle};
+use crate::infer::{self, AnswerHash, Frame, Head, INFER};
+use crate::model::Models;
+use crate::model::engine::{Ask, Piece, Pieces, WAITING};
+use crate::model::serving::{endpoint_of, sampling_of};
+use crate::openai::provider::{Provider, Sort as Wanted};
+use crate::openai::tally::{Bounds, Tally};
+use crate::openai::{Counted, Fault, Need, Request};
+
+/// How long what the map says of sellers is used before it is read again.
+const FRESH: Duration = Duration::from_millis(200);
+/// How many nodes one request is tried on.
+const MAX_TRIES: usize = 4;
+/// How long a serving node may take to begin its answer.
+const BEGIN: Duration = Duration::from_secs(120);
+/// How long it may take between two pieces.
+const STALL: Duration = Duration::from_secs(60);
+/// How long its record may take after the answer.
+const RECORD: Duration = Duration::from_secs(10);
+/// A lease that may be relied on for less than this is not used for another request.
+const LAST: Duration = Duration::from_secs(30);
+/// A lease that nobody has used for this long is given back.
+const IDLE: Duration = Duration::from_secs(600);
+/// How often that is looked at.
+const SWEEP: Duration = Duration::from_secs(30);
+/// How often receipts are wanted.
+const RECEIPT_EVERY: Span = Span::secs(10);
+/// Within what time a lease is claimed: at once.
+const CLAIM_WITHIN: Span = Span::secs(10);
+
+/// What this node pays for a lease on a model, and what it takes for an answer.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The budget of one lease.
+    pub budget: Amount,
+    /// Its term.
+    pub term: Span,
+    /// What is added to the price paid, in thousandths.
+    pub markup_permille: u32,
+}
+
+/// What was counted since the start, for metrics.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Requests that clients made.
+    pub requests: AtomicU64,
+    /// Of them, those that went on to another node after one had failed.
+    pub fallbacks: AtomicU64,
+    /// Of them, those that came to nothing.
+    pub faults: AtomicU64,
+    /// Of them, those whose client hung up.
+    pub hung_up: AtomicU64,
+    /// Records of serving nodes that were not agreed on.
+    pub disagreed: AtomicU64,
+    /// Leases that were taken.
+    pub leases: AtomicU64,
+    /// Tokens that were asked.
+    pub prompt_tokens: AtomicU64,
+    /// Tokens that were answered.
+    pub completion_tokens: AtomicU64,
+}
+
+/// The entry side. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Gateway {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    handle: Handle,
+    models: Models,
+    fabric: FabricId,
+    terms: Terms,
+    router: Mutex<(Router, Dice)>,
+    sellers: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Seller>>)>>,
+    purses: Mutex<BTreeMap<(KeyId, ModelTerms), Arc<Purse>>>,
+    counts: Arc<Counts>,
+}
+
+/// The leases on one model at one node, of which the newest is used.
+#[derive(Debug)]
+struct Purse {
+    lessor: KeyId,
+    terms: ModelTerms,
+    held: tokio::sync::Mutex<Option<Arc<Held>>>,
+}
+
+/// A lease that this node holds.
+#[derive(Debug)]
+struct Held {
+    id: LeaseId,
+    cap: u64,
+    /// What was spent and what is set aside for requests that are under way.
+    spent: AtomicU64,
+    until: Instant,
+    used: Mutex<Instant>,
+    /// The lessor does not take it any more.
+    over: AtomicBool,
+}
+
+/// What a lease sets aside for a request, until that has ended.
+#[derive(Debug)]
+struct Aside {
+    held: Arc<Held>,
+    amount: u64,
+}
+
+impl Aside {
+    /// The request has ended, and cost this.
+    fn settle(mut self, cost: Amount) {
+        self.held.spent.fetch_add(cost.0, Ordering::Relaxed);
+        self.give_back();
+    }
+
+    fn give_back(&mut self) {
+        self.held.spent.fetch_sub(std::mem::take(&mut self.amount), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+/// An answer that has begun.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// The name of the node that answers.
+    pub(crate) node: String,
+    /// The model, and what this node pays for it.
+    pub(crate) terms: ModelTerms,
+    /// The first piece.
+    pub(crate) first: Piece,
+    /// What follows. To drop it is to hang up.
+    pub(crate) rest: Pieces,
+}
+
+/// Why a node did not begin to answer.
+enum Failed {
+    /// Another one may.
+    Elsewhere(Fault),
+    /// None can.
+    Final(Fault),
+}
+
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl Gateway {
+    pub(crate) fn new(handle: Handle, shutdown: CancellationToken) -> Self {
+        let hosted = handle.hosted().clone();
+        let mut dice = [0; 8];
+        // Without randomness all nodes draw alike: no more than a pity.
+        let _ = getrandom::fill(&mut dice);
+        let seed = u64::from_le_bytes(dice);
+        let inner = Inner {
+            models: hosted.models,
+            fabric: FabricId(handle.facts().charter.id()),
+            terms: hosted.terms,
+            counts: hosted.asked,
+            handle,
+            router: Mutex::new((Router::default(), Dice::new(seed))),
+            sellers: tokio::sync::Mutex::default(),
+            purses: Mutex::default(),
+        };
+        let gateway = Self { inner: Arc::new(inner) };
+        tokio::spawn(gateway.clone().sweep(shutdown));
+        gateway
+    }
+
+    /// What it takes for what costs it this.
+    pub(crate) fn price(&self, terms: &ModelTerms) -> leasehold_proto::words::model::TokenRates {
+        terms.rates.with_markup(self.inner.terms.markup_permille)
+    }
+
+    /// Who sells models, this node among them if it serves any.
+    ///
+    /// # Errors
+    /// 503 when the node is stopping.
+    pub(crate) async fn sellers(&self) -> Result<Arc<Vec<Seller>>, Fault> {
+        let mut known = self.inner.sellers.lock().await;
+        if let Some((at, sellers)) = &*known
+            && at.elapsed() < FRESH
+        {
+            return Ok(Arc::clone(sellers));
+        }
+        let facts = self.inner.handle.facts();
+        let told = self.inner.handle.ask(Command::Sellers).await;
+        let Ok(Reply::Sellers(mut sellers)) = told else {
+            return Err(Fault::unavailable("The node is stopping."));
+        };
+        // What it serves itself it knows better than the map does.
+        sellers.retain(|seller| seller.key != facts.me);
+        let models = self.inner.models.offers();
+        if !models.is_empty() {
+            sellers.push(Seller {
+                key: facts.me,
+                name: facts.name.clone(),
+                up: true,
+                max_term: Span::ZERO,
+                models,
+                addresses: Vec::new(),
+            });
+        }
+        let sellers = Arc::new(sellers);
+        *known = Some((Instant::now(), Arc::clone(&sellers)));
+        Ok(sellers)
+    }
+
+    /// Begins to answer a request: returns with the first piece.
+    ///
+    /// # Errors
+    /// What the client is to be told.
+    pub(crate) async fn ask(&self, request: &Request) -> Result<Answer, Fault> {
+        let counts = &self.inner.counts;
+        count(&counts.requests);
+        let sellers = self.sellers().await?;
+        let mut fault = None;
+        for model in std::iter::once(&request.model).chain(&request.models) {
+            let choices = match self.choose(model, request, &sellers) {
+                Ok(choices) => choices,
+                Err(no) => {
+                    fault.get_or_insert(no);
+                    continue;
+                }
+            };
+            for (nth, choice) in choices.into_iter().take(MAX_TRIES).enumerate() {
+                if nth > 0 {
+                    count(&counts.fallbacks);
+                }
+                let node = choice.name.clone();
+                match Box::pin(self.try_one(request, choice, &sellers)).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(Failed::Elsewhere(why)) => {
+                        tracing::info!(node, model, %why, "a node did not answer");
+                        fault = Some(why);
+                    }
+                    Err(Failed::Final(why)) => {
+                        count(&counts.faults);
+                        return Err(why);
+                    }
+                }
+            }
+        }
+        count(&counts.faults);
+        Err(fault.unwrap_or_else(|| Fault::model_not_found(&request.model)))
+    }
+
+    fn choose(
+        &self,
+        model: &str,
+        request: &Request,
+        sellers: &[Seller],
+    ) -> Result<Vec<Choice>, Fault> {
+        let hosts: Vec<_> = sellers
+            .iter()
+            .map(|Seller { key, name, up, models, .. }| Host { key: *key, name, up: *up, models })
+            .collect();
+        let prefixes = request.prefix_keys();
+        let provider = &request.provider;
+        let question = Question {
+            model,
+            endpoint: endpoint_of(request.endpoint),
+            needs: request.needs().bits(),
+            // Four bytes a token, as most text is.
+            prompt_tokens: (request.prompt_bytes() / 4) as u64,
+            max_tokens: request.sampling.max_tokens.map(u64::from),
+            sort: sort_of(provider),
+            max_price: (provider.max_price.prompt, provider.max_price.completion),
+            order: &provider.order,
+            only: &provider.only,
+            ignore: &provider.ignore,
+            allow_fallbacks: provider.allow_fallbacks,
+            quantizations: &provider.quantizations,
+            min_throughput: provider
+                .preferred_min_throughput
+                .map(|least| u32::try_from(least / 1_000).unwrap_or(u32::MAX)),
+            max_latency: provider
+                .preferred_max_latency
+                .map(|most| Span::millis(u64::try_from(most.as_millis()).unwrap_or(u64::MAX))),
+            prefixes: &prefixes,
+        };
+        let mut router = hold(&self.inner.router);
+        let (router, dice) = &mut *router;
+        let chosen = router.choose(clock::boot(), &question, &hosts, dice);
+        chosen.map_err(|nobody| match nobody {
+            Nobody::Unknown => Fault::model_not_found(model),
+            Nobody::Unable(Lack::Abilities(bits)) => {
+                let lacking = crate::openai::Needs::of_bits(bits).iter().next();
+                Fault::unsupported(lacking.map_or("messages", Need::param), model)
+            }
+            Nobody::Unable(Lack::Context(context)) => {
+                let prompt = (request.prompt_bytes() / 4) as u64;
+                let most = request.sampling.max_tokens.map_or(0, u64::from);
+                Fault::context_length(context.into(), prompt, most)
+            }
+            Nobody::Unable(Lack::Endpoint) => {
+                let path = request.endpoint.path();
+                let why = format!("The model '{model}' does not answer {path}.");
+                Fault::invalid(Some("unsupported_endpoint"), why).at("model")
+            }
+            Nobody::Against(_) => {
+                let why = format!("No node can answer with '{model}' now: {nobody}.");
+                Fault::unavailable(why)
+            }
+        })
+    }
+
+    /// Asks one node, and waits for the first piece.
+    async fn try_one(
+        &self,
+        request: &Request,
+        choice: Choice,
+        sellers: &[Seller],
+    ) -> Result<Answer, Failed> {
+        let name = &choice.terms.name;
+        hold(&self.inner.router).0.begun(clock::boot(), choice.key, name);
+        let body = request.forward(name, true);
+        let mut asking = Asking {
+            gateway: self.clone(),
+            key: choice.key,
+            model: name.clone(),
+            prefixes: request.prefix_keys(),
+            asked: Instant::now(),
+            first: None,
+            pieces: 0,
+            went: Some(Went::Neither),
+        };
+        let (begin, mut rest) = if choice.key == self.inner.handle.facts().me {
+            let stream = request.stream;
+            let ask = Ask { endpoint: request.endpoint, body, stream };
+            let pieces =
+                self.inner.models.ask(name, ask).await.map_err(|fault| asking.fail(fault))?;
+            let (sender, rest) = mpsc::channel(WAITING);
+            tokio::spawn(own(asking, pieces, sender));
+            (None, rest)
+        } else {
+            match self.remote(request, &choice, body, sellers).await {
+                Ok(opened) => {
+                    let (sender, rest) = mpsc::channel(WAITING);
+                    tokio::spawn(opened.run(asking, sender));
+                    (None::<Piece>, rest)
+                }
+                Err(fault) => return Err(asking.fail(fault)),
+            }
+        };
+        let first = match begin {
+            Some(first) => first,
+            None => match timeout(BEGIN, rest.recv()).await {
+                Ok(Some(Ok(first))) => first,
+                Ok(Some(Err(fault))) if fault.may_pass_elsewhere() => {
+                    return Err(Failed::Elsewhere(fault));
+                }
+                Ok(Some(Err(fault))) => return Err(Failed::Final(fault)),
+                Ok(None) => {
+                    let fault = Fault::bad_upstream("The serving node ended without an answer.");
+                    return Err(Failed::Elsewhere(fault));
+                }
+                Err(_) => {
+                    let fault = Fault::timeout("The serving node did not begin in time.");
+                    return Err(Failed::Elsewhere(fault));
+                }
+            },
+        };
+        Ok(Answer { node: choice.name, terms: choice.terms, first, rest })
+    }
+
+    /// Opens a stream to a node under a lease there.
+    async fn remote(
+        &self,
+        request: &Request,
+        choice: &Choice,
+        body: Bytes,
+        sellers: &[Seller],
+    ) -> Result<Opened, Fault> {
+        let seller = sellers.iter().find(|seller| seller.key == choice.key);
+        let seller = seller.ok_or_else(|| Fault::unavailable("The node is gone."))?;
+        let offer = seller.models.iter().find(|offer| offer.terms == choice.terms);
+        let most = self.most(request, offer);
+        let mut last = None;
+        // A lease may have ended there that is thought to be good here: once more with another.
+        for _ in 0..2 {
+            let held = self.purse(choice).lease(self, most, seller.max_term).await?;
+            let aside = held.set_aside(most.0);
+            let length = body.len();
+            let head =
+                Head { lease: held.id, endpoint: request.endpoint, stream: request.stream, length };
+            let (first, left) = head.open(&body);
+            let data = self.inner.handle.data();
+            let opened = data.open(choice.key.0, seller.addresses.clone(), INFER, first).await;
+            match opened {
+                Ok((send, recv)) => {
+                    return Ok(Opened {
+                        send,
+                        recv,
+                        left,
+                        body,
+                        aside,
+                        terms: choice.terms.clone(),
+                        sampling: sampling_of(request),
+                        endpoint: request.endpoint,
+                    });
+                }
+                Err(LinkError::Refused { refused, .. }) if refused.why == Refusal::Denied => {
+                    held.over.store(true, Ordering::Relaxed);
+                    last =
+                        Some(Fault::unavailable(format!("The serving node refused: {refused}.")));
+                }
+                Err(LinkError::Refused { refused, .. }) => {
+                    return Err(Fault::unavailable(format!(
+                        "The serving node refused: {refused}."
+                    )));
+                }
+                Err(error) => {
+                    return Err(Fault::unavailable(format!(
+                        "The serving node cannot be asked: {error}."
+                    )));
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| Fault::unavailable("The serving node refused.")))
+    }
+
+    /// The most that a request is expected to cost: every byte of it a token, and as many tokens of
+    /// answer as it may have.
+    fn most(&self, request: &Request, offer: Option<&ModelOffer>) -> Amount {
+        let context = offer.map_or(4_096, |offer| u64::from(offer.context));
+        let answer = request.sampling.max_tokens.map_or(context, u64::from).min(context);
+        let prompt = (request.prompt_bytes() as u64).min(context);
+        let rates = offer.map(|offer| offer.terms.rates).unwrap_or_default();
+        rates.charge(prompt, answer).plus(Amount(1))
+    }
+
+    fn purse(&self, choice: &Choice) -> Arc<Purse> {
+        let mut purses = hold(&self.inner.purses);
+        let key = (choice.key, choice.terms.clone());
+        let purse = purses.entry(key).or_insert_with(|| {
+            let (lessor, terms) = (choice.key, choice.terms.clone());
+            Arc::new(Purse { lessor, terms, held: tokio::sync::Mutex::default() })
+        });
+        Arc::clone(purse)
+    }
+
+    /// Gives back leases that nobody uses.
+    async fn sweep(self, shutdown: CancellationToken) {
+        let mut look = tokio::time::interval(SWEEP);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = look.tick() => {}
+            }
+            let purses: Vec<_> = hold(&self.inner.purses).values().cloned().collect();
+            for purse in purses {
+                let mut held = purse.held.lock().await;
+                let idle = held.as_ref().filter(|held| {
+                    Arc::strong_count(held) == 1 && hold(&held.used).elapsed() > IDLE
+                });
+                if let Some(id) = idle.map(|held| held.id) {
+                    *held = None;
+                    let _ = self.inner.handle.ask(Command::Release(id)).await;
+                }
+            }
+            hold(&self.inner.purses).retain(|_, purse| {
+                let unused = purse.held.try_lock().is_ok_and(|held| held.is_none());
+                !(unused && Arc::strong_count(purse) == 1)
+            });
+        }
+    }
+}
+
+impl Held {
+    fn set_aside(self: &Arc<Self>, amount: u64) -> Aside {
+        self.spent.fetch_add(amount, Ordering::Relaxed);
+        *hold(&self.used) = Instant::now();
+        Aside { held: Arc::clone(self), amount }
+    }
+
+    /// Whether one more request for so much may be made under it.
+    fn has(&self, amount: u64) -> bool {
+        let spent = self.spent.load(Ordering::Relaxed);
+        !self.over.load(Ordering::Relaxed)
+            && Instant::now() + LAST < self.until
+            && (spent == 0 || spent.saturating_add(amount) <= self.cap)
+    }
+}
+
+impl Purse {
+    /// A lease with room for `most`, taken now if there is none.
+    async fn lease(
+        &self,
+        gateway: &Gateway,
+        most: Amount,
+        max_term: Span,
+    ) -> Result<Arc<Held>, Fault> {
+        let mut held = self.held.lock().await;
+        if let Some(held) = held.as_ref().filter(|held| held.has(most.0)) {
+            return Ok(Arc::clone(held));
+        }
+        let new = self.take(gateway, most, max_term).await?;
+        *held = Some(Arc::clone(&new));
+        Ok(new)
+    }
+
+    async fn take(
+        &self,
+        gateway: &Gateway,
+        most: Amount,
+        max_term: Span,
+    ) -> Result<Arc<Held>, Fault> {
+        let handle = &gateway.inner.handle;
+        let none = || Fault::unavailable("This node has no mandate to order in a lessee's name.");
+        let mandate = handle.facts().mandate.as_ref().ok_or_else(none)?;
+        let allowed: Mandate = body_in(&mandate.envelope).ok_or_else(none)?;
+        let terms = &gateway.inner.terms;
+        let term = terms.term.min(max_term).min(allowed.max_term);
+        let cap = terms.budget.max(Amount(most.0.saturating_mul(2))).min(allowed.max_total);
+        let want = Want {
+            shape: Resources::default(),
+            model: Some(self.terms.clone()),
+            class: Class::Firm,
+            term,
+            longest: term,
+            claim_within: CLAIM_WITHIN.min(term),
+            max_hourly: Amount::ZERO,
+            budget: cap,
+            exposure: cap,
+            receipt_every: RECEIPT_EVERY,
+            runtime: MODEL.into(),
+            lessors: vec![self.lessor],
+            labels: Vec::new(),
+            isolation: Vec::new(),
+        };
+        let refused = |error: AskError| {
+            let detail = match &error {
+                AskError::Failed(Failure::Refused(heard)) => {
+                    heard.iter().map(|heard| heard.detail.clone()).collect::<Vec<_>>().join("; ")
+                }
+                AskError::Failed(Failure::NothingFits(against)) => {
+                    against.iter().flat_map(|a| a.reasons.clone()).collect::<Vec<_>>().join("; ")
+                }
+                other => other.to_string(),
+            };
+            Fault::unavailable(format!("The serving node grants no lease: {detail}."))
+        };
+        let asked = Instant::now();
+        let told = handle.ask(Command::Lease(want)).await.map_err(refused)?;
+        let Reply::Leased(leased) = told else { return Err(Fault::internal()) };
+        let job = JobSpec {
+            runtime: MODEL.into(),
+            program: Payload::default(),
+            args: Vec::new(),
+            env: Vec::new(),
+            stdin: None,
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            release_after: false,
+        };
+        handle.ask(Command::Claim { lease: leased.lease, job }).await.map_err(refused)?;
+        count(&gateway.inner.counts.leases);
+        let held = Held {
+            id: leased.lease,
+            cap: cap.0,
+            spent: AtomicU64::new(0),
+            // As the core relies on it, less what a pause may hide: an early end is met as a refusal.
+            until: asked + Duration::from_millis(term.as_millis()),
+            used: Mutex::new(asked),
+            over: AtomicBool::new(false),
+        };
+        Ok(Arc::new(held))
+    }
+}
+
+/// A request under way, for what the router learns of it.
+struct Asking {
+    gateway: Gateway,
+    key: KeyId,
+    model: String,
+    prefixes: Vec<u64>,
+    asked: Instant,
+    first: Option<Instant>,
+    pieces: u64,
+    /// Taken when it is told.
+    went: Option<Went>,
+}
+
+impl Asking {
+    fn piece(&mut self) {
+        self.pieces += 1;
+        self.first.get_or_insert_with(Instant::now);
+    }
+
+    fn went_well(&mut self, counted: Counted) {
+        let span =
+            |time: Duration| Span::millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        let first = self.first.unwrap_or_else(Instant::now);
+        let first_token = span(first.duration_since(self.asked));
+        let took = span(first.elapsed());
+        // Of an answer that came whole nobody can say how fast its tokens came.
+        let tokens = if self.pieces > 1 { counted.completion } else { 0 };
+        self.went = Some(Went::Well { first_token, tokens, took });
+        let counts = &self.gateway.inner.counts;
+        counts.prompt_tokens.fetch_add(counted.prompt, Ordering::Relaxed);
+        counts.completion_tokens.fetch_add(counted.completion, Ordering::Relaxed);
+    }
+
+    fn failed(&mut self) {
+        self.went = Some(Went::Failed);
+    }
+
+    /// The node did not begin: whether another one may.
+    fn fail(&mut self, fault: Fault) -> Failed {
+        if fault.may_pass_elsewhere() {
+            self.failed();
+            Failed::Elsewhere(fault)
+        } else {
+            Failed::Final(fault)
+        }
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        let went = self.went.take().unwrap_or(Went::Neither);
+        let mut router = hold(&self.gateway.inner.router);
+        router.0.ended(clock::boot(), self.key, &self.model, &self.prefixes, went);
+    }
+}
+
+/// Passes on the pieces of a model of this node's own.
+async fn own(mut asking: Asking, mut pieces: Pieces, sender: mpsc::Sender<Result<Piece, Fault>>) {
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.recv() => piece,
+            () = sender.closed() => {
+                count(&asking.gateway.inner.counts.hung_up);
+                return;
+            }
+        };
+        let last = match &piece {
+            Some(Ok(Piece::Done(counted))) => {
+                asking.went_well(*counted);
+                true
+            }
+            // Counted where somebody pays for it: here nobody does.
+            Some(Ok(Piece::Prompt(_))) => continue,
+            Some(Ok(Piece::Data(_))) => {
+                asking.piece();
+                false
+            }
+            Some(Err(fault)) => {
+                if fault.may_pass_elsewhere() {
+                    asking.failed();
+                }
+                true
+            }
+            None => true,
+        };
+        let Some(piece) = piece else { return };
+        if sender.send(piece).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+/// A stream to a serving node on which a request goes.
+struct Opened {
+    send: SendHalf,
+    recv: RecvHalf,
+    left: Bytes,
+    body: Bytes,
+    aside: Aside,
+    terms: ModelTerms,
+    sampling: leasehold_proto::words::model::Sampling,
+    endpoint: crate::openai::Endpoint,
+}
+
+impl Opened {
+    /// Sends what is left of the request, passes the pieces on, and agrees on the record.
+    async fn run(mut self, mut asking: Asking, sender: mpsc::Sender<Result<Piece, Fault>>) {
+        let left = std::mem::take(&mut self.left);
+        if !left.is_empty() {
+            let sending = tokio::io::AsyncWriteExt::write_all(&mut self.send, &left);
+            if !matches!(timeout(STALL, sending).await, Ok(Ok(()))) {
+                asking.failed();
+                let _ = sender.send(Err(broken("it did not take the request"))).await;
+                return;
+            }
+        }
+        let bounds = Bounds::of(self.endpoint, &self.body);
+        let (mut hash, mut seen) = (AnswerHash::default(), Tally::new(self.endpoint, bounds));
+        let (mut hung_up, mut done) = (false, None);
+        loop {
+            let wait = if done.is_some() || hung_up {
+                RECORD
+            } else if asking.pieces == 0 {
+                BEGIN
+            } else {
+                STALL
+            };
+            let frame = tokio::select! {
+                frame = timeout(wait, infer::read(&mut self.recv)) => frame,
+                // Generation stops there; what was produced until then still comes, with its record.
+                () = sender.closed(), if !hung_up && done.is_none() => {
+                    hung_up = true;
+                    count(&asking.gateway.inner.counts.hung_up);
+                    self.send.reset(Code::Cancelled);
+                    continue;
+                }
+            };
+            match frame {
+                Ok(Ok(Some(Frame::Piece(piece)))) if done.is_none() => {
+                    asking.piece();
+                    hash.piece(&piece);
+                    if let Err(fault) = seen.see(&piece) {
+                        asking.failed();
+                        let _ = sender.send(Err(fault)).await;
+                        return;
+                    }
+                    if !hung_up {
+                        // One who hung up is noticed above.
+                        let _ = sender.send(Ok(Piece::Data(piece))).await;
+                    }
+                }
+                Ok(Ok(Some(Frame::Done(counted)))) if done.is_none() => {
+                    let most = Counted {
+                        prompt: counted.prompt.min(bounds.prompt),
+                        cached: counted.cached,
+                        completion: counted.completion.min(seen.bound()),
+                    };
+                    if most == counted {
+                        asking.went_well(counted);
+                    } else {
+                        tracing::warn!(
+                            node = %asking.key, ?counted, ?most,
+                            "a serving node counts more tokens than there can be: not agreed on"
+                        );
+                        asking.failed();
+                    }
+                    done = Some(counted);
+                    let _ = sender.send(Ok(Piece::Done(most))).await;
+                }
+                Ok(Ok(Some(Frame::Fault(fault)))) if done.is_none() => {
+                    if fault.may_pass_elsewhere() {
+                        asking.failed();
+                    }
+                    let _ = sender.send(Err(fault)).await;
+                    return;
+                }
+                Ok(Ok(Some(Frame::Record(record)))) if done.is_some() => {
+                    let counted = done.unwrap_or_default();
+                    let finish = if hung_up { None } else { Some(Finish::Answered) };
+                    let plausible =
+                        counted.prompt <= bounds.prompt && counted.completion <= seen.bound();
+                    let expected = Service {
+                        endpoint: endpoint_of(self.endpoint),
+                        request: Hash(*blake3::hash(&self.body).as_bytes()),
+                        response: hash.finish(),
+                        sampling: self.sampling,
+                        finish: finish.unwrap_or(Finish::HungUp),
+                        prompt_tokens: counted.prompt,
+                        cached_tokens: counted.cached,
+                        completion_tokens: counted.completion,
+                    };
+                    let cost = self.terms.rates.charge(counted.prompt, counted.completion);
+                    self.aside.settle(cost);
+                    asking.gateway.agree(&record, &expected, plausible, asking.key).await;
+                    return;
+                }
+                _ if done.is_some() => {
+                    // Answered, and not recorded: nothing is owed for it.
+                    tracing::debug!(node = %asking.key, "a serving node sent no record");
+                    return;
+                }
+                other => {
+                    if !hung_up {
+                        asking.failed();
+                        let why = match other {
+                            Err(_) => "nothing came for too long".to_owned(),
+                            Ok(Err(error)) => error.to_string(),
+                            Ok(Ok(_)) => "it ended too early".to_owned(),
+                        };
+                        let _ = sender.send(Err(broken(&why))).await;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn broken(why: &str) -> Fault {
+    Fault::bad_upstream(format!("The serving node broke off: {why}."))
+}
+
+impl Gateway {
+    /// Agrees on the record of a request, if it says what this node knows.
+    async fn agree(&self, record: &Signed, expected: &Service, plausible: bool, from: KeyId) {
+        let why = match record.verify::<Served>(&self.inner.fabric) {
+            Err(error) => error.to_string(),
+            Ok(served) => {
+                let said = served.body().service;
+                // Whether the answer or the hang-up came first only the serving node knows.
+                let same = Service { finish: expected.finish, ..said } == *expected;
+                if !plausible {
+                    "it counts more tokens than there can be".to_owned()
+                } else if !same {
+                    "it says otherwise of what was asked or answered".to_owned()
+                } else {
+                    match self.inner.handle.ask(Command::Consume(Box::new(served))).await {
+                        Ok(_) => return,
+                        Err(error) => error.to_string(),
+                    }
+                }
+            }
+        };
+        count(&self.inner.counts.disagreed);
+        tracing::warn!(node = %from, why, "the record of a request is not agreed on");
+    }
+}
+
+fn sort_of(provider: &Provider) -> Sort {
+    match provider.sort {
+        None => Sort::Balanced,
+        Some(Wanted::Price) => Sort::Price,
+        Some(Wanted::Throughput) => Sort::Throughput,
+        Some(Wanted::Latency) => Sort::Latency,
+    }
+}

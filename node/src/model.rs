@@ -1,0 +1,432 @@
+//! The models that this node serves, and the requests that leases admit to them.
+//!
+//! ```text
+//! catalog (a file) --> engines: embedded, or an upstream server      cold -> loading -> warm
+//!                         ^
+//! StartJob(lease on a model) --> admitted --request over the data plane--> pieces, counted, recorded
+//!                                    \--StopJob--> generation stops, JobEnded
+//! ```
+//!
+//! | file | what it is about |
+//! |---|---|
+//! | [`catalog`] | which models there are here, and whether and at what price they are sold |
+//! | [`engine`] | the one interface of whatever answers |
+//! | [`embedded`] | the engine that every node has |
+//! | `local` | it behind that interface |
+//! | [`upstream`] | an adapter for any OpenAI-compatible server |
+//! | `serving` | one request of another node, from its first byte to its signed record |
+//!
+//! An engine belongs to the node and serves all leases at once. A lease on a model is no process: the
+//! core's word about it (start, freeze, stop) only says who may ask.
+
+pub mod catalog;
+pub mod embedded;
+pub mod engine;
+mod local;
+pub(crate) mod serving;
+pub mod upstream;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use leasehold_proto::core::{Event, StartJob};
+use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally};
+use leasehold_proto::words::sign::Signer;
+use leasehold_proto::words::usage::{Outcome, Usage};
+use leasehold_proto::{Amount, Boot, KeyId, LeaseId, Span};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::catalog::{Catalog, CatalogError, Entry, Spec};
+use self::engine::{Ask, Engine, Load, Pieces, State};
+use crate::handle::Asked;
+use crate::openai::{Fault, Needs};
+use crate::payload::{PayloadStore, Root};
+
+/// Requests of other nodes that are worked on at once; more are refused as busy.
+const MAX_REQUESTS: usize = 1_024;
+/// How long requests get to end when their lease does.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// How often engines are looked at for what is offered.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often engines are got ready, and upstreams looked after.
+const TEND: Duration = Duration::from_secs(5);
+/// How long what only changed in its figures is not offered anew.
+const CALM: Duration = Duration::from_secs(3);
+
+/// What was counted since the start, for metrics.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Requests of other nodes that were taken.
+    pub requests: AtomicU64,
+    /// Of them, those that came to nothing.
+    pub faults: AtomicU64,
+    /// Of them, those whose asker hung up.
+    pub hung_up: AtomicU64,
+    /// Tokens that were asked.
+    pub prompt_tokens: AtomicU64,
+    /// Tokens that were answered.
+    pub completion_tokens: AtomicU64,
+}
+
+/// The models of this node. Clones share them.
+#[derive(Clone, Debug)]
+pub(crate) struct Models {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    catalog: Catalog,
+    payloads: PayloadStore,
+    signer: Arc<Signer>,
+    events: mpsc::Sender<Event>,
+    commands: mpsc::Sender<Asked>,
+    engines: Mutex<BTreeMap<String, Arc<Loaded>>>,
+    leases: Mutex<BTreeMap<LeaseId, Arc<Lease>>>,
+    places: Arc<Semaphore>,
+    counts: Arc<Counts>,
+    /// How many threads an embedded engine may use.
+    threads: usize,
+    /// A model was added or changed.
+    added: Notify,
+}
+
+/// A model with what answers for it.
+#[derive(Debug)]
+struct Loaded {
+    entry: Entry,
+    engine: Arc<dyn Engine>,
+}
+
+/// A lease under which others may ask.
+#[derive(Debug)]
+struct Lease {
+    delegate: [u8; 32],
+    terms: ModelTerms,
+    cap: Amount,
+    state: Mutex<LeaseState>,
+    stop: CancellationToken,
+    requests: TaskTracker,
+}
+
+#[derive(Debug)]
+struct LeaseState {
+    deadline: Boot,
+    frozen: bool,
+    tally: Tally,
+}
+
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Models {
+    pub(crate) fn new(
+        catalog: Catalog,
+        payloads: PayloadStore,
+        signer: Arc<Signer>,
+        (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
+        threads: usize,
+    ) -> Self {
+        let inner = Inner {
+            catalog,
+            payloads,
+            signer,
+            events,
+            commands,
+            engines: Mutex::default(),
+            leases: Mutex::default(),
+            places: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            counts: Arc::default(),
+            threads,
+            added: Notify::new(),
+        };
+        let models = Self { inner: Arc::new(inner) };
+        for entry in models.inner.catalog.list() {
+            models.take_up(entry);
+        }
+        models
+    }
+
+    /// What was counted.
+    pub(crate) fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.inner.counts)
+    }
+
+    /// Every model here, with how its engine fares.
+    pub(crate) fn list(&self) -> Vec<(Entry, Load)> {
+        let engines = hold(&self.inner.engines);
+        engines.values().map(|loaded| (loaded.entry.clone(), loaded.engine.load())).collect()
+    }
+
+    /// Adds a model, or changes the one of that name.
+    ///
+    /// # Errors
+    /// When what it names is not here or not a model, or the catalog cannot be written.
+    pub(crate) async fn put(&self, name: String, spec: Spec) -> Result<Entry, CatalogError> {
+        let (catalog, payloads) = (self.inner.catalog.clone(), self.inner.payloads.clone());
+        let put = move || catalog.put(&name, &spec, &payloads);
+        let entry = tokio::task::spawn_blocking(put).await.map_err(CatalogError::panicked)??;
+        self.take_up(entry.clone());
+        Ok(entry)
+    }
+
+    /// Removes a model. False when there is none of that name.
+    ///
+    /// # Errors
+    /// When the catalog cannot be written.
+    pub(crate) fn remove(&self, name: &str) -> Result<bool, CatalogError> {
+        let known = self.inner.catalog.remove(name)?;
+        hold(&self.inner.engines).remove(name);
+        Ok(known)
+    }
+
+    fn take_up(&self, entry: Entry) {
+        let name = entry.name.clone();
+        let mut engines = hold(&self.inner.engines);
+        // What only costs another price stays in memory.
+        let known = engines.get(&name).filter(|known| known.entry.source == entry.source);
+        let engine = known.map_or_else(
+            || entry.engine(&self.inner.payloads, self.inner.threads),
+            |known| Arc::clone(&known.engine),
+        );
+        engines.insert(name, Arc::new(Loaded { entry, engine }));
+        let private = engines.values().filter(|loaded| loaded.entry.private);
+        let private = private.filter_map(|loaded| loaded.entry.pins()).map(Root::from);
+        self.inner.payloads.keep_private(private.collect());
+        drop(engines);
+        self.inner.added.notify_one();
+    }
+
+    /// Asks a model of this node's own.
+    ///
+    /// # Errors
+    /// When it is not here, or says no.
+    pub(crate) async fn ask(&self, name: &str, ask: Ask) -> Result<Pieces, Fault> {
+        let loaded = hold(&self.inner.engines).get(name).cloned();
+        let loaded = loaded.ok_or_else(|| Fault::model_not_found(name))?;
+        loaded.engine.ask(ask).await
+    }
+
+    /// What is offered of them now, sorted by name.
+    pub(crate) fn offers(&self) -> Vec<ModelOffer> {
+        let engines = hold(&self.inner.engines);
+        let served = engines.values().filter(|loaded| loaded.entry.serve);
+        served.filter_map(|loaded| loaded.offer()).collect()
+    }
+
+    /// Gets engines ready that are to serve, and looks after upstreams, until `shutdown`.
+    pub(crate) async fn tend(self, shutdown: CancellationToken) {
+        let mut look = tokio::time::interval(TEND);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = look.tick() => {}
+                () = self.inner.added.notified() => {}
+            }
+            let engines: Vec<_> = hold(&self.inner.engines).values().cloned().collect();
+            let tended = engines.iter().filter(|loaded| loaded.entry.is_tended());
+            let tending = futures::future::join_all(tended.map(|loaded| loaded.engine.warm()));
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = tending => {}
+            }
+        }
+    }
+
+    /// Tells the core what is offered, as it changes, until `shutdown`.
+    pub(crate) async fn tell(self, shutdown: CancellationToken) {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut said: Vec<ModelOffer> = Vec::new();
+        let mut calm = tokio::time::Instant::now();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = look.tick() => {}
+            }
+            let offers = self.offers();
+            let fixed = |offers: &[ModelOffer]| -> Vec<(ModelTerms, ModelState)> {
+                offers.iter().map(|offer| (offer.terms.clone(), offer.state)).collect()
+            };
+            let now = tokio::time::Instant::now();
+            let due = fixed(&offers) != fixed(&said) || now >= calm;
+            if offers == said || !due {
+                continue;
+            }
+            calm = now + CALM;
+            said.clone_from(&offers);
+            if self.inner.events.send(Event::Models(offers)).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// A lease admits its delegate's requests from now on.
+    pub(crate) fn start(&self, start: StartJob) {
+        let Some(model) = start.model else { return };
+        let lease = Lease {
+            delegate: start.delegate.0,
+            terms: model.terms,
+            cap: model.cap,
+            state: Mutex::new(LeaseState {
+                deadline: start.deadline,
+                frozen: false,
+                tally: model.tally,
+            }),
+            stop: CancellationToken::new(),
+            requests: TaskTracker::new(),
+        };
+        hold(&self.inner.leases).insert(start.lease, Arc::new(lease));
+    }
+
+    fn lease(&self, id: &LeaseId) -> Option<Arc<Lease>> {
+        hold(&self.inner.leases).get(id).cloned()
+    }
+
+    /// A lease lasts longer. False when it is not on a model.
+    pub(crate) fn extend(&self, id: LeaseId, deadline: Boot) -> bool {
+        let Some(lease) = self.lease(&id) else { return false };
+        let mut state = hold(&lease.state);
+        state.deadline = state.deadline.max(deadline);
+        drop(state);
+        self.tell_core(Event::Extended(id, deadline, true));
+        true
+    }
+
+    /// A lease stands still, or goes on: what is being answered goes on, nothing new is. False when it
+    /// is not on a model.
+    pub(crate) fn freeze(&self, id: &LeaseId, frozen: bool) -> bool {
+        let Some(lease) = self.lease(id) else { return false };
+        hold(&lease.state).frozen = frozen;
+        true
+    }
+
+    /// A lease has ended: so do its requests. False when it is not on a model.
+    pub(crate) fn stop(&self, id: LeaseId) -> bool {
+        let Some(lease) = hold(&self.inner.leases).remove(&id) else { return false };
+        lease.stop.cancel();
+        lease.requests.close();
+        let events = self.inner.events.clone();
+        tokio::spawn(async move {
+            // What they produced is counted before the last receipt is written.
+            let _ = tokio::time::timeout(FAREWELL, lease.requests.wait()).await;
+            let ended = Event::JobEnded(id, Outcome::Stopped, Usage::default());
+            let _ = events.send(ended).await;
+        });
+        true
+    }
+
+    fn tell_core(&self, event: Event) {
+        let events = self.inner.events.clone();
+        tokio::spawn(async move {
+            let _ = events.send(event).await;
+        });
+    }
+
+    /// Who serves a lease's model, and what it may still cost; by what it is refused, if it is.
+    fn admit(&self, id: &LeaseId, peer: [u8; 32]) -> Result<Admitted, serving::No> {
+        let lease = self.lease(id).filter(|lease| lease.delegate == peer);
+        // The same answer for what does not exist and for what is not theirs.
+        let lease = lease.ok_or(serving::No::Stranger)?;
+        let state = hold(&lease.state);
+        if state.frozen {
+            return Err(serving::No::Frozen);
+        }
+        if state.deadline <= crate::clock::boot() {
+            return Err(serving::No::Stranger);
+        }
+        let rates = &lease.terms.rates;
+        let spent = rates.charge(state.tally.prompt_tokens, state.tally.completion_tokens);
+        if spent >= lease.cap {
+            return Err(serving::No::Spent);
+        }
+        drop(state);
+        let loaded = hold(&self.inner.engines).get(&lease.terms.name).cloned();
+        let same = |loaded: &Arc<Loaded>| loaded.entry.digest == lease.terms.digest;
+        let loaded = loaded.filter(same).ok_or(serving::No::Gone)?;
+        let place = Arc::clone(&self.inner.places).try_acquire_owned();
+        let place = place.map_err(|_| serving::No::Busy)?;
+        self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(Admitted { lease, loaded, _place: place })
+    }
+}
+
+/// A request that may be answered.
+struct Admitted {
+    lease: Arc<Lease>,
+    loaded: Arc<Loaded>,
+    _place: tokio::sync::OwnedSemaphorePermit,
+}
+
+impl Loaded {
+    /// What is offered of it; nothing while it cannot answer.
+    fn offer(&self) -> Option<ModelOffer> {
+        let load = self.engine.load();
+        let state = match load.state {
+            State::Warm => ModelState::Warm,
+            State::Loading => ModelState::Loading,
+            State::Cold => ModelState::Cold,
+            State::Down => return None,
+        };
+        let entry = &self.entry;
+        let first = u64::try_from(load.first_token.as_millis()).unwrap_or(u64::MAX);
+        Some(ModelOffer {
+            terms: entry.terms(),
+            quantisation: entry.quantisation.clone(),
+            context: entry.context,
+            endpoints: entry.endpoints.clone(),
+            abilities: entry.abilities,
+            demo: entry.demo,
+            state,
+            load: rounded((load.active + load.queued).into(), 1),
+            tokens_per_second: rounded(load.tokens_per_second.into(), 4),
+            first_token: Span::millis(rounded(first, 4).into()),
+        })
+    }
+}
+
+/// Rounded to so many steps between a number and its double, so that what is said does not change
+/// with every request.
+fn rounded(number: u64, steps: u64) -> u32 {
+    let step = (number.checked_ilog2().map_or(1, |log| 1_u64 << log) / steps).max(1);
+    u32::try_from(number / step * step).unwrap_or(u32::MAX)
+}
+
+impl Entry {
+    /// What a lease on it fixes.
+    #[must_use]
+    pub fn terms(&self) -> ModelTerms {
+        ModelTerms { name: self.name.clone(), digest: self.digest, rates: self.rates }
+    }
+
+    /// What it can do beyond plain text.
+    #[must_use]
+    pub const fn needs(&self) -> Needs {
+        Needs::of_bits(self.abilities)
+    }
+}
+
+/// A key that may be anybody's.
+pub(crate) const fn key_of(peer: [u8; 32]) -> KeyId {
+    KeyId(peer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rounded;
+
+    #[test]
+    fn figures_are_rounded_by_steps() {
+        for (steps, number, expected) in
+            [(1, 0, 0), (1, 1, 1), (1, 3, 2), (1, 7, 4), (4, 57, 56), (4, 63, 56), (4, 130, 128)]
+        {
+            assert_eq!(rounded(number, steps), expected, "{number} by {steps}");
+        }
+    }
+}
