@@ -28,11 +28,12 @@ mod guard;
 mod lease;
 pub mod model;
 mod node;
-mod openai;
+pub mod openai;
 mod openapi;
 mod operator;
 mod payload;
 mod quarantine;
+pub mod tls;
 pub mod token;
 pub mod want;
 
@@ -49,8 +50,10 @@ use axum::routing::{MethodRouter, delete, get, post, put};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -161,12 +164,13 @@ fn routes() -> Vec<Route> {
 /// The API of the node behind `handle`, for a listener bound to `bound`.
 pub fn router(
     handle: Handle,
+    models: openai::Service,
     bound: SocketAddr,
     token: Token,
     shutdown: CancellationToken,
 ) -> Router {
     let guard = Arc::new(Guard::new(bound, token));
-    let models = openai::Service::of(&handle, shutdown.clone()).router(Arc::clone(&guard));
+    let models = models.router(Some(Arc::clone(&guard)));
     let app = App { handle, guard, ends: Ends::default(), shutdown };
     let mut router = Router::new();
     for Route { path, pace, serve, .. } in routes() {
@@ -202,11 +206,34 @@ async fn no_method() -> ApiError {
 pub async fn serve(
     listener: TcpListener,
     handle: Handle,
+    models: openai::Service,
     token: Token,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     let bound = listener.local_addr()?;
-    let router = router(handle, bound, token, shutdown.clone());
+    let router = router(handle, models, bound, token, shutdown.clone());
+    take(listener, router, None, shutdown).await;
+    Ok(())
+}
+
+/// Serves the models' API alone on `listener`, over HTTPS, until `shutdown`: for others than this host.
+pub async fn serve_models(
+    listener: TcpListener,
+    models: openai::Service,
+    tls: TlsAcceptor,
+    shutdown: CancellationToken,
+) {
+    let router = models.router(None).fallback(openai::no_path);
+    take(listener, router, Some(tls), shutdown).await;
+}
+
+/// Takes connections until `shutdown`.
+async fn take(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<TlsAcceptor>,
+    shutdown: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let open = TaskTracker::new();
     let cut = CancellationToken::new();
@@ -222,7 +249,7 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                let serving = connection(stream, router.clone(), shutdown.clone());
+                let serving = taken(stream, tls.clone(), router.clone(), shutdown.clone());
                 let cut = cut.clone();
                 open.spawn(async move {
                     let _place = place;
@@ -245,13 +272,32 @@ pub async fn serve(
         cut.cancel();
         open.wait().await;
     }
-    Ok(())
+}
+
+/// Serves a connection, over TLS where that is wanted.
+async fn taken(
+    stream: TcpStream,
+    tls: Option<TlsAcceptor>,
+    router: Router,
+    shutdown: CancellationToken,
+) {
+    // Small answers should not wait for more to send with them.
+    let _ = stream.set_nodelay(true);
+    match tls {
+        None => connection(stream, router, shutdown).await,
+        Some(tls) => match tls::accept(&tls, stream).await {
+            Ok(stream) => connection(stream, router, shutdown).await,
+            Err(error) => tracing::debug!(%error, "an HTTPS connection was not taken"),
+        },
+    }
 }
 
 /// Serves one connection until it ends or the node stops.
-async fn connection(stream: TcpStream, router: Router, shutdown: CancellationToken) {
-    // Small answers should not wait for more to send with them.
-    let _ = stream.set_nodelay(true);
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    shutdown: CancellationToken,
+) {
     let service = TowerToHyperService::new(router);
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())

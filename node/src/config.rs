@@ -42,6 +42,8 @@ pub struct Config {
     pub payloads: Payloads,
     /// The models it serves, and those that it asks of others.
     pub models: Models,
+    /// With which certificate `listen.models` is served.
+    pub tls: Tls,
     /// How it logs.
     pub log: Log,
 }
@@ -72,6 +74,8 @@ pub struct Listen {
     pub data: SocketAddr,
     /// The HTTP API (TCP). Loopback only: it has a token but no encryption.
     pub api: SocketAddr,
+    /// The models' API for others than this host (TCP, HTTPS, API keys only); none where it is empty.
+    pub models: String,
 }
 
 /// `[advertise]`: empty lists mean the addresses that are listened on, which an unspecified
@@ -174,6 +178,16 @@ pub struct Models {
     pub markup: String,
 }
 
+/// `[tls]`: empty for a certificate that the node makes for itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// The certificate and its chain (PEM).
+    pub certificate: PathBuf,
+    /// Its key (PEM).
+    pub key: PathBuf,
+}
+
 /// `[log]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -203,6 +217,7 @@ impl Default for Listen {
             probe: SocketAddr::new(any, 7702),
             data: SocketAddr::new(any, 7703),
             api: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7700),
+            models: String::new(),
         }
     }
 }
@@ -424,6 +439,16 @@ impl Config {
         // No runtime of this version can attach a device, so none is offered.
         let gpus: Vec<Gpus> = Vec::new();
         Ok(Resources { cpu_milli, memory, disk, gpus })
+    }
+
+    /// Where the models' API is served to others, if it is.
+    ///
+    /// # Errors
+    /// When it is no address.
+    pub fn listen_models(&self) -> Result<Option<SocketAddr>, ConfigError> {
+        let text = self.listen.models.as_str();
+        let address = (!text.is_empty()).then(|| text.parse::<SocketAddr>()).transpose();
+        address.map_err(|why| value("listen.models", format!("'{text}': {why}")))
     }
 
     /// What a model costs where nothing is said.

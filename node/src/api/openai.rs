@@ -57,7 +57,7 @@ const WHOLE: Duration = Duration::from_secs(600);
 
 /// What every handler has.
 #[derive(Clone, Debug)]
-pub(crate) struct Service {
+pub struct Service {
     inner: Arc<Inner>,
 }
 
@@ -82,7 +82,8 @@ enum Client {
 
 impl Service {
     /// The API of a node, with the gateway behind it.
-    pub(crate) fn of(handle: &Handle, shutdown: CancellationToken) -> Self {
+    #[must_use]
+    pub fn of(handle: &Handle, shutdown: CancellationToken) -> Self {
         let inner = Inner {
             gateway: Gateway::new(handle.clone(), shutdown.clone()),
             keys: handle.hosted().keys.clone(),
@@ -95,13 +96,15 @@ impl Service {
         Self { inner: Arc::new(inner) }
     }
 
-    /// What goes in and what comes out, for the routes of a listener that `guard` stands before.
-    pub(super) fn router(self, guard: Arc<Guard>) -> Router {
+    /// The routes, for a listener that `guard` stands before: with none, hosts are not compared, and only
+    /// API keys open, not the node's own token.
+    pub(super) fn router(self, guard: Option<Arc<Guard>>) -> Router {
         let asks = |endpoint: Endpoint| {
-            post(move |State((service, guard)): State<(Self, Arc<Guard>)>, request: HttpRequest| {
+            post(move |State((service, guard)): Shared, request: HttpRequest| {
                 let id = new_id("req");
                 async move {
-                    let answered = Box::pin(service.ask(endpoint, request, &guard, &id)).await;
+                    let guard = guard.as_deref();
+                    let answered = Box::pin(service.ask(endpoint, request, guard, &id)).await;
                     with_id(answered.unwrap_or_else(refused), &id)
                 }
             })
@@ -117,14 +120,14 @@ impl Service {
             .with_state((self, guard))
     }
 
-    fn client(&self, guard: &Guard, headers: &HeaderMap) -> Result<Client, Fault> {
+    fn client(&self, guard: Option<&Guard>, headers: &HeaderMap) -> Result<Client, Fault> {
         let value = headers.get(header::AUTHORIZATION).ok_or_else(Fault::no_key)?;
         let (scheme, key) = value.as_bytes().split_at_checked(7).unwrap_or_default();
         if !scheme.eq_ignore_ascii_case(b"bearer ") {
             return Err(Fault::no_key());
         }
         let key = key.trim_ascii();
-        if guard.is_token(key) {
+        if guard.is_some_and(|guard| guard.is_token(key)) {
             return Ok(Client::Operator);
         }
         let key = std::str::from_utf8(key).map_err(|_| Fault::wrong_key())?;
@@ -135,12 +138,12 @@ impl Service {
         &self,
         endpoint: Endpoint,
         request: HttpRequest,
-        guard: &Guard,
+        guard: Option<&Guard>,
         id: &str,
     ) -> Result<Response, Fault> {
         let began = Instant::now();
         let overloaded = || Fault::overloaded(Duration::from_secs(1));
-        if guard.check_host(&request).is_err() {
+        if guard.is_some_and(|guard| guard.check_host(&request).is_err()) {
             return Err(Fault::forbidden("The Host header names another host than this."));
         }
         if self.inner.shutdown.is_cancelled() {
@@ -470,11 +473,11 @@ fn catalogue(service: &Service, sellers: &[Seller]) -> Vec<Model> {
     known.collect()
 }
 
-type Shared = State<(Service, Arc<Guard>)>;
+type Shared = State<(Service, Option<Arc<Guard>>)>;
 
 async fn visible(
     service: &Service,
-    guard: &Guard,
+    guard: Option<&Guard>,
     headers: &HeaderMap,
 ) -> Result<Vec<Model>, Fault> {
     let client = service.client(guard, headers)?;
@@ -488,7 +491,7 @@ async fn visible(
 
 async fn list(State((service, guard)): Shared, headers: HeaderMap) -> Response {
     let id = new_id("req");
-    let models = visible(&service, &guard, &headers).await.map(Catalogue::new);
+    let models = visible(&service, guard.as_deref(), &headers).await.map(Catalogue::new);
     with_id(models.map_or_else(refused, |models| axum::Json(models).into_response()), &id)
 }
 
@@ -498,11 +501,16 @@ async fn show(
     headers: HeaderMap,
 ) -> Response {
     let id = new_id("req");
-    let model = visible(&service, &guard, &headers).await.and_then(|models| {
+    let model = visible(&service, guard.as_deref(), &headers).await.and_then(|models| {
         let model = models.into_iter().find(|model| model.id == name);
         model.ok_or_else(|| Fault::model_not_found(&name))
     });
     with_id(model.map_or_else(refused, |model| axum::Json(model).into_response()), &id)
+}
+
+/// What there is not.
+pub(super) async fn no_path(method: Method, request: HttpRequest) -> Response {
+    refused(Fault::no_such_path(method.as_str(), request.uri().path()))
 }
 
 async fn no_method(method: Method, request: HttpRequest) -> Response {

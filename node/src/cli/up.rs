@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-use crate::api::{self, token};
+use crate::api::{self, tls, token};
 use crate::config::{Config, ConfigError, FILE, LogFormat};
 use crate::home::Home;
 use crate::node::{Node, StartError};
@@ -97,6 +97,9 @@ pub struct NodeFile {
     pub probe: SocketAddr,
     /// Payloads and job streams.
     pub data: SocketAddr,
+    /// The models' API for others than this host, if it is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub models: Option<SocketAddr>,
 }
 
 /// Why the node does not run.
@@ -105,6 +108,9 @@ pub enum UpError {
     /// The configuration.
     #[error("configuration: {0}")]
     Config(#[from] ConfigError),
+    /// The certificate of the models' API.
+    #[error("the models' API: {0}")]
+    Tls(#[from] tls::TlsError),
     /// The log filter.
     #[error("log filter '{filter}': {why}")]
     Filter {
@@ -146,6 +152,7 @@ impl UpError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
+            Self::Tls(_) => Exit::Io,
             Self::Config(_) | Self::Filter { .. } => Exit::Usage,
             Self::Start(why) => why.exit(),
             Self::NotLoopback(_) => Exit::Policy,
@@ -209,6 +216,17 @@ impl Up {
         let listener = listener.map_err(|source| UpError::Listen { address, source })?;
         let api = listener.local_addr();
         let api = api.map_err(|source| UpError::Listen { address, source })?;
+        let models = match config.listen_models()? {
+            None => None,
+            Some(address) => {
+                let listen = |source| UpError::Listen { address, source };
+                let listener = TcpListener::bind(address).await.map_err(listen)?;
+                let at = listener.local_addr().map_err(listen)?;
+                let given = (config.tls.certificate.as_path(), config.tls.key.as_path());
+                let tls = tls::acceptor(given, home.dir(), (&config.node.name, at))?;
+                Some((listener, tls, at))
+            }
+        };
         let secret = token::load_or_create(home.dir())?;
         // From here on jobs of an earlier run are ended and the epoch rises.
         let mut node = tokio::select! {
@@ -220,8 +238,13 @@ impl Up {
         };
         let published = token::publish(api, &secret)?;
         let closing = CancellationToken::new();
-        let served =
-            tokio::spawn(api::serve(listener, node.handle().clone(), secret, closing.clone()));
+        let handle = node.handle().clone();
+        let service = api::openai::Service::of(&handle, closing.clone());
+        let models_api = models.as_ref().map(|(_, _, at)| *at);
+        if let Some((listener, tls, _)) = models {
+            tokio::spawn(api::serve_models(listener, service.clone(), tls, closing.clone()));
+        }
+        let served = tokio::spawn(api::serve(listener, handle, service, secret, closing.clone()));
         let facts = node.handle().facts().clone();
         let file = NodeFile {
             id: facts.me,
@@ -231,6 +254,7 @@ impl Up {
             link: facts.link.clone(),
             probe: facts.probe,
             data: facts.data,
+            models: models_api,
         };
         let text = serde_json::to_vec_pretty(&file).unwrap_or_default();
         let path = home.path(NODE_FILE);

@@ -41,6 +41,7 @@ async fn all(mut pieces: Pieces) -> (Vec<String>, Option<Result<Counted, Fault>>
     let mut data = Vec::new();
     while let Some(piece) = timeout(LONG, pieces.recv()).await.expect("a piece or the end") {
         match piece {
+            Ok(Piece::Prompt(_)) => {}
             Ok(Piece::Data(bytes)) => data.push(String::from_utf8(bytes.to_vec()).unwrap()),
             Ok(Piece::Done(counted)) => {
                 assert!(pieces.recv().await.is_none(), "nothing after the end");
