@@ -50,6 +50,8 @@ use crate::openai::{Counted, Fault, Need, Request};
 const FRESH: Duration = Duration::from_millis(200);
 /// How many nodes one request is tried on.
 const MAX_TRIES: usize = 4;
+/// How often it is looked whether a node that is asked is still alive.
+const PULSE: Duration = Duration::from_millis(500);
 /// How long a serving node may take to begin its answer.
 const BEGIN: Duration = Duration::from_secs(120);
 /// How long it may take between two pieces.
@@ -381,7 +383,11 @@ impl Gateway {
             tokio::spawn(own(asking, pieces, sender));
             (None, rest)
         } else {
-            match self.remote(request, &choice, body, sellers).await {
+            let opened = tokio::select! {
+                opened = self.remote(request, &choice, body, sellers) => opened,
+                () = self.gone(choice.key) => Err(Fault::unavailable("The serving node went down.")),
+            };
+            match opened {
                 Ok(opened) => {
                     let (sender, rest) = mpsc::channel(WAITING);
                     tokio::spawn(opened.run(asking, sender));
@@ -409,6 +415,20 @@ impl Gateway {
             },
         };
         Ok(Answer { node: choice.name, terms: choice.terms, first, rest })
+    }
+
+    /// Resolves when a node is not held to be alive any more.
+    async fn gone(&self, key: KeyId) {
+        if key == self.inner.handle.facts().me {
+            return std::future::pending().await;
+        }
+        loop {
+            tokio::time::sleep(PULSE).await;
+            let Ok(sellers) = self.sellers().await else { continue };
+            if !sellers.iter().any(|seller| seller.key == key && seller.up) {
+                return;
+            }
+        }
     }
 
     /// Opens a stream to a node under a lease there.
@@ -735,6 +755,10 @@ impl Opened {
         let bounds = Bounds::of(self.endpoint, &self.body);
         let (mut hash, mut seen) = (AnswerHash::default(), Tally::new(self.endpoint, bounds));
         let (mut hung_up, mut done) = (false, None);
+        let mut reading = Box::pin(next_frame(self.recv));
+        let watching = asking.gateway.clone();
+        let gone = watching.gone(asking.key);
+        tokio::pin!(gone);
         loop {
             let wait = if done.is_some() || hung_up {
                 RECORD
@@ -743,8 +767,13 @@ impl Opened {
             } else {
                 STALL
             };
-            let frame = tokio::select! {
-                frame = timeout(wait, infer::read(&mut self.recv)) => frame,
+            let read = tokio::select! {
+                read = timeout(wait, &mut reading) => read,
+                () = &mut gone, if !hung_up && done.is_none() => {
+                    asking.failed();
+                    let _ = sender.send(Err(broken("it went down"))).await;
+                    return;
+                }
                 // Generation stops there; what was produced until then still comes, with its record.
                 () = sender.closed(), if !hung_up && done.is_none() => {
                     hung_up = true;
@@ -752,6 +781,14 @@ impl Opened {
                     self.send.reset(Code::Cancelled);
                     continue;
                 }
+            };
+            // A frame that is half read goes on being read whatever else happens meanwhile.
+            let frame = match read {
+                Ok((recv, frame)) => {
+                    reading = Box::pin(next_frame(recv));
+                    Ok(frame)
+                }
+                Err(late) => Err(late),
             };
             match frame {
                 Ok(Ok(Some(Frame::Piece(piece)))) if done.is_none() => {
@@ -832,6 +869,12 @@ impl Opened {
             }
         }
     }
+}
+
+/// The next frame, and the stream again.
+async fn next_frame(mut recv: RecvHalf) -> (RecvHalf, Result<Option<Frame>, infer::Broken>) {
+    let frame = infer::read(&mut recv).await;
+    (recv, frame)
 }
 
 fn broken(why: &str) -> Fault {

