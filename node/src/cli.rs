@@ -25,6 +25,7 @@ mod outputs;
 mod ps;
 mod quarantine;
 mod receipts;
+mod replay;
 mod run;
 mod transfer;
 pub mod up;

@@ -174,6 +174,9 @@ pub struct Models {
     pub budget: String,
     /// For how long it is taken.
     pub term: String,
+    /// A directory where what was asked of other nodes, and answered, is kept for `leasehold model
+    /// replay`; empty: nowhere. Whoever reads it reads prompts.
+    pub transcripts: PathBuf,
     /// What owners of API keys pay beyond what their answers cost this node (`"10%"`).
     pub markup: String,
 }
@@ -257,6 +260,7 @@ impl Default for Models {
             completion_million: text("0.20"),
             budget: text("1"),
             term: text("1h"),
+            transcripts: PathBuf::new(),
             markup: text("0%"),
         }
     }
@@ -478,7 +482,9 @@ impl Config {
             let why = "a lease on a model has some budget, and a term of a minute at least".into();
             return Err(ConfigError::Value { field: "models.budget", why });
         }
-        Ok(gateway::Terms { budget, term, markup_permille: markup.into() })
+        let kept = self.models.transcripts.clone();
+        let transcripts = (!kept.as_os_str().is_empty()).then_some(kept);
+        Ok(gateway::Terms { budget, term, markup_permille: markup.into(), transcripts })
     }
 
     /// How many threads an embedded engine may use.

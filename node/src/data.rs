@@ -187,7 +187,8 @@ impl DataConfig {
             windows: Windows::default(),
             socket_buffer: 4 << 20,
             mtu: Self::MTU,
-            max_streams: 32,
+            // Each request to a model is one for as long as it is answered.
+            max_streams: 512,
             max_connections: 256,
             max_connections_per_key: 4,
             max_dialed: 128,
@@ -201,7 +202,7 @@ impl DataConfig {
             max_watching_per_key: 16,
             hope: Duration::from_secs(30),
             upload_rate: None,
-            max_arriving: 64,
+            max_arriving: 256,
             handshake_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(20),

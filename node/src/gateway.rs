@@ -16,6 +16,7 @@
 //! while. A model that this node serves itself needs none.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -45,6 +46,7 @@ use crate::model::serving::{endpoint_of, sampling_of};
 use crate::openai::provider::{Provider, Sort as Wanted};
 use crate::openai::tally::{Bounds, Tally};
 use crate::openai::{Counted, Fault, Need, Request};
+use crate::transcript::{Keeping, Transcript};
 
 /// How long what the map says of sellers is used before it is read again.
 const FRESH: Duration = Duration::from_millis(200);
@@ -78,6 +80,8 @@ pub struct Terms {
     pub term: Span,
     /// What is added to the price paid, in thousandths.
     pub markup_permille: u32,
+    /// Where what was asked and answered is kept, if it is.
+    pub transcripts: Option<PathBuf>,
 }
 
 /// What was counted since the start, for metrics.
@@ -756,6 +760,8 @@ impl Opened {
         let (mut hash, mut seen) = (AnswerHash::default(), Tally::new(self.endpoint, bounds));
         let (mut hung_up, mut done) = (false, None);
         let mut reading = Box::pin(next_frame(self.recv));
+        let keeps = asking.gateway.inner.terms.transcripts.is_some();
+        let mut keeping = Keeping::default();
         let watching = asking.gateway.clone();
         let gone = watching.gone(asking.key);
         tokio::pin!(gone);
@@ -794,6 +800,9 @@ impl Opened {
                 Ok(Ok(Some(Frame::Piece(piece)))) if done.is_none() => {
                     asking.piece();
                     hash.piece(&piece);
+                    if keeps {
+                        keeping.piece(&piece);
+                    }
                     if let Err(fault) = seen.see(&piece) {
                         asking.failed();
                         let _ = sender.send(Err(fault)).await;
@@ -846,7 +855,12 @@ impl Opened {
                     };
                     let cost = self.terms.rates.charge(counted.prompt, counted.completion);
                     self.aside.settle(cost);
-                    asking.gateway.agree(&record, &expected, plausible, asking.key).await;
+                    let agreed =
+                        asking.gateway.agree(&record, &expected, plausible, asking.key).await;
+                    if let Some((lease, number)) = agreed.filter(|_| keeps) {
+                        let path = self.endpoint.path();
+                        asking.gateway.keep(keeping.finish(path, &self.body), lease, number).await;
+                    }
                     return;
                 }
                 _ if done.is_some() => {
@@ -882,11 +896,31 @@ fn broken(why: &str) -> Fault {
 }
 
 impl Gateway {
-    /// Agrees on the record of a request, if it says what this node knows.
-    async fn agree(&self, record: &Signed, expected: &Service, plausible: bool, from: KeyId) {
+    /// Keeps what was asked and answered.
+    async fn keep(&self, transcript: Option<Transcript>, lease: LeaseId, number: u64) {
+        let (Some(transcript), Some(dir)) = (transcript, &self.inner.terms.transcripts) else {
+            return;
+        };
+        let dir = dir.clone();
+        let write = move || transcript.write(&dir, &lease, number);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
+            tracing::warn!(%lease, number, %error, "a transcript is not kept");
+        }
+    }
+
+    /// Agrees on the record of a request, if it says what this node knows: then of which lease, and
+    /// which request under it.
+    async fn agree(
+        &self,
+        record: &Signed,
+        expected: &Service,
+        plausible: bool,
+        from: KeyId,
+    ) -> Option<(LeaseId, u64)> {
         let why = match record.verify::<Served>(&self.inner.fabric) {
             Err(error) => error.to_string(),
             Ok(served) => {
+                let (lease, number) = (served.body().lease, served.body().number);
                 let said = served.body().service;
                 // Whether the answer or the hang-up came first only the serving node knows.
                 let same = Service { finish: expected.finish, ..said } == *expected;
@@ -896,7 +930,7 @@ impl Gateway {
                     "it says otherwise of what was asked or answered".to_owned()
                 } else {
                     match self.inner.handle.ask(Command::Consume(Box::new(served))).await {
-                        Ok(_) => return,
+                        Ok(_) => return Some((lease, number)),
                         Err(error) => error.to_string(),
                     }
                 }
@@ -904,6 +938,7 @@ impl Gateway {
         };
         count(&self.inner.counts.disagreed);
         tracing::warn!(node = %from, why, "the record of a request is not agreed on");
+        None
     }
 }
 

@@ -41,6 +41,7 @@ pub mod quantity;
 pub mod records;
 pub mod run;
 pub mod store;
+pub mod transcript;
 mod verify;
 pub mod work;
 

@@ -36,18 +36,23 @@ use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally};
 use leasehold_proto::words::sign::Signer;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Amount, Boot, KeyId, LeaseId, Span};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::catalog::{Catalog, CatalogError, Entry, Spec};
 use self::engine::{Ask, Engine, Load, Pieces, State};
 use crate::handle::Asked;
+use crate::infer::Head;
 use crate::openai::{Fault, Needs};
 use crate::payload::{PayloadStore, Root};
 
 /// Requests of other nodes that are worked on at once; more are refused as busy.
 const MAX_REQUESTS: usize = 1_024;
+/// Of them, those that are large at once.
+const MAX_LARGE: usize = 32;
+/// What a request may have without counting as large, in bytes.
+const LARGE: usize = 1 << 20;
 /// How long requests get to end when their lease does.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// How often engines are looked at for what is offered.
@@ -88,6 +93,7 @@ struct Inner {
     engines: Mutex<BTreeMap<String, Arc<Loaded>>>,
     leases: Mutex<BTreeMap<LeaseId, Arc<Lease>>>,
     places: Arc<Semaphore>,
+    large: Arc<Semaphore>,
     counts: Arc<Counts>,
     /// How many threads an embedded engine may use.
     threads: usize,
@@ -141,6 +147,7 @@ impl Models {
             engines: Mutex::default(),
             leases: Mutex::default(),
             places: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            large: Arc::new(Semaphore::new(MAX_LARGE)),
             counts: Arc::default(),
             threads,
             added: Notify::new(),
@@ -330,8 +337,8 @@ impl Models {
     }
 
     /// Who serves a lease's model, and what it may still cost; by what it is refused, if it is.
-    fn admit(&self, id: &LeaseId, peer: [u8; 32]) -> Result<Admitted, serving::No> {
-        let lease = self.lease(id).filter(|lease| lease.delegate == peer);
+    fn admit(&self, head: &Head, peer: [u8; 32]) -> Result<Admitted, serving::No> {
+        let lease = self.lease(&head.lease).filter(|lease| lease.delegate == peer);
         // The same answer for what does not exist and for what is not theirs.
         let lease = lease.ok_or(serving::No::Stranger)?;
         let state = hold(&lease.state);
@@ -352,8 +359,11 @@ impl Models {
         let loaded = loaded.filter(same).ok_or(serving::No::Gone)?;
         let place = Arc::clone(&self.inner.places).try_acquire_owned();
         let place = place.map_err(|_| serving::No::Busy)?;
+        let large =
+            (head.length > LARGE).then(|| Arc::clone(&self.inner.large).try_acquire_owned());
+        let large = large.transpose().map_err(|_| serving::No::Busy)?;
         self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
-        Ok(Admitted { lease, loaded, _place: place })
+        Ok(Admitted { lease, loaded, _place: place, _large: large })
     }
 }
 
@@ -361,7 +371,8 @@ impl Models {
 struct Admitted {
     lease: Arc<Lease>,
     loaded: Arc<Loaded>,
-    _place: tokio::sync::OwnedSemaphorePermit,
+    _place: OwnedSemaphorePermit,
+    _large: Option<OwnedSemaphorePermit>,
 }
 
 impl Loaded {

@@ -518,13 +518,14 @@ async fn show(
 
 /// What there is not.
 pub(super) async fn no_path(method: Method, request: HttpRequest) -> Response {
-    refused(Fault::no_such_path(method.as_str(), request.uri().path()))
+    let fault = Fault::no_such_path(method.as_str(), request.uri().path());
+    with_id(refused(fault), &new_id("req"))
 }
 
 async fn no_method(method: Method, request: HttpRequest) -> Response {
     let mut fault = Fault::no_such_path(method.as_str(), request.uri().path());
     fault.status = 405;
-    refused(fault)
+    with_id(refused(fault), &new_id("req"))
 }
 
 /// A fault as an answer.

@@ -11,7 +11,7 @@ use leasehold_proto::words::model::Endpoint;
 use serde_json::json;
 use tokio::process::Command;
 
-use super::{Failure, Session, directory, transfer};
+use super::{Failure, Session, directory, replay, transfer};
 use crate::api::model::{ModelLine, ModelLines, ModelSpec, PriceText, UpstreamText};
 use crate::api::want::PayloadText;
 use crate::client::escaped;
@@ -81,6 +81,8 @@ pub(super) enum Model {
     List(List),
     /// Remove a model from this node
     Rm(Remove),
+    /// Ask a sample of a lease's requests again of the same model here, and compare
+    Replay(replay::Replay),
 }
 
 /// Get a model by its name.
@@ -204,6 +206,7 @@ impl Model {
             Self::Add(args) => args.run(session).await,
             Self::Set(args) => put(session, &args.name, &args.terms.spec()).await,
             Self::List(_) => list(session).await,
+            Self::Replay(args) => args.run(session).await,
             Self::Rm(args) => {
                 for name in &args.names {
                     let path = format!("/v1/catalog/{}", escaped(name));

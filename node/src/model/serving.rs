@@ -76,7 +76,7 @@ impl Models {
             return;
         };
         let first = Bytes::copy_from_slice(first);
-        let admitted = match self.admit(&head.lease, arriving.peer) {
+        let admitted = match self.admit(&head, arriving.peer) {
             Ok(admitted) => admitted,
             Err(no) => {
                 let (why, detail) = no.refusal();

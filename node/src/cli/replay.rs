@@ -1,0 +1,191 @@
+//! `leasehold model replay`: a sample of what was answered, asked once more of the same model here.
+//!
+//! An answer is the same each time only where nothing was left to chance: with the temperature at
+//! nothing, or with a seed, on the same weights and the same engine. So a match says that the answer is
+//! that of the model that was named, and a mismatch that it is not, or came from another engine: another
+//! version, or a processor with other kernels.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use leasehold_keys::armor::{self, Item};
+use leasehold_keys::exit::Exit;
+use leasehold_keys::judge;
+use leasehold_proto::LeaseId;
+use leasehold_proto::proof::Proof;
+use leasehold_proto::words::model::{Finish, Served};
+use leasehold_proto::words::object::body_in;
+use serde_json::{Value, json};
+
+use super::{Failure, Session};
+use crate::api::body::NodeInfo;
+use crate::api::model::ModelLines;
+use crate::transcript::Transcript;
+
+/// How many requests are replayed where nothing is said.
+const SAMPLE: usize = 8;
+
+/// Ask a sample of a lease's requests again of the same model here, and compare.
+#[derive(Debug, Args)]
+pub(super) struct Replay {
+    /// The lease, as `leasehold lease export` wrote it
+    proof: PathBuf,
+    /// Where the node kept what was asked and answered (models.transcripts)
+    #[arg(long, value_name = "DIR")]
+    transcripts: PathBuf,
+    /// Only this request
+    #[arg(long, value_name = "N")]
+    number: Option<u64>,
+    /// How many, spread evenly
+    #[arg(long, value_name = "N", default_value_t = SAMPLE)]
+    sample: usize,
+}
+
+/// What a replay says of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Match,
+    Mismatch,
+    /// It was left to chance, or broke off.
+    Chance,
+    /// What was kept is not there, or not what the record is about.
+    NoTranscript,
+}
+
+impl Found {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Match => "match",
+            Self::Mismatch => "mismatch",
+            Self::Chance => "left to chance",
+            Self::NoTranscript => "no transcript",
+        }
+    }
+}
+
+impl Replay {
+    pub(super) async fn run(self, session: &Session) -> Result<Exit, Failure> {
+        let items = armor::read_objects(&self.proof)?;
+        let [Item::Proof(proof)] = items.as_slice() else {
+            return Err(Failure::say(Exit::Usage, "the file does not hold one proof of a lease"));
+        };
+        let verdict = judge::proof(proof, None)
+            .map_err(|why| Failure::say(Exit::No, format!("the proof does not hold: {why}")))?;
+        let model = verdict.model.as_ref().ok_or_else(|| {
+            Failure::say(Exit::Usage, "the lease is not on a model: there is nothing to replay")
+        })?;
+        let here: ModelLines = session.client.get("/v1/catalog").await?;
+        let digest = model.digest.to_string();
+        let here = here.models.into_iter().find(|known| known.digest == digest);
+        let here = here.ok_or_else(|| {
+            let message = format!(
+                "this node does not have the model '{}' with the digest {digest}: add it first",
+                model.name
+            );
+            Failure::say(Exit::No, message)
+        })?;
+        let node: NodeInfo = session.client.get("/v1/node").await?;
+        let mut lines = Vec::new();
+        for served in chosen(proof, self.number, self.sample) {
+            let found =
+                self.replay(session, &verdict.lease, &served, (&here.name, &node.id)).await?;
+            session.out.tell(&format!("request {}: {}", served.number, found.word()));
+            lines.push((served.number, found));
+        }
+        let count = |of: Found| lines.iter().filter(|(_, found)| *found == of).count();
+        let (same, other) = (count(Found::Match), count(Found::Mismatch));
+        let objects: Vec<Value> = lines
+            .iter()
+            .map(|(number, found)| json!({ "number": number, "found": found.word() }))
+            .collect();
+        let object = json!({
+            "lease": verdict.lease.to_string(), "model": model.name, "digest": digest,
+            "matches": same, "mismatches": other, "requests": objects,
+        });
+        session.out.answer(&object, || format!("{same} match, {other} do not\n"))?;
+        // Nothing that could be compared is no yes.
+        Ok(if other == 0 && same > 0 { Exit::Ok } else { Exit::No })
+    }
+
+    async fn replay(
+        &self,
+        session: &Session,
+        lease: &LeaseId,
+        served: &Served,
+        (model, node): (&str, &str),
+    ) -> Result<Found, Failure> {
+        let service = &served.service;
+        let greedy = service.sampling.temperature_permille == Some(0);
+        let embeds = service.endpoint == leasehold_proto::words::model::Endpoint::Embeddings;
+        let certain = greedy || service.sampling.seed.is_some() || embeds;
+        if !certain || service.finish != Finish::Answered {
+            return Ok(Found::Chance);
+        }
+        let Ok(kept) = Transcript::read(&self.transcripts, lease, served.number) else {
+            return Ok(Found::NoTranscript);
+        };
+        if kept.hashes() != (service.request, service.response) {
+            return Ok(Found::NoTranscript);
+        }
+        let asked = serde_json::from_str::<Value>(&kept.request).ok();
+        let Some(Value::Object(mut asked)) = asked else { return Ok(Found::NoTranscript) };
+        asked.remove("stream");
+        asked.remove("stream_options");
+        asked.insert("model".into(), model.into());
+        asked.insert("provider".into(), json!({ "only": [node], "allow_fallbacks": false }));
+        let again: Value = session.client.post(&kept.path, &Value::Object(asked)).await?;
+        let before: Vec<Value> =
+            kept.answer.iter().filter_map(|piece| serde_json::from_str(piece).ok()).collect();
+        let same = said(&before) == said(std::slice::from_ref(&again));
+        Ok(if same { Found::Match } else { Found::Mismatch })
+    }
+}
+
+/// The records to replay: one, or some spread evenly.
+fn chosen(proof: &Proof, number: Option<u64>, sample: usize) -> Vec<Served> {
+    let all = proof.served.iter().filter_map(|signed| body_in::<Served>(&signed.envelope));
+    match number {
+        Some(number) => all.filter(|served| served.number == number).collect(),
+        None => {
+            let step = proof.served.len().div_ceil(sample.max(1)).max(1);
+            all.step_by(step).collect()
+        }
+    }
+}
+
+/// What an answer says, whether it came in chunks or whole: its text, and its vectors to five digits.
+fn said(pieces: &[Value]) -> (String, Vec<String>) {
+    let (mut text, mut vectors) = (String::new(), Vec::new());
+    for piece in pieces {
+        for choice in piece["choices"].as_array().into_iter().flatten() {
+            for at in ["/message/content", "/delta/content", "/text"] {
+                text.push_str(choice.pointer(at).and_then(Value::as_str).unwrap_or_default());
+            }
+        }
+        for item in piece["data"].as_array().into_iter().flatten() {
+            match &item["embedding"] {
+                Value::Array(numbers) => vectors.extend(
+                    numbers.iter().map(|n| format!("{:.5}", n.as_f64().unwrap_or_default())),
+                ),
+                other => vectors.push(other.to_string()),
+            }
+        }
+    }
+    (text, vectors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_says_the_same_in_chunks_and_whole() {
+        let whole = json!({ "choices": [{ "message": { "content": "good day" } }] });
+        let chunk = |text: &str| json!({ "choices": [{ "delta": { "content": text } }] });
+        let chunks = [chunk("good"), chunk(" day"), json!({ "choices": [], "usage": {} })];
+        assert_eq!(said(&[whole]), said(&chunks));
+        let vector = |n: f64| json!({ "data": [{ "embedding": [n] }] });
+        assert_eq!(said(&[vector(0.123_451)]), said(&[vector(0.123_449)]));
+        assert_ne!(said(&[vector(0.1)]), said(&[vector(0.2)]));
+    }
+}
