@@ -243,7 +243,7 @@ impl Gateway {
         };
         // What it serves itself it knows better than the map does.
         sellers.retain(|seller| seller.key != facts.me);
-        let models = self.inner.models.offers();
+        let models = self.inner.models.own();
         if !models.is_empty() {
             sellers.push(Seller {
                 key: facts.me,

@@ -219,6 +219,11 @@ impl Models {
         loaded.engine.ask(ask).await
     }
 
+    /// What this node's own clients can be answered, sold to others or not.
+    pub(crate) fn own(&self) -> Vec<ModelOffer> {
+        hold(&self.inner.engines).values().filter_map(|loaded| loaded.offer()).collect()
+    }
+
     /// What is offered of them now, sorted by name.
     pub(crate) fn offers(&self) -> Vec<ModelOffer> {
         let engines = hold(&self.inner.engines);
