@@ -21,6 +21,7 @@
 //! loopback, and everything wants a Host that is the node's: see `guard`. Connections, headers,
 //! bodies and time are bounded.
 
+mod batch;
 pub mod body;
 mod ends;
 pub mod error;

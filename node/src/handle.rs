@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::api_key::Keys;
 use crate::attach::{self, AttachError, Attached};
+use crate::batch::Batches;
 use crate::data::{Data, FetchError, FetchStats, Holder, Progress};
 use crate::gateway;
 use crate::holders::Holders;
@@ -49,6 +50,7 @@ struct Inner {
 pub(crate) struct Hosted {
     pub(crate) models: Models,
     pub(crate) keys: Keys,
+    pub(crate) batches: Batches,
     /// On what terms models of other nodes are asked.
     pub(crate) terms: gateway::Terms,
     /// What that has counted, once it is there.

@@ -15,6 +15,7 @@
 pub mod api;
 pub mod api_key;
 pub mod attach;
+pub mod batch;
 pub mod cli;
 pub mod client;
 pub mod clock;

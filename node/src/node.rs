@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::api_key::{KeyError, Keys};
+use crate::batch::Batches;
 use crate::config::{Config, ConfigError};
 use crate::data::{self, Data, DataConfig};
 use crate::gateway;
@@ -86,6 +87,9 @@ pub enum StartError {
     /// The API keys do not open.
     #[error("API keys: {0}")]
     Keys(#[from] KeyError),
+    /// The batches do not open.
+    #[error("batches: {0}")]
+    Batches(std::io::Error),
     /// The jobs of an earlier run cannot be looked at or ended.
     #[error("jobs of an earlier run: {0}")]
     Jobs(#[from] work::OpenError),
@@ -149,6 +153,7 @@ pub struct Bound {
     admitted: Admitted,
     catalog: Catalog,
     keys: Keys,
+    batches: Batches,
     terms: gateway::Terms,
     threads: usize,
 }
@@ -186,6 +191,7 @@ impl Node {
         let catalog = Catalog::open(home.dir(), config.token_rates()?)?;
         config.models.serve.iter().try_for_each(|name| catalog.serve(name))?;
         let keys = Keys::open(home.dir())?;
+        let batches = Batches::open(home.path("batches")).map_err(StartError::Batches)?;
         let (terms, threads) = (config.gateway()?, config.model_threads());
         let seed = *identity.secret.seed();
         let (net, net_events, link) = Net::start(NetConfig {
@@ -255,6 +261,7 @@ impl Node {
             admitted,
             catalog,
             keys,
+            batches,
             terms,
             threads,
         })
@@ -323,6 +330,7 @@ impl Bound {
             history: self.history,
             catalog: self.catalog,
             keys: self.keys,
+            batches: self.batches,
             terms: self.terms,
             threads: self.threads,
         };
@@ -345,7 +353,7 @@ impl Node {
     ) -> Self {
         let Parts { store, payloads, data, net, probe, work, reaped, running, .. } = parts;
         let Parts { isolation, admitted, min_disk_free, history, .. } = parts;
-        let Parts { catalog, keys, terms, threads, .. } = parts;
+        let Parts { catalog, keys, batches, terms, threads, .. } = parts;
         let signer = Arc::new(Signer::from_seed(seed));
         let Streams { net_events, packets, mut work_events, mut arrivals } = streams;
         let (events, event_input) = mpsc::channel(QUEUE);
@@ -361,7 +369,7 @@ impl Node {
         tokio::spawn(models.clone().tell(shutdown.clone()));
         tokio::spawn(models.clone().tend(shutdown.clone()));
         tokio::spawn(keys.clone().keep(shutdown.clone()));
-        let hosted = Hosted { models: models.clone(), keys, terms, asked: Arc::default() };
+        let hosted = Hosted { models: models.clone(), keys, batches, terms, asked: Arc::default() };
         let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());
@@ -462,6 +470,7 @@ struct Parts {
     history: History,
     catalog: Catalog,
     keys: Keys,
+    batches: Batches,
     terms: gateway::Terms,
     threads: usize,
 }

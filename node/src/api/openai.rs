@@ -3,6 +3,7 @@
 //! ```text
 //! POST /v1/chat/completions  /v1/completions  /v1/embeddings  /v1/responses
 //! GET  /v1/models  /v1/models/{id}
+//! /v1/files  /v1/batches                                                    see `batch`
 //! ```
 //!
 //! It wants an API key of this node, or the node's own token. Every error has OpenAI's body; before the
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Path, Request as HttpRequest, State};
+use axum::extract::{DefaultBodyLimit, Path, Request as HttpRequest, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -29,8 +30,10 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::batch;
 use super::guard::Guard;
 use crate::api_key::{Entered, Keys};
+use crate::batch::{self as batch_ask, Batches, MAX_FILE, OPERATOR, Owner};
 use crate::gateway::{Answer, Gateway};
 use crate::handle::Handle;
 use crate::infer::MAX_REQUEST;
@@ -46,6 +49,8 @@ const MAX_AT_ONCE: usize = 2_048;
 const MAX_LARGE: usize = 32;
 /// What a body may have without counting as large, in bytes.
 const LARGE: usize = 1 << 20;
+/// The longest form that brings a file, in bytes.
+const MAX_FORM: usize = MAX_FILE as usize + (1 << 20);
 /// How long a body may take to come.
 const BODY: Duration = Duration::from_secs(60);
 /// How long a stream waits for its first piece before it begins without it.
@@ -65,6 +70,7 @@ pub struct Service {
 struct Inner {
     gateway: Gateway,
     keys: Keys,
+    batches: Batches,
     currency: String,
     places: Semaphore,
     large: Semaphore,
@@ -81,19 +87,87 @@ enum Client {
 }
 
 impl Service {
+    /// Whose what a client brings is.
+    pub(super) fn owner(&self, guard: Option<&Guard>, headers: &HeaderMap) -> Result<Owner, Fault> {
+        Ok(match self.client(guard, headers)? {
+            Client::Operator => OPERATOR.to_owned(),
+            Client::Key(key) => key.to_string(),
+        })
+    }
+
+    /// Whose files and batches a client sees; none is named for whoever sees all.
+    pub(super) fn sees(
+        &self,
+        guard: Option<&Guard>,
+        headers: &HeaderMap,
+    ) -> Result<Option<Owner>, Fault> {
+        let owner = self.owner(guard, headers)?;
+        Ok((owner != OPERATOR).then_some(owner))
+    }
+
+    pub(super) fn batches(&self) -> &Batches {
+        &self.inner.batches
+    }
+
+    /// Asks one request of a batch for its owner.
+    async fn ask_for(
+        self,
+        owner: Owner,
+        endpoint: Endpoint,
+        body: Vec<u8>,
+    ) -> Result<Vec<u8>, Fault> {
+        let request = Request::parse(endpoint, &body)?;
+        let key = match owner.as_str() {
+            OPERATOR => None,
+            key => Some(key.parse::<Hash>().map_err(|_| Fault::wrong_key())?),
+        };
+        let entered = key.map(|key| self.enter(&key, &request)).transpose()?;
+        let asked = self.asked(&request, entered);
+        let (text, _) = asked.whole_text(request).await?;
+        Ok(text.to_vec())
+    }
+
+    fn enter(&self, key: &Hash, request: &Request) -> Result<Entered, Fault> {
+        let models = request.models.iter().map(String::as_str);
+        let models: Vec<_> = models.chain([request.model.as_str()]).collect();
+        let answer = request.sampling.max_tokens.map_or(256, u64::from);
+        let tokens = request.prompt_bytes() as u64 / 4 + answer.min(4_096);
+        self.inner.keys.enter(key, &models, tokens)
+    }
+
+    fn asked(&self, request: &Request, entered: Option<Entered>) -> Asked {
+        let endpoint = request.endpoint;
+        Asked {
+            service: self.clone(),
+            endpoint,
+            stream: request.stream,
+            include_usage: request.include_usage,
+            bounds: Bounds::of(endpoint, &request.forward(&request.model, false)),
+            entered,
+        }
+    }
+
     /// The API of a node, with the gateway behind it.
     #[must_use]
     pub fn of(handle: &Handle, shutdown: CancellationToken) -> Self {
         let inner = Inner {
             gateway: Gateway::new(handle.clone(), shutdown.clone()),
             keys: handle.hosted().keys.clone(),
+            batches: handle.hosted().batches.clone(),
             currency: handle.facts().currency.clone(),
             places: Semaphore::new(MAX_AT_ONCE),
             large: Semaphore::new(MAX_LARGE),
             started: seconds(),
             shutdown,
         };
-        Self { inner: Arc::new(inner) }
+        let service = Self { inner: Arc::new(inner) };
+        let asking = service.clone();
+        let ask: batch_ask::Ask = Arc::new(move |owner, endpoint, body| {
+            Box::pin(asking.clone().ask_for(owner, endpoint, body))
+        });
+        let (batches, closing) = (service.inner.batches.clone(), service.inner.shutdown.clone());
+        tokio::spawn(batches.run(ask, closing));
+        service
     }
 
     /// The routes, for a listener that `guard` stands before: with none, hosts are not compared, and only
@@ -114,6 +188,18 @@ impl Service {
             .route(Endpoint::Completions.path(), asks(Endpoint::Completions).fallback(no_method))
             .route(Endpoint::Embeddings.path(), asks(Endpoint::Embeddings).fallback(no_method))
             .route(Endpoint::Responses.path(), asks(Endpoint::Responses).fallback(no_method))
+            .route(
+                "/v1/files",
+                post(batch::upload)
+                    .layer(DefaultBodyLimit::max(MAX_FORM))
+                    .get(batch::files)
+                    .fallback(no_method),
+            )
+            .route("/v1/files/{id}", get(batch::file).delete(batch::remove).fallback(no_method))
+            .route("/v1/files/{id}/content", get(batch::content).fallback(no_method))
+            .route("/v1/batches", post(batch::make).get(batch::list).fallback(no_method))
+            .route("/v1/batches/{id}", get(batch::show).fallback(no_method))
+            .route("/v1/batches/{id}/cancel", post(batch::cancel).fallback(no_method))
             .route("/v1/models", get(list).fallback(no_method))
             // Names of models may hold a slash.
             .route("/v1/models/{*id}", get(show).fallback(no_method))
@@ -158,23 +244,10 @@ impl Service {
         drop(body);
         let entered = match client {
             Client::Operator => None,
-            Client::Key(key) => {
-                let models = request.models.iter().map(String::as_str);
-                let models: Vec<_> = models.chain([request.model.as_str()]).collect();
-                let answer = request.sampling.max_tokens.map_or(256, u64::from);
-                let tokens = request.prompt_bytes() as u64 / 4 + answer.min(4_096);
-                Some(self.inner.keys.enter(&key, &models, tokens)?)
-            }
+            Client::Key(key) => Some(self.enter(&key, &request)?),
         };
         let limits = entered.as_ref().map(|entered| entered.limits);
-        let asked = Asked {
-            service: self.clone(),
-            endpoint,
-            stream: request.stream,
-            include_usage: request.include_usage,
-            bounds: Bounds::of(endpoint, &request.forward(&request.model, false)),
-            entered,
-        };
+        let asked = self.asked(&request, entered);
         tracing::debug!(id, model = request.model, body_length, "a request to a model");
         let (mut response, node) = if request.stream {
             asked.stream(request).await?
@@ -319,6 +392,12 @@ impl Drop for Billed {
 impl Asked {
     /// A whole answer.
     async fn whole(self, request: Request) -> Result<(Response, Option<String>), Fault> {
+        let (text, node) = self.whole_text(request).await?;
+        let response = ([(header::CONTENT_TYPE, "application/json")], text).into_response();
+        Ok((response, Some(node)))
+    }
+
+    async fn whole_text(self, request: Request) -> Result<(Bytes, String), Fault> {
         let mut answer = self.service.inner.gateway.ask(&request).await?;
         let mut billed = Billed::new(self, &answer);
         let mut whole = None;
@@ -338,8 +417,7 @@ impl Asked {
         let short = || Fault::bad_upstream("The serving node ended without an answer.");
         let (Some(whole), Some(_)) = (whole, billed.counted) else { return Err(short()) };
         let text = billed.rewrite(&whole)?.ok_or_else(short)?;
-        let response = ([(header::CONTENT_TYPE, "application/json")], text).into_response();
-        Ok((response, Some(answer.node)))
+        Ok((text, answer.node))
     }
 
     /// An answer in chunks, as server-sent events.
@@ -481,7 +559,7 @@ fn catalogue(service: &Service, sellers: &[Seller]) -> Vec<Model> {
     known.collect()
 }
 
-type Shared = State<(Service, Option<Arc<Guard>>)>;
+pub(super) type Shared = State<(Service, Option<Arc<Guard>>)>;
 
 async fn visible(
     service: &Service,
@@ -529,7 +607,7 @@ async fn no_method(method: Method, request: HttpRequest) -> Response {
 }
 
 /// A fault as an answer.
-fn refused(fault: Fault) -> Response {
+pub(super) fn refused(fault: Fault) -> Response {
     let status = StatusCode::from_u16(fault.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let json = [(header::CONTENT_TYPE, "application/json")];
     let mut response = (status, json, fault.body()).into_response();
