@@ -118,6 +118,9 @@ pub struct Keys {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
+    /// Held by whoever writes the file, from before it reads what to write: nothing newer is
+    /// written over. Taken before `state`, which no request waits for while a disk works.
+    writing: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -136,6 +139,8 @@ struct Used {
     requests: i64,
     tokens: i64,
     running: u32,
+    /// What those that run may cost at most.
+    aside: Amount,
 }
 
 fn hash_of(key: &str) -> Hash {
@@ -167,7 +172,7 @@ impl Keys {
         };
         let kept = list.into_iter().map(|kept| (kept.hash, kept)).collect();
         let state = Mutex::new(State { kept, ..State::default() });
-        Ok(Self { inner: Arc::new(Inner { path, state }) })
+        Ok(Self { inner: Arc::new(Inner { path, writing: Mutex::default(), state }) })
     }
 
     /// Every key.
@@ -203,15 +208,14 @@ impl Keys {
         let created = clock::now().wall;
         let (spent, requests, tokens) = (Amount::ZERO, 0, 0);
         let kept = Kept { id, hash, grant, created, spent, requests, tokens };
-        let mut state = hold(&self.inner.state);
-        if state.kept.len() >= MAX_KEYS {
+        let writing = hold(&self.inner.writing);
+        let mut list = self.list();
+        if list.len() >= MAX_KEYS {
             return Err(KeyError::Full);
         }
-        state.kept.insert(hash, kept.clone());
-        if let Err(error) = self.write(&state) {
-            state.kept.remove(&hash);
-            return Err(error);
-        }
+        list.push(kept.clone());
+        self.write(&writing, &list)?;
+        hold(&self.inner.state).kept.insert(hash, kept.clone());
         Ok((key, kept))
     }
 
@@ -220,25 +224,24 @@ impl Keys {
     /// # Errors
     /// When that cannot be kept.
     pub fn remove(&self, id: &str) -> Result<bool, KeyError> {
-        let mut state = hold(&self.inner.state);
-        let mut named = state.kept.values().filter(|kept| kept.id == id || kept.grant.name == id);
+        let writing = hold(&self.inner.writing);
+        let mut list = self.list();
+        let mut named = list.iter().filter(|kept| kept.id == id || kept.grant.name == id);
         let (Some(hash), None) = (named.next().map(|kept| kept.hash), named.next()) else {
             return Ok(false);
         };
-        let removed = state.kept.remove(&hash);
-        if let Err(error) = self.write(&state) {
-            state.kept.extend(removed.map(|kept| (hash, kept)));
-            return Err(error);
-        }
+        list.retain(|kept| kept.hash != hash);
+        self.write(&writing, &list)?;
+        let mut state = hold(&self.inner.state);
+        state.kept.remove(&hash);
         state.used.remove(&hash);
         Ok(true)
     }
 
-    fn write(&self, state: &State) -> Result<(), KeyError> {
+    fn write(&self, _: &MutexGuard<'_, ()>, list: &[Kept]) -> Result<(), KeyError> {
         let path = &self.inner.path;
         let io = |source| KeyError::Io { path: path.clone(), source };
-        let list: Vec<_> = state.kept.values().collect();
-        let bytes = serde_json::to_vec_pretty(&list).map_err(|error| io(error.into()))?;
+        let bytes = serde_json::to_vec_pretty(list).map_err(|error| io(error.into()))?;
         disk::write_atomic(path, &bytes, 0o600, Existing::Replace)
             .map_err(|error| io(io::Error::other(error)))
     }
@@ -252,11 +255,10 @@ impl Keys {
             };
             let keys = self.clone();
             let write = move || {
-                let mut state = hold(&keys.inner.state);
-                if std::mem::take(&mut state.changed)
-                    && let Err(error) = keys.write(&state)
-                {
-                    state.changed = true;
+                let writing = hold(&keys.inner.writing);
+                let changed = std::mem::take(&mut hold(&keys.inner.state).changed);
+                if changed && let Err(error) = keys.write(&writing, &keys.list()) {
+                    hold(&keys.inner.state).changed = true;
                     tracing::warn!(%error, "what API keys have spent cannot be kept");
                 }
             };
@@ -291,11 +293,17 @@ impl Keys {
         })
     }
 
-    /// Lets one request of a key in, with about so many tokens, or says why not.
+    /// Lets one request of a key in, with about so many tokens and a cost of at most `worst`, or says
+    /// why not. The last one may go beyond the key's budget; those beside it count with their worst.
     ///
     /// # Errors
     /// 401, 402, 403 or 429.
-    pub fn enter(&self, key: &Hash, models: &[&str], tokens: u64) -> Result<Entered, Fault> {
+    pub fn enter(
+        &self,
+        key: &Hash,
+        models: &[&str],
+        (tokens, worst): (u64, Amount),
+    ) -> Result<Entered, Fault> {
         if let Some(model) = models.iter().find(|model| !self.allows(key, model)) {
             return Err(Fault::forbidden(format!("This key may not use the model '{model}'.")));
         }
@@ -304,14 +312,23 @@ impl Keys {
         let State { kept, used, .. } = &mut *state;
         let kept = kept.get(key).ok_or_else(Fault::wrong_key)?;
         let Grant { rpm, tpm, concurrency, budget, .. } = kept.grant;
-        if budget.is_some_and(|budget| kept.spent >= budget) {
-            return Err(Fault::budget_spent("The budget of this key is spent."));
+        let aside = used.get(key).map_or(Amount::ZERO, |used| used.aside);
+        if let Some(budget) = budget
+            && kept.spent.plus(aside) >= budget
+        {
+            return Err(if kept.spent >= budget {
+                Fault::budget_spent("The budget of this key is spent.")
+            } else {
+                let why = "What is left of this key's budget is set aside for requests under way.";
+                Fault::rate_limit(Kind::Requests, why, Duration::from_secs(1))
+            });
         }
         let used = used.entry(*key).or_insert_with(|| Used {
             at: now,
             requests: full(rpm),
             tokens: full(tpm),
             running: 0,
+            aside: Amount::ZERO,
         });
         used.pass(now, rpm, tpm);
         let wait = |missing: i64, limit: u32| {
@@ -336,8 +353,9 @@ impl Keys {
         used.requests -= 1_000;
         used.tokens -= wanted;
         used.running += 1;
+        used.aside = used.aside.plus(worst);
         let limits = Limits::of(used, rpm, tpm);
-        Ok(Entered { keys: self.clone(), key: *key, taken: wanted, limits })
+        Ok(Entered { keys: self.clone(), key: *key, taken: wanted, aside: worst, limits })
     }
 }
 
@@ -390,6 +408,7 @@ pub struct Entered {
     keys: Keys,
     key: Hash,
     taken: i64,
+    aside: Amount,
     /// How the limits stood then.
     pub limits: Limits,
 }
@@ -417,6 +436,7 @@ impl Drop for Entered {
         let mut state = hold(&self.keys.inner.state);
         if let Some(used) = state.used.get_mut(&self.key) {
             used.running = used.running.saturating_sub(1);
+            used.aside = Amount(used.aside.0.saturating_sub(self.aside.0));
         }
     }
 }
@@ -443,6 +463,24 @@ mod tests {
         assert!(Keys::open(room.path()).expect("opens").list().is_empty());
     }
 
+    #[test]
+    fn requests_under_way_count_with_their_worst() {
+        let room = tempfile::tempdir().expect("room");
+        let keys = Keys::open(room.path()).expect("opens");
+        let (key, _) = keys.add(Grant { budget: Some(Amount(100)), ..grant("ada") }).expect("made");
+        let hash = keys.find(&key).expect("known");
+        let mut one = keys.enter(&hash, &["m"], (1, Amount(60))).expect("all is left");
+        let two = keys.enter(&hash, &["m"], (1, Amount(60))).expect("some is left");
+        let busy = keys.enter(&hash, &["m"], (1, Amount(1))).expect_err("all is set aside");
+        assert_eq!(busy.status, 429, "later there may be some again");
+        drop(two);
+        one.charge(1, Amount(40));
+        drop(one);
+        let last = keys.enter(&hash, &["m"], (1, Amount(900))).expect("60 are left");
+        drop(last);
+        keys.enter(&hash, &["m"], (1, Amount(1))).expect("nothing was charged for it");
+    }
+
     #[tokio::test]
     async fn what_was_spent_is_kept_and_ends_a_budget() {
         let room = tempfile::tempdir().expect("room");
@@ -450,14 +488,17 @@ mod tests {
         let budget = Some(Amount(100));
         let (key, _) = keys.add(Grant { budget, ..grant("ada") }).expect("made");
         let hash = keys.find(&key).expect("known");
-        keys.enter(&hash, &["m"], 10).expect("let in").charge(10, Amount(60));
+        keys.enter(&hash, &["m"], (10, Amount::ZERO)).expect("let in").charge(10, Amount(60));
         let shutdown = CancellationToken::new();
         shutdown.cancel();
         keys.clone().keep(shutdown).await;
         let keys = Keys::open(room.path()).expect("opens");
         assert_eq!(keys.list()[0].spent, Amount(60));
-        keys.enter(&hash, &["m"], 10).expect("some is left").charge(10, Amount(60));
-        assert_eq!(keys.enter(&hash, &["m"], 10).expect_err("it is spent").status, 402);
+        keys.enter(&hash, &["m"], (10, Amount::ZERO)).expect("some is left").charge(10, Amount(60));
+        assert_eq!(
+            keys.enter(&hash, &["m"], (10, Amount::ZERO)).expect_err("it is spent").status,
+            402
+        );
     }
 
     #[test]
@@ -473,24 +514,30 @@ mod tests {
             })
             .expect("made");
         let hash = keys.find(&key).expect("known");
-        assert_eq!(keys.enter(&hash, &["n"], 1).expect_err("another model").status, 403);
-        let first = keys.enter(&hash, &["m"], 1).expect("let in");
+        assert_eq!(
+            keys.enter(&hash, &["n"], (1, Amount::ZERO)).expect_err("another model").status,
+            403
+        );
+        let first = keys.enter(&hash, &["m"], (1, Amount::ZERO)).expect("let in");
         assert_eq!(first.limits.requests.map(|(limit, left, _)| (limit, left)), Some((3, 2)));
-        let second = keys.enter(&hash, &["m"], 1).expect("let in");
-        let third = keys.enter(&hash, &["m"], 1).expect_err("two at once");
+        let second = keys.enter(&hash, &["m"], (1, Amount::ZERO)).expect("let in");
+        let third = keys.enter(&hash, &["m"], (1, Amount::ZERO)).expect_err("two at once");
         assert_eq!((third.status, third.kind), (429, Kind::Requests));
         drop((first, second));
-        drop(keys.enter(&hash, &["m"], 1).expect("let in"));
-        let fourth = keys.enter(&hash, &["m"], 1).expect_err("three a minute");
+        drop(keys.enter(&hash, &["m"], (1, Amount::ZERO)).expect("let in"));
+        let fourth = keys.enter(&hash, &["m"], (1, Amount::ZERO)).expect_err("three a minute");
         let wait = fourth.retry_after.expect("it says when");
         assert!((Duration::from_secs(15)..=Duration::from_secs(20)).contains(&wait), "{wait:?}");
 
         let (key, _) = keys.add(Grant { tpm: Some(1_000), ..grant("b") }).expect("made");
         let hash = keys.find(&key).expect("known");
-        let mut large = keys.enter(&hash, &["m"], 5_000).expect("the whole bucket");
+        let mut large = keys.enter(&hash, &["m"], (5_000, Amount::ZERO)).expect("the whole bucket");
         large.charge(400, Amount::ZERO);
-        assert_eq!(keys.enter(&hash, &["m"], 500).expect("some is left").limits.requests, None);
-        let refused = keys.enter(&hash, &["m"], 500).expect_err("too many");
+        assert_eq!(
+            keys.enter(&hash, &["m"], (500, Amount::ZERO)).expect("some is left").limits.requests,
+            None
+        );
+        let refused = keys.enter(&hash, &["m"], (500, Amount::ZERO)).expect_err("too many");
         assert_eq!((refused.status, refused.kind), (429, Kind::Tokens));
         assert!(keys.add(Grant { rpm: Some(0), ..grant("c") }).is_err());
     }

@@ -15,7 +15,8 @@
 //! request wants it, anew when its budget or term runs out, and given back when nobody has asked for a
 //! while. A model that this node serves itself needs none.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,26 +27,27 @@ use leasehold_proto::base::dice::Dice;
 use leasehold_proto::core::{Command, Failure, Reply, Seller};
 use leasehold_proto::minds::route::{Choice, Host, Lack, Nobody, Question, Router, Sort, Went};
 use leasehold_proto::words::contract::{Class, JobSpec, Mandate};
-use leasehold_proto::words::model::{Finish, MODEL, ModelOffer, ModelTerms, Served, Service};
+use leasehold_proto::words::model::{Finish, MODEL, ModelTerms, Served, Service, TokenRates};
 use leasehold_proto::words::object::body_in;
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::want::Want;
 use leasehold_proto::{Amount, FabricId, Hash, KeyId, LeaseId, Payload, Resources, Span};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::data::frame::{Code, Refusal};
 use crate::data::{LinkError, RecvHalf, SendHalf};
 use crate::handle::{AskError, Handle};
-use crate::infer::{self, AnswerHash, Frame, Head, INFER};
-use crate::model::Models;
+use crate::infer::{self, AnswerHash, Frame, Head, INFER, RECORDS};
 use crate::model::engine::{Ask, Piece, Pieces, WAITING};
 use crate::model::serving::{endpoint_of, sampling_of};
+use crate::model::{Models, worst_case};
 use crate::openai::provider::{Provider, Sort as Wanted};
+use crate::openai::rewrite::CHUNK;
 use crate::openai::tally::{Bounds, Tally};
-use crate::openai::{Counted, Fault, Need, Request};
+use crate::openai::{Counted, Endpoint, Fault, Need, Request};
 use crate::transcript::{Keeping, Transcript};
 
 /// How long what the map says of sellers is used before it is read again.
@@ -56,12 +58,24 @@ const MAX_TRIES: usize = 4;
 const PULSE: Duration = Duration::from_millis(500);
 /// How long a serving node may take to begin its answer.
 const BEGIN: Duration = Duration::from_secs(120);
+/// How long it may take where the answer comes whole.
+const WHOLE: Duration = Duration::from_secs(600);
 /// How long it may take between two pieces.
 const STALL: Duration = Duration::from_secs(60);
 /// How long its record may take after the answer.
 const RECORD: Duration = Duration::from_secs(10);
-/// A lease that may be relied on for less than this is not used for another request.
-const LAST: Duration = Duration::from_secs(30);
+/// A lease that may be relied on for less than this, or half its term, is not used for another
+/// request: an answer is to end before it.
+const LAST: Duration = Duration::from_secs(600);
+/// How many requests are made under one lease: its proof holds the record of each.
+const MAX_REQUESTS: u64 = 50_000;
+/// When a record that did not come is looked for, each time after the one before.
+const FIND: [Duration; 3] =
+    [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
+/// How far a client may be behind what it is answered, in bytes.
+const BACKLOG: usize = 256 << 10;
+/// How long it may be so before it is given up.
+const CATCH_UP: Duration = Duration::from_secs(3);
 /// A lease that nobody has used for this long is given back.
 const IDLE: Duration = Duration::from_secs(600);
 /// How often that is looked at.
@@ -139,9 +153,33 @@ struct Held {
     /// What was spent and what is set aside for requests that are under way.
     spent: AtomicU64,
     until: Instant,
+    /// How much of its term one more request must have left.
+    last: Duration,
     used: Mutex<Instant>,
-    /// The lessor does not take it any more.
+    rates: TokenRates,
+    /// How many requests were made under it.
+    requests: AtomicU64,
+    /// Whose records are agreed on.
+    agreed: Mutex<Numbers>,
+    /// The lessor does not take it any more, or what it says of it is not agreed on.
     over: AtomicBool,
+}
+
+/// The numbers of requests, from one on: up to one all of them, and some beyond.
+#[derive(Debug, Default)]
+struct Numbers(u64, BTreeSet<u64>);
+
+impl Numbers {
+    fn has(&self, number: u64) -> bool {
+        number <= self.0 || self.1.contains(&number)
+    }
+
+    fn insert(&mut self, number: u64) {
+        self.1.insert(number);
+        while self.1.remove(&(self.0 + 1)) {
+            self.0 += 1;
+        }
+    }
 }
 
 /// What a lease sets aside for a request, until that has ended.
@@ -153,13 +191,17 @@ struct Aside {
 
 impl Aside {
     /// The request has ended, and cost this.
-    fn settle(mut self, cost: Amount) {
+    fn settle(&mut self, cost: Amount) {
         self.held.spent.fetch_add(cost.0, Ordering::Relaxed);
         self.give_back();
     }
 
     fn give_back(&mut self) {
         self.held.spent.fetch_sub(std::mem::take(&mut self.amount), Ordering::Relaxed);
+    }
+
+    fn take(&mut self) -> Self {
+        Self { held: Arc::clone(&self.held), amount: std::mem::take(&mut self.amount) }
     }
 }
 
@@ -176,6 +218,8 @@ pub(crate) struct Answer {
     pub(crate) node: String,
     /// The model, and what this node pays for it.
     pub(crate) terms: ModelTerms,
+    /// How many tokens were asked, where that is known before the first piece.
+    pub(crate) prompt: u64,
     /// The first piece.
     pub(crate) first: Piece,
     /// What follows. To drop it is to hang up.
@@ -221,7 +265,7 @@ impl Gateway {
     }
 
     /// What it takes for what costs it this.
-    pub(crate) fn price(&self, terms: &ModelTerms) -> leasehold_proto::words::model::TokenRates {
+    pub(crate) fn price(&self, terms: &ModelTerms) -> TokenRates {
         terms.rates.with_markup(self.inner.terms.markup_permille)
     }
 
@@ -257,6 +301,23 @@ impl Gateway {
         let sellers = Arc::new(sellers);
         *known = Some((Instant::now(), Arc::clone(&sellers)));
         Ok(sellers)
+    }
+
+    /// The most that a client may have to pay for a request, whichever node answers it.
+    ///
+    /// # Errors
+    /// 503 when the node is stopping.
+    pub(crate) async fn worst(&self, request: &Request) -> Result<Amount, Fault> {
+        let bounds = Bounds::of(request.endpoint, &request.forward(&request.model, true));
+        let named = |name: &String| *name == request.model || request.models.contains(name);
+        let sellers = self.sellers().await?;
+        let offers = sellers.iter().filter(|seller| seller.up).flat_map(|seller| &seller.models);
+        let offers = offers.filter(|offer| named(&offer.terms.name));
+        let worst = offers.map(|offer| {
+            let rates = self.price(&offer.terms);
+            worst_case(&bounds, offer.context, &rates)
+        });
+        Ok(worst.max().unwrap_or(Amount::ZERO))
     }
 
     /// Begins to answer a request: returns with the first piece.
@@ -378,32 +439,30 @@ impl Gateway {
             pieces: 0,
             went: Some(Went::Neither),
         };
-        let (begin, mut rest) = if choice.key == self.inner.handle.facts().me {
+        let (sender, mut rest) = mpsc::channel(WAITING);
+        if choice.key == self.inner.handle.facts().me {
             let stream = request.stream;
             let ask = Ask { endpoint: request.endpoint, body, stream };
             let pieces =
                 self.inner.models.ask(name, ask).await.map_err(|fault| asking.fail(fault))?;
-            let (sender, rest) = mpsc::channel(WAITING);
             tokio::spawn(own(asking, pieces, sender));
-            (None, rest)
         } else {
             let opened = tokio::select! {
                 opened = self.remote(request, &choice, body, sellers) => opened,
                 () = self.gone(choice.key) => Err(Fault::unavailable("The serving node went down.")),
             };
             match opened {
-                Ok(opened) => {
-                    let (sender, rest) = mpsc::channel(WAITING);
-                    tokio::spawn(opened.run(asking, sender));
-                    (None::<Piece>, rest)
-                }
+                Ok(opened) => tokio::spawn(opened.run(asking, sender)),
                 Err(fault) => return Err(asking.fail(fault)),
-            }
-        };
-        let first = match begin {
-            Some(first) => first,
-            None => match timeout(BEGIN, rest.recv()).await {
-                Ok(Some(Ok(first))) => first,
+            };
+        }
+        let begin = if request.stream { BEGIN } else { WHOLE };
+        let until = tokio::time::Instant::now() + begin;
+        let mut prompt = 0;
+        let first = loop {
+            match timeout_at(until, rest.recv()).await {
+                Ok(Some(Ok(Piece::Prompt(tokens)))) => prompt = tokens,
+                Ok(Some(Ok(first))) => break first,
                 Ok(Some(Err(fault))) if fault.may_pass_elsewhere() => {
                     return Err(Failed::Elsewhere(fault));
                 }
@@ -416,9 +475,10 @@ impl Gateway {
                     let fault = Fault::timeout("The serving node did not begin in time.");
                     return Err(Failed::Elsewhere(fault));
                 }
-            },
+            }
         };
-        Ok(Answer { node: choice.name, terms: choice.terms, first, rest })
+        let (node, terms) = (choice.name, choice.terms);
+        Ok(Answer { node, terms, prompt, first, rest })
     }
 
     /// Resolves when a node is not held to be alive any more.
@@ -426,12 +486,13 @@ impl Gateway {
         if key == self.inner.handle.facts().me {
             return std::future::pending().await;
         }
-        loop {
+        // Once may be a moment between two views of the same node.
+        let mut looks = 0;
+        while looks < 2 {
             tokio::time::sleep(PULSE).await;
             let Ok(sellers) = self.sellers().await else { continue };
-            if !sellers.iter().any(|seller| seller.key == key && seller.up) {
-                return;
-            }
+            let up = sellers.iter().any(|seller| seller.key == key && seller.up);
+            looks = if up { 0 } else { looks + 1 };
         }
     }
 
@@ -446,40 +507,39 @@ impl Gateway {
         let seller = sellers.iter().find(|seller| seller.key == choice.key);
         let seller = seller.ok_or_else(|| Fault::unavailable("The node is gone."))?;
         let offer = seller.models.iter().find(|offer| offer.terms == choice.terms);
-        let most = self.most(request, offer);
+        let offer = offer.ok_or_else(|| Fault::unavailable("The node sells that no more."))?;
+        let bounds = Bounds::of(request.endpoint, &body);
+        let most = worst_case(&bounds, offer.context, &offer.terms.rates);
         let mut last = None;
         // A lease may have ended there that is thought to be good here: once more with another.
         for _ in 0..2 {
             let held = self.purse(choice).lease(self, most, seller.max_term).await?;
-            let aside = held.set_aside(most.0);
-            let length = body.len();
-            let head =
-                Head { lease: held.id, endpoint: request.endpoint, stream: request.stream, length };
+            let mut owed = Owed {
+                gateway: self.clone(),
+                lessor: choice.key,
+                addresses: seller.addresses.clone(),
+                aside: held.set_aside(most.0),
+                open: Some(Expected::of(request, &body, bounds)),
+                held,
+            };
+            let (lease, length) = (owed.held.id, body.len());
+            let head = Head { lease, endpoint: request.endpoint, stream: request.stream, length };
             let (first, left) = head.open(&body);
             let data = self.inner.handle.data();
             let opened = data.open(choice.key.0, seller.addresses.clone(), INFER, first).await;
             match opened {
                 Ok((send, recv)) => {
-                    return Ok(Opened {
-                        send,
-                        recv,
-                        left,
-                        body,
-                        aside,
-                        terms: choice.terms.clone(),
-                        sampling: sampling_of(request),
-                        endpoint: request.endpoint,
-                    });
-                }
-                Err(LinkError::Refused { refused, .. }) if refused.why == Refusal::Denied => {
-                    held.over.store(true, Ordering::Relaxed);
-                    last =
-                        Some(Fault::unavailable(format!("The serving node refused: {refused}.")));
+                    let (endpoint, stream) = (request.endpoint, request.stream);
+                    return Ok(Opened { send, recv, left, body, owed, endpoint, stream, bounds });
                 }
                 Err(LinkError::Refused { refused, .. }) => {
-                    return Err(Fault::unavailable(format!(
-                        "The serving node refused: {refused}."
-                    )));
+                    owed.nothing();
+                    let fault = Fault::unavailable(format!("The serving node refused: {refused}."));
+                    if refused.why != Refusal::Denied {
+                        return Err(fault);
+                    }
+                    owed.held.over.store(true, Ordering::Relaxed);
+                    last = Some(fault);
                 }
                 Err(error) => {
                     return Err(Fault::unavailable(format!(
@@ -489,16 +549,6 @@ impl Gateway {
             }
         }
         Err(last.unwrap_or_else(|| Fault::unavailable("The serving node refused.")))
-    }
-
-    /// The most that a request is expected to cost: every byte of it a token, and as many tokens of
-    /// answer as it may have.
-    fn most(&self, request: &Request, offer: Option<&ModelOffer>) -> Amount {
-        let context = offer.map_or(4_096, |offer| u64::from(offer.context));
-        let answer = request.sampling.max_tokens.map_or(context, u64::from).min(context);
-        let prompt = (request.prompt_bytes() as u64).min(context);
-        let rates = offer.map(|offer| offer.terms.rates).unwrap_or_default();
-        rates.charge(prompt, answer).plus(Amount(1))
     }
 
     fn purse(&self, choice: &Choice) -> Arc<Purse> {
@@ -540,6 +590,7 @@ impl Gateway {
 
 impl Held {
     fn set_aside(self: &Arc<Self>, amount: u64) -> Aside {
+        count(&self.requests);
         self.spent.fetch_add(amount, Ordering::Relaxed);
         *hold(&self.used) = Instant::now();
         Aside { held: Arc::clone(self), amount }
@@ -549,7 +600,8 @@ impl Held {
     fn has(&self, amount: u64) -> bool {
         let spent = self.spent.load(Ordering::Relaxed);
         !self.over.load(Ordering::Relaxed)
-            && Instant::now() + LAST < self.until
+            && Instant::now() + self.last < self.until
+            && self.requests.load(Ordering::Relaxed) < MAX_REQUESTS
             && (spent == 0 || spent.saturating_add(amount) <= self.cap)
     }
 }
@@ -593,7 +645,7 @@ impl Purse {
             claim_within: CLAIM_WITHIN.min(term),
             max_hourly: Amount::ZERO,
             budget: cap,
-            exposure: cap,
+            exposure: Amount(cap.0 / 4).max(most),
             receipt_every: RECEIPT_EVERY,
             runtime: MODEL.into(),
             lessors: vec![self.lessor],
@@ -634,6 +686,10 @@ impl Purse {
             // As the core relies on it, less what a pause may hide: an early end is met as a refusal.
             until: asked + Duration::from_millis(term.as_millis()),
             used: Mutex::new(asked),
+            last: LAST.min(Duration::from_millis(term.as_millis()) / 2),
+            rates: self.terms.rates,
+            requests: AtomicU64::new(0),
+            agreed: Mutex::default(),
             over: AtomicBool::new(false),
         };
         Ok(Arc::new(held))
@@ -711,8 +767,7 @@ async fn own(mut asking: Asking, mut pieces: Pieces, sender: mpsc::Sender<Result
                 asking.went_well(*counted);
                 true
             }
-            // Counted where somebody pays for it: here nobody does.
-            Some(Ok(Piece::Prompt(_))) => continue,
+            Some(Ok(Piece::Prompt(_))) => false,
             Some(Ok(Piece::Data(_))) => {
                 asking.piece();
                 false
@@ -732,21 +787,227 @@ async fn own(mut asking: Asking, mut pieces: Pieces, sender: mpsc::Sender<Result
     }
 }
 
+/// A request that may have reached a serving node, until its record is agreed on or there is none.
+///
+/// What is dropped before that is looked for: one record that is missed would keep all that come after
+/// it under the same lease from being agreed on.
+struct Owed {
+    gateway: Gateway,
+    lessor: KeyId,
+    addresses: Vec<SocketAddr>,
+    held: Arc<Held>,
+    /// None once it is known what became of it.
+    open: Option<Expected>,
+    /// Of the lease, for this request.
+    aside: Aside,
+}
+
+/// What a record has to say.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    service: Service,
+    /// The answer came whole, with its counts. Otherwise only its beginning is known.
+    whole: bool,
+    bounds: Bounds,
+    /// The most tokens that what came can be.
+    completion: u64,
+}
+
+impl Expected {
+    fn of(request: &Request, body: &[u8], bounds: Bounds) -> Self {
+        let service = Service {
+            endpoint: endpoint_of(request.endpoint),
+            request: Hash(*blake3::hash(body).as_bytes()),
+            response: AnswerHash::default().finish(),
+            sampling: sampling_of(request),
+            finish: Finish::HungUp,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            completion_tokens: 0,
+        };
+        Self { service, whole: false, bounds, completion: 0 }
+    }
+
+    /// Whether a record is of this request and says no more than is known of it.
+    fn is_met_by(&self, said: &Service) -> bool {
+        let within =
+            said.prompt_tokens <= self.bounds.prompt && said.completion_tokens <= self.completion;
+        // Whether the answer or the hang-up came first only the serving node knows.
+        let same = if self.whole {
+            Service { finish: self.service.finish, ..*said } == self.service
+        } else {
+            let Service { endpoint, request, sampling, .. } = self.service;
+            Service { endpoint, request, sampling, ..*said } == *said
+        };
+        within && same
+    }
+}
+
+impl Owed {
+    /// What is known of the answer until now.
+    fn seen(&mut self, completion: u64) {
+        if let Some(open) = &mut self.open {
+            open.completion = completion;
+        }
+    }
+
+    /// The answer is complete.
+    fn done(&mut self, counted: Counted, response: Hash, finish: Finish) {
+        if let Some(open) = &mut self.open {
+            open.whole = true;
+            open.service.response = response;
+            open.service.finish = finish;
+            open.service.prompt_tokens = counted.prompt;
+            open.service.cached_tokens = counted.cached;
+            open.service.completion_tokens = counted.completion;
+        }
+    }
+
+    /// Nothing was counted, as the serving node itself says.
+    fn nothing(&mut self) {
+        self.open = None;
+    }
+
+    /// Its record came.
+    async fn record(&mut self, record: &Signed) -> Option<(LeaseId, u64)> {
+        let expected = self.open.take()?;
+        let agreed = self.gateway.agree(record, &expected, &self.held, self.lessor).await;
+        match &agreed {
+            Some((.., cost)) => self.aside.settle(*cost),
+            // All that follow would not be agreed on either.
+            None => self.held.over.store(true, Ordering::Relaxed),
+        }
+        agreed.map(|(lease, number, _)| (lease, number))
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let Some(expected) = self.open.take() else { return };
+        let lost = Self {
+            gateway: self.gateway.clone(),
+            lessor: self.lessor,
+            addresses: self.addresses.clone(),
+            held: Arc::clone(&self.held),
+            open: None,
+            aside: self.aside.take(),
+        };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(lost.find(expected));
+        }
+    }
+}
+
+impl Owed {
+    /// Looks for a record that did not come. Where there is one and it is not what was expected, or
+    /// nobody can say, the lease is not used any more.
+    async fn find(mut self, expected: Expected) {
+        for wait in FIND {
+            tokio::time::sleep(wait).await;
+            match self.missing().await {
+                Some(records) if records.is_empty() => return,
+                Some(records) => {
+                    for record in records {
+                        let gateway = self.gateway.clone();
+                        let same = |served: &Served| expected.is_met_by(&served.service);
+                        let met = record.verify::<Served>(&gateway.inner.fabric);
+                        if !met.is_ok_and(|served| same(served.body())) {
+                            continue;
+                        }
+                        let agreed =
+                            gateway.agree(&record, &expected, &self.held, self.lessor).await;
+                        if let Some((.., cost)) = agreed {
+                            self.aside.settle(cost);
+                            return;
+                        }
+                    }
+                }
+                None => {}
+            }
+        }
+        self.held.over.store(true, Ordering::Relaxed);
+    }
+
+    /// The records of the lease that are not agreed on yet, as the serving node tells them; none when
+    /// it cannot be asked.
+    async fn missing(&self) -> Option<Vec<Signed>> {
+        let from = hold(&self.held.agreed).0 + 1;
+        let body = infer::ask_records(&self.held.id, from);
+        let data = self.gateway.inner.handle.data();
+        let opened = data.open(self.lessor.0, self.addresses.clone(), RECORDS, body);
+        let (_send, mut recv) = timeout(RECORD, opened).await.ok()?.ok()?;
+        let mut records = Vec::new();
+        while records.len() < infer::MAX_RECORDS {
+            match timeout(RECORD, infer::read(&mut recv)).await.ok()?.ok()? {
+                Some(Frame::Record(record)) => {
+                    let number =
+                        record.verify::<Served>(&self.gateway.inner.fabric).ok()?.body().number;
+                    if !hold(&self.held.agreed).has(number) {
+                        records.push(*record);
+                    }
+                }
+                Some(_) => return None,
+                None => break,
+            }
+        }
+        Some(records)
+    }
+}
+
+/// What has come and the client has not taken yet.
+#[derive(Default)]
+struct Backlog {
+    pieces: VecDeque<Result<Piece, Fault>>,
+    bytes: usize,
+}
+
+impl Backlog {
+    fn push(&mut self, piece: Result<Piece, Fault>) {
+        self.bytes += size(&piece);
+        self.pieces.push_back(piece);
+    }
+
+    fn pop(&mut self) -> Option<Result<Piece, Fault>> {
+        let piece = self.pieces.pop_front()?;
+        self.bytes -= size(&piece);
+        Some(piece)
+    }
+
+    /// Whether the client is further behind than is waited for. One piece, however long, it may be.
+    fn is_full(&self) -> bool {
+        self.pieces.len() > 1 && self.bytes > BACKLOG
+    }
+}
+
+fn size(piece: &Result<Piece, Fault>) -> usize {
+    match piece {
+        Ok(Piece::Data(data)) => data.len(),
+        _ => 0,
+    }
+}
+
+/// What comes to a client.
+type Sender = mpsc::Sender<Result<Piece, Fault>>;
+
 /// A stream to a serving node on which a request goes.
 struct Opened {
     send: SendHalf,
     recv: RecvHalf,
     left: Bytes,
     body: Bytes,
-    aside: Aside,
-    terms: ModelTerms,
-    sampling: leasehold_proto::words::model::Sampling,
-    endpoint: crate::openai::Endpoint,
+    owed: Owed,
+    endpoint: Endpoint,
+    stream: bool,
+    bounds: Bounds,
 }
 
 impl Opened {
     /// Sends what is left of the request, passes the pieces on, and agrees on the record.
-    async fn run(mut self, mut asking: Asking, sender: mpsc::Sender<Result<Piece, Fault>>) {
+    ///
+    /// What comes is read soon, whether or not the client takes it: streams of one connection share its
+    /// room, and one that is not read takes it from the others. A client that is too far behind for
+    /// too long is given up.
+    async fn run(mut self, mut asking: Asking, sender: Sender) {
         let left = std::mem::take(&mut self.left);
         if !left.is_empty() {
             let sending = tokio::io::AsyncWriteExt::write_all(&mut self.send, &left);
@@ -756,67 +1017,114 @@ impl Opened {
                 return;
             }
         }
-        let bounds = Bounds::of(self.endpoint, &self.body);
-        let (mut hash, mut seen) = (AnswerHash::default(), Tally::new(self.endpoint, bounds));
-        let (mut hung_up, mut done) = (false, None);
-        let mut reading = Box::pin(next_frame(self.recv));
+        let mut backlog = Backlog::default();
+        self.read(&mut asking, &sender, &mut backlog).await;
+        drop(asking);
+        while let Some(piece) = backlog.pop() {
+            if !matches!(timeout(STALL, sender.send(piece)).await, Ok(Ok(()))) {
+                return;
+            }
+        }
+    }
+
+    /// Reads the answer and its record. What the client has not taken by then stays in `backlog`.
+    async fn read(self, asking: &mut Asking, sender: &Sender, backlog: &mut Backlog) {
+        let Self { mut send, recv, body, mut owed, endpoint, stream, bounds, .. } = self;
+        let (mut hash, mut seen) = (AnswerHash::default(), Tally::new(endpoint, bounds));
         let keeps = asking.gateway.inner.terms.transcripts.is_some();
         let mut keeping = Keeping::default();
+        // The client wants no more of it, and it has been counted.
+        let (mut hung_up, mut done) = (false, false);
+        let begin = if stream { BEGIN } else { WHOLE };
+        let mut until = tokio::time::Instant::now() + begin;
+        let mut reading = Box::pin(next_frame(recv));
         let watching = asking.gateway.clone();
         let gone = watching.gone(asking.key);
         tokio::pin!(gone);
+        // Since when the client is too far behind, until it has caught up.
+        let mut behind: Option<tokio::time::Instant> = None;
         loop {
-            let wait = if done.is_some() || hung_up {
-                RECORD
-            } else if asking.pieces == 0 {
-                BEGIN
-            } else {
-                STALL
-            };
+            let waiting = !backlog.pieces.is_empty();
+            if hung_up || backlog.bytes < BACKLOG / 2 {
+                behind = None;
+            } else if backlog.is_full() {
+                behind.get_or_insert_with(tokio::time::Instant::now);
+            }
+            let pauses = behind.is_some() && backlog.is_full();
+            let patience = behind.map_or(until, |since| since + CATCH_UP);
             let read = tokio::select! {
-                read = timeout(wait, &mut reading) => read,
-                () = &mut gone, if !hung_up && done.is_none() => {
-                    asking.failed();
-                    let _ = sender.send(Err(broken("it went down"))).await;
-                    return;
-                }
-                // Generation stops there; what was produced until then still comes, with its record.
-                () = sender.closed(), if !hung_up && done.is_none() => {
-                    hung_up = true;
-                    count(&asking.gateway.inner.counts.hung_up);
-                    self.send.reset(Code::Cancelled);
+                biased;
+                room = sender.reserve(), if waiting => {
+                    match (room, backlog.pop()) {
+                        (Ok(room), Some(piece)) => room.send(piece),
+                        // Nobody is there to take it.
+                        _ => *backlog = Backlog::default(),
+                    }
                     continue;
                 }
-            };
-            // A frame that is half read goes on being read whatever else happens meanwhile.
-            let frame = match read {
-                Ok((recv, frame)) => {
+                // A frame that is half read goes on being read whatever else happens meanwhile.
+                (recv, read) = &mut reading, if !pauses => {
                     reading = Box::pin(next_frame(recv));
-                    Ok(frame)
+                    Some(read)
                 }
-                Err(late) => Err(late),
+                () = &mut gone, if !hung_up && !done => {
+                    asking.failed();
+                    backlog.push(Err(broken("it went down")));
+                    return;
+                }
+                () = sender.closed(), if !hung_up && !done => {
+                    hung_up = true;
+                    until = tokio::time::Instant::now() + RECORD;
+                    count(&asking.gateway.inner.counts.hung_up);
+                    // Generation stops there; what was produced until then still comes, with its record.
+                    send.reset(Code::Cancelled);
+                    continue;
+                }
+                () = tokio::time::sleep_until(patience), if behind.is_some() => {
+                    hung_up = true;
+                    until = tokio::time::Instant::now() + RECORD;
+                    count(&asking.gateway.inner.counts.hung_up);
+                    send.reset(Code::Cancelled);
+                    backlog.push(Err(Fault::unread()));
+                    continue;
+                }
+                () = tokio::time::sleep_until(until), if behind.is_none() => None,
             };
-            match frame {
-                Ok(Ok(Some(Frame::Piece(piece)))) if done.is_none() => {
-                    asking.piece();
-                    hash.piece(&piece);
-                    if keeps {
-                        keeping.piece(&piece);
-                    }
-                    if let Err(fault) = seen.see(&piece) {
-                        asking.failed();
-                        let _ = sender.send(Err(fault)).await;
-                        return;
-                    }
-                    if !hung_up {
-                        // One who hung up is noticed above.
-                        let _ = sender.send(Ok(Piece::Data(piece))).await;
+            let wrong = match read {
+                Some(Ok(Some(Frame::Piece(piece)))) if !done => {
+                    if !stream && asking.pieces > 0 {
+                        "it sent more than one answer".to_owned()
+                    } else if stream && piece.len() > CHUNK {
+                        "it sent too long a piece".to_owned()
+                    } else {
+                        asking.piece();
+                        hash.piece(&piece);
+                        if keeps {
+                            keeping.piece(&piece);
+                        }
+                        match seen.see(&piece) {
+                            Ok(_) => {
+                                owed.seen(seen.bound());
+                                if !hung_up {
+                                    until = tokio::time::Instant::now() + STALL;
+                                    backlog.push(Ok(Piece::Data(piece)));
+                                }
+                                continue;
+                            }
+                            Err(fault) => fault.message,
+                        }
                     }
                 }
-                Ok(Ok(Some(Frame::Done(counted)))) if done.is_none() => {
+                Some(Ok(Some(Frame::Prompt(tokens)))) if !done => {
+                    if !hung_up {
+                        backlog.push(Ok(Piece::Prompt(tokens.min(bounds.prompt))));
+                    }
+                    continue;
+                }
+                Some(Ok(Some(Frame::Done(counted)))) if !done => {
                     let most = Counted {
                         prompt: counted.prompt.min(bounds.prompt),
-                        cached: counted.cached,
+                        cached: counted.cached.min(counted.prompt),
                         completion: counted.completion.min(seen.bound()),
                     };
                     if most == counted {
@@ -828,59 +1136,44 @@ impl Opened {
                         );
                         asking.failed();
                     }
-                    done = Some(counted);
-                    let _ = sender.send(Ok(Piece::Done(most))).await;
+                    done = true;
+                    until = tokio::time::Instant::now() + RECORD;
+                    let finish = if hung_up { Finish::HungUp } else { Finish::Answered };
+                    owed.done(counted, hash.clone().finish(), finish);
+                    if !hung_up {
+                        backlog.push(Ok(Piece::Done(most)));
+                    }
+                    continue;
                 }
-                Ok(Ok(Some(Frame::Fault(fault)))) if done.is_none() => {
+                Some(Ok(Some(Frame::Fault(fault)))) if !done => {
+                    owed.nothing();
                     if fault.may_pass_elsewhere() {
                         asking.failed();
                     }
-                    let _ = sender.send(Err(fault)).await;
+                    backlog.push(Err(fault));
                     return;
                 }
-                Ok(Ok(Some(Frame::Record(record)))) if done.is_some() => {
-                    let counted = done.unwrap_or_default();
-                    let finish = if hung_up { None } else { Some(Finish::Answered) };
-                    let plausible =
-                        counted.prompt <= bounds.prompt && counted.completion <= seen.bound();
-                    let expected = Service {
-                        endpoint: endpoint_of(self.endpoint),
-                        request: Hash(*blake3::hash(&self.body).as_bytes()),
-                        response: hash.finish(),
-                        sampling: self.sampling,
-                        finish: finish.unwrap_or(Finish::HungUp),
-                        prompt_tokens: counted.prompt,
-                        cached_tokens: counted.cached,
-                        completion_tokens: counted.completion,
-                    };
-                    let cost = self.terms.rates.charge(counted.prompt, counted.completion);
-                    self.aside.settle(cost);
-                    let agreed =
-                        asking.gateway.agree(&record, &expected, plausible, asking.key).await;
+                Some(Ok(Some(Frame::Record(record)))) if done => {
+                    let agreed = owed.record(&record).await;
                     if let Some((lease, number)) = agreed.filter(|_| keeps) {
-                        let path = self.endpoint.path();
-                        asking.gateway.keep(keeping.finish(path, &self.body), lease, number).await;
+                        let transcript = keeping.finish(endpoint.path(), &body);
+                        asking.gateway.keep(transcript, lease, number).await;
                     }
                     return;
                 }
-                _ if done.is_some() => {
-                    // Answered, and not recorded: nothing is owed for it.
-                    tracing::debug!(node = %asking.key, "a serving node sent no record");
+                _ if done => {
+                    tracing::debug!(node = %asking.key, "the record of a request did not come");
                     return;
                 }
-                other => {
-                    if !hung_up {
-                        asking.failed();
-                        let why = match other {
-                            Err(_) => "nothing came for too long".to_owned(),
-                            Ok(Err(error)) => error.to_string(),
-                            Ok(Ok(_)) => "it ended too early".to_owned(),
-                        };
-                        let _ = sender.send(Err(broken(&why))).await;
-                    }
-                    return;
-                }
+                None => "nothing came for too long".to_owned(),
+                Some(Err(error)) => error.to_string(),
+                Some(Ok(_)) => "it ended too early".to_owned(),
+            };
+            if !hung_up {
+                asking.failed();
+                backlog.push(Err(broken(&wrong)));
             }
+            return;
         }
     }
 }
@@ -908,29 +1201,32 @@ impl Gateway {
         }
     }
 
-    /// Agrees on the record of a request, if it says what this node knows: then of which lease, and
-    /// which request under it.
+    /// Agrees on the record of a request, if it says what this node knows: then of which lease, which
+    /// request under it, and what it costs.
     async fn agree(
         &self,
         record: &Signed,
-        expected: &Service,
-        plausible: bool,
+        expected: &Expected,
+        held: &Held,
         from: KeyId,
-    ) -> Option<(LeaseId, u64)> {
+    ) -> Option<(LeaseId, u64, Amount)> {
         let why = match record.verify::<Served>(&self.inner.fabric) {
             Err(error) => error.to_string(),
             Ok(served) => {
                 let (lease, number) = (served.body().lease, served.body().number);
                 let said = served.body().service;
-                // Whether the answer or the hang-up came first only the serving node knows.
-                let same = Service { finish: expected.finish, ..said } == *expected;
-                if !plausible {
-                    "it counts more tokens than there can be".to_owned()
-                } else if !same {
+                if lease != held.id {
+                    "it is of another lease".to_owned()
+                } else if !expected.is_met_by(&said) {
                     "it says otherwise of what was asked or answered".to_owned()
                 } else {
                     match self.inner.handle.ask(Command::Consume(Box::new(served))).await {
-                        Ok(_) => return Some((lease, number)),
+                        Ok(_) => {
+                            hold(&held.agreed).insert(number);
+                            let cost =
+                                held.rates.charge(said.prompt_tokens, said.completion_tokens);
+                            return Some((lease, number, cost));
+                        }
                         Err(error) => error.to_string(),
                     }
                 }
@@ -948,5 +1244,62 @@ fn sort_of(provider: &Provider) -> Sort {
         Some(Wanted::Price) => Sort::Price,
         Some(Wanted::Throughput) => Sort::Throughput,
         Some(Wanted::Latency) => Sort::Latency,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_close_up_as_they_come() {
+        let mut numbers = Numbers::default();
+        for (number, all) in [(2, 0), (3, 0), (5, 0), (1, 3), (4, 5)] {
+            assert!(!numbers.has(number));
+            numbers.insert(number);
+            assert!(numbers.has(number));
+            assert_eq!(numbers.0, all, "after {number}");
+        }
+        assert!(!numbers.has(6) && numbers.1.is_empty());
+    }
+
+    #[test]
+    fn a_record_is_held_against_what_was_seen() {
+        let body = br#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":9}"#;
+        let request = Request::parse(Endpoint::Chat, body).expect("parses");
+        let bounds = Bounds::of(Endpoint::Chat, body);
+        let begun = Expected { completion: 5, ..Expected::of(&request, body, bounds) };
+        let said = Service {
+            finish: Finish::Answered,
+            response: Hash([7; 32]),
+            prompt_tokens: 3,
+            completion_tokens: 5,
+            ..begun.service
+        };
+        assert!(begun.is_met_by(&said), "of a beginning no more is known");
+        let whole = Expected { whole: true, service: said, ..begun };
+        assert!(whole.is_met_by(&Service { finish: Finish::HungUp, ..said }));
+        let others = [
+            Service { request: Hash([8; 32]), ..said },
+            Service { endpoint: endpoint_of(Endpoint::Completions), ..said },
+            Service { prompt_tokens: bounds.prompt + 1, ..said },
+            Service { completion_tokens: 6, ..said },
+        ];
+        for other in others {
+            assert!(!begun.is_met_by(&other) && !whole.is_met_by(&other), "{other:?}");
+        }
+        assert!(!whole.is_met_by(&Service { response: Hash([8; 32]), ..said }));
+        assert!(!whole.is_met_by(&Service { completion_tokens: 4, ..said }));
+    }
+
+    #[test]
+    fn a_backlog_is_full_by_its_bytes_and_never_by_one_piece() {
+        let piece = |size: usize| Ok(Piece::Data(vec![b' '; size].into()));
+        let mut backlog = Backlog::default();
+        backlog.push(piece(BACKLOG * 4));
+        assert!(!backlog.is_full());
+        backlog.push(piece(1));
+        assert!(backlog.is_full());
+        assert!(backlog.pop().is_some() && !backlog.is_full() && backlog.bytes == 1);
     }
 }

@@ -6,12 +6,16 @@
 //!       <--frame*--                          frame = kind u8 | length u32 LE | bytes
 //!            1 piece: one JSON text          2 done: prompt, cached, completion, u64 LE each
 //!            3 fault: an OpenAI error        4 record: a signed `Served`, the last frame
+//!            5 prompt: its tokens, u64 LE, where the engine knows them before the end
 //! ```
 //!
 //! The lease is the credential: only its delegate's key, which the connection proves, may ask. The
 //! asking side keeps its half of the stream open until the answer is done; when it resets that half,
 //! its client has hung up, and generation stops within one token: `done` and `record` still come, for
 //! what was produced until then. After a fault nothing comes: what broke off is not counted.
+//!
+//! A record that did not come, or was not waited for, can be had again: `Open(RECORDS, lease | from)` is
+//! answered with the records of that lease from that number on.
 //!
 //! Both sides hash the same bytes: the request as it was sent, and the answer as [`AnswerHash`] says.
 
@@ -28,6 +32,10 @@ use crate::openai::{Counted, Endpoint, Fault};
 
 /// The channel kind on the data plane.
 pub const INFER: u8 = 2;
+/// The channel kind for records that did not come.
+pub const RECORDS: u8 = 3;
+/// The most of them in one answer.
+pub const MAX_RECORDS: usize = 1_024;
 /// The longest request, in bytes: pictures come in it.
 pub const MAX_REQUEST: usize = 32 << 20;
 /// The longest piece, in bytes: a whole answer with many embeddings.
@@ -63,6 +71,8 @@ pub enum Frame {
     Fault(Fault),
     /// What was served, signed.
     Record(Box<Signed>),
+    /// How many tokens were asked.
+    Prompt(u64),
 }
 
 /// Why a stream does not go on.
@@ -113,6 +123,19 @@ impl Head {
     }
 }
 
+/// What asks for records: of which lease, from which number on.
+#[must_use]
+pub fn ask_records(lease: &LeaseId, from: u64) -> Vec<u8> {
+    [&lease.0.0[..], &from.to_le_bytes()].concat()
+}
+
+/// Reads that.
+#[must_use]
+pub fn asked_records(body: &[u8]) -> Option<(LeaseId, u64)> {
+    let (lease, from) = body.split_first_chunk::<32>()?;
+    Some((LeaseId(Hash(*lease)), u64::from_le_bytes(from.try_into().ok()?)))
+}
+
 /// The hash of an answer: of its pieces, each after its length as four little-endian bytes.
 #[derive(Clone, Debug, Default)]
 pub struct AnswerHash(blake3::Hasher);
@@ -143,6 +166,7 @@ pub async fn write(stream: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io:
             (2, numbers.concat().into())
         }
         Frame::Fault(fault) => (3, serde_json::to_vec(&FaultText::of(fault))?.into()),
+        Frame::Prompt(tokens) => (5, tokens.to_le_bytes().to_vec().into()),
         Frame::Record(signed) => {
             let bytes = wire::encode::<MAX_WORD>(signed).map_err(io::Error::other)?;
             (4, bytes.into())
@@ -201,6 +225,10 @@ pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>
             let signed = wire::decode::<MAX_WORD, Signed>(&bytes);
             Frame::Record(Box::new(signed.map_err(|_| Broken::Frame("a record that is none"))?))
         }
+        5 => {
+            let tokens = bytes.as_slice().try_into().map(u64::from_le_bytes);
+            Frame::Prompt(tokens.map_err(|_| Broken::Frame("a count that does not read"))?)
+        }
         _ => return Err(Broken::Frame("a frame of an unknown kind")),
     }))
 }
@@ -254,6 +282,7 @@ mod tests {
             Frame::Done(Counted { prompt: 7, cached: 3, completion: u64::MAX }),
             Frame::Fault(Fault::model_not_found("m").after(std::time::Duration::from_secs(3))),
             Frame::Record(Box::new(signed)),
+            Frame::Prompt(9),
         ];
         let mut bytes = Vec::new();
         for frame in &said {

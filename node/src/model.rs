@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use leasehold_proto::core::{Event, StartJob};
-use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally};
+use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally, TokenRates};
 use leasehold_proto::words::sign::Signer;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Amount, Boot, KeyId, LeaseId, Span};
@@ -44,11 +44,15 @@ use self::catalog::{Catalog, CatalogError, Entry, Spec};
 use self::engine::{Ask, Engine, Load, Pieces, State};
 use crate::handle::Asked;
 use crate::infer::Head;
+use crate::openai::tally::Bounds;
 use crate::openai::{Fault, Needs};
-use crate::payload::{PayloadStore, Root};
+use crate::payload::PayloadStore;
+use crate::store::Store;
 
 /// Requests of other nodes that are worked on at once; more are refused as busy.
 const MAX_REQUESTS: usize = 1_024;
+/// Of them, those under one lease.
+const MAX_PER_LEASE: usize = 512;
 /// Of them, those that are large at once.
 const MAX_LARGE: usize = 32;
 /// What a request may have without counting as large, in bytes.
@@ -90,6 +94,7 @@ struct Inner {
     signer: Arc<Signer>,
     events: mpsc::Sender<Event>,
     commands: mpsc::Sender<Asked>,
+    store: Store,
     engines: Mutex<BTreeMap<String, Arc<Loaded>>>,
     leases: Mutex<BTreeMap<LeaseId, Arc<Lease>>>,
     places: Arc<Semaphore>,
@@ -124,6 +129,49 @@ struct LeaseState {
     deadline: Boot,
     frozen: bool,
     tally: Tally,
+    /// What requests under way may cost at most.
+    aside: u64,
+}
+
+/// Part of a lease's budget, for a request that is under way.
+#[derive(Debug)]
+struct Aside<'a> {
+    lease: &'a Lease,
+    amount: u64,
+}
+
+impl Drop for Aside<'_> {
+    fn drop(&mut self) {
+        let mut state = hold(&self.lease.state);
+        state.aside = state.aside.saturating_sub(self.amount);
+    }
+}
+
+impl Lease {
+    /// What was spent.
+    fn spent(&self, state: &LeaseState) -> Amount {
+        self.terms.rates.charge(state.tally.prompt_tokens, state.tally.completion_tokens)
+    }
+
+    /// Sets aside what a request may cost at most; none where the budget has no room for it.
+    fn set_aside(&self, worst: Amount) -> Option<Aside<'_>> {
+        let mut state = hold(&self.state);
+        let wanted = self.spent(&state).0.saturating_add(state.aside).saturating_add(worst.0);
+        if wanted > self.cap.0 {
+            return None;
+        }
+        state.aside += worst.0;
+        Some(Aside { lease: self, amount: worst.0 })
+    }
+}
+
+/// What a request may cost at most: every byte of it a token, and as many tokens of answer as it may
+/// have. Each of its answers, or of the texts that it has embedded, is within the model's context.
+pub(crate) fn worst_case(bounds: &Bounds, context: u32, rates: &TokenRates) -> Amount {
+    let context = u64::from(context).max(1);
+    let all = context.saturating_mul(bounds.answers.max(bounds.texts));
+    let answer = bounds.completion.unwrap_or(all).min(all);
+    rates.charge(bounds.prompt.min(all), answer)
 }
 
 fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -133,7 +181,7 @@ fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Models {
     pub(crate) fn new(
         catalog: Catalog,
-        payloads: PayloadStore,
+        (payloads, store): (PayloadStore, Store),
         signer: Arc<Signer>,
         (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
         threads: usize,
@@ -144,6 +192,7 @@ impl Models {
             signer,
             events,
             commands,
+            store,
             engines: Mutex::default(),
             leases: Mutex::default(),
             places: Arc::new(Semaphore::new(MAX_REQUESTS)),
@@ -203,7 +252,7 @@ impl Models {
         );
         engines.insert(name, Arc::new(Loaded { entry, engine }));
         let private = engines.values().filter(|loaded| loaded.entry.private);
-        let private = private.filter_map(|loaded| loaded.entry.pins()).map(Root::from);
+        let private = private.flat_map(|loaded| loaded.entry.payloads(&self.inner.payloads));
         self.inner.payloads.keep_private(private.collect());
         drop(engines);
         self.inner.added.notify_one();
@@ -290,6 +339,7 @@ impl Models {
                 deadline: start.deadline,
                 frozen: false,
                 tally: model.tally,
+                aside: 0,
             }),
             stop: CancellationToken::new(),
             requests: TaskTracker::new(),
@@ -353,12 +403,13 @@ impl Models {
         if state.deadline <= crate::clock::boot() {
             return Err(serving::No::Stranger);
         }
-        let rates = &lease.terms.rates;
-        let spent = rates.charge(state.tally.prompt_tokens, state.tally.completion_tokens);
-        if spent >= lease.cap {
+        if lease.spent(&state) >= lease.cap {
             return Err(serving::No::Spent);
         }
         drop(state);
+        if lease.requests.len() >= MAX_PER_LEASE {
+            return Err(serving::No::Busy);
+        }
         let loaded = hold(&self.inner.engines).get(&lease.terms.name).cloned();
         let same = |loaded: &Arc<Loaded>| loaded.entry.digest == lease.terms.digest;
         let loaded = loaded.filter(same).ok_or(serving::No::Gone)?;

@@ -24,7 +24,7 @@ use crate::handle::{Facts, Handle, Hosted};
 use crate::history::{History, HistoryError};
 use crate::holders::{self, Holders};
 use crate::home::{Home, HomeError, Identity};
-use crate::infer::INFER;
+use crate::infer::{INFER, RECORDS};
 use crate::jobs::Jobs;
 use crate::model::Models;
 use crate::model::catalog::{Catalog, CatalogError};
@@ -364,8 +364,13 @@ impl Node {
         let inputs = (events, commands.clone());
         let holders = Holders::new(data.clone(), payloads.clone(), commands.clone());
         tokio::spawn(holders.clone().put_first(shutdown.clone()));
-        let models =
-            Models::new(catalog, payloads.clone(), Arc::clone(&signer), inputs.clone(), threads);
+        let models = Models::new(
+            catalog,
+            (payloads.clone(), store.clone()),
+            Arc::clone(&signer),
+            inputs.clone(),
+            threads,
+        );
         tokio::spawn(models.clone().tell(shutdown.clone()));
         tokio::spawn(models.clone().tend(shutdown.clone()));
         tokio::spawn(keys.clone().keep(shutdown.clone()));
@@ -394,6 +399,8 @@ impl Node {
             while let Some(arriving) = arrivals.recv().await {
                 if arriving.channel == INFER {
                     tokio::spawn(infer.clone().serve(arriving));
+                } else if arriving.channel == RECORDS {
+                    tokio::spawn(infer.clone().records(arriving));
                 } else {
                     tokio::spawn(serve.clone().serve(arriving));
                 }

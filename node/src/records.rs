@@ -1,6 +1,5 @@
 //! Reading back what was kept: the proof of a lease, from either side.
 
-use leasehold_proto::LeaseId;
 use leasehold_proto::core::Kept;
 use leasehold_proto::core::kept::{
     HELD_PREFIX, ReadError, acknowledgements_of, consumed_of, countersigned_of, lent_key,
@@ -9,7 +8,10 @@ use leasehold_proto::core::kept::{
 use leasehold_proto::minds::book::Lent;
 use leasehold_proto::minds::holdings::{Held, Placed};
 use leasehold_proto::proof::Proof;
+use leasehold_proto::words::contract::Grant;
+use leasehold_proto::words::object::body_in;
 use leasehold_proto::words::sign::{Draft, Signed, Signer, VerifyError};
+use leasehold_proto::{KeyId, LeaseId};
 
 use crate::store::{ReadFault, Store};
 
@@ -58,6 +60,36 @@ pub async fn proof(
         }
     }
     Err(ProofError::Unknown(lease))
+}
+
+/// Who may ask for the records of a lease that this node granted, and those from a number on, signed; at
+/// most so many.
+///
+/// # Errors
+/// As for [`proof`].
+pub async fn served(
+    store: &Store,
+    signer: &Signer,
+    lease: LeaseId,
+    (from, most): (u64, usize),
+) -> Result<(KeyId, Vec<Signed>), ProofError> {
+    let mut delegate = None;
+    for (key, value) in store.scan(&lent_key(&lease)).await? {
+        if let Kept::Lent(_, lent) = Kept::read(&key, &value)? {
+            delegate = body_in::<Grant>(&lent.grant.envelope).map(|grant| grant.delegate);
+        }
+    }
+    let delegate = delegate.ok_or(ProofError::Unknown(lease))?;
+    let mut records = Vec::new();
+    for (key, value) in store.scan(&served_of(&lease)).await? {
+        if let Kept::Served(_, number, draft) = Kept::read(&key, &value)?
+            && number >= from
+            && records.len() < most
+        {
+            records.push(signer.sign(&draft)?);
+        }
+    }
+    Ok((delegate, records))
 }
 
 async fn from_lessor(

@@ -5,6 +5,7 @@
 //! | `gang` | leases on several hosts, together or not at all, while several lessees compete |
 //! | `lease` | order to verified, durable grant between two nodes, beside etcd |
 //! | `memory` | what a node needs for the leases that it knows |
+//! | `model` | hosted models: the engine beside llama.cpp, the gateway beside LiteLLM |
 //! | `membership` | a fleet that finds itself, loses one, spreads an offer, stands by |
 //! | `payload` | memory to verified file over the data plane, beside raw QUIC |
 //! | `restart` | a killed lessor grants again, its leases and jobs kept |
@@ -28,6 +29,7 @@ mod load;
 mod machine;
 mod membership;
 mod memory;
+mod model;
 mod pair;
 mod payload;
 mod restart;
@@ -61,6 +63,8 @@ enum What {
     Memory(memory::Options),
     /// A fleet finds itself, notices a death, spreads an offer, and stands by.
     Membership(membership::Options),
+    /// What the embedded engine does in a second, and what asking a model through the fabric adds.
+    Model(model::Options),
     /// A payload from memory to a verified file on disk, and the same bytes over raw QUIC.
     Payload(payload::Options),
     /// A lessor is killed and started again, with leases that live and jobs that run.
@@ -100,6 +104,11 @@ impl Bench {
             What::Membership(options) => {
                 line(&machine::Machine::look())?;
                 membership::run(&options)
+            }
+            What::Model(options) => {
+                model::settle_threads()?;
+                line(&machine::Machine::look())?;
+                model::run(&options)
             }
             What::Payload(options) => {
                 line(&machine::Machine::look())?;

@@ -325,6 +325,7 @@ impl From<CatalogError> for ApiError {
                 Self::internal("keeping the list of models", &said)
             }
             CatalogError::Full => Self::conflict(said),
+            CatalogError::Rule(_) => Self::new(StatusCode::BAD_REQUEST, Code::BadRequest, said),
             CatalogError::Name => Self::field("name", said),
             CatalogError::NoSource(_) | CatalogError::NotHere(_) => Self::not_found(said),
             CatalogError::NotHeld(_) => Self::field("weights", said),

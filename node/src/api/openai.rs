@@ -26,7 +26,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use leasehold_proto::core::Seller;
 use leasehold_proto::words::model::{ModelState, TokenRates};
 use leasehold_proto::{Amount, Hash};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -72,8 +72,8 @@ struct Inner {
     keys: Keys,
     batches: Batches,
     currency: String,
-    places: Semaphore,
-    large: Semaphore,
+    places: Arc<Semaphore>,
+    large: Arc<Semaphore>,
     started: u64,
     shutdown: CancellationToken,
 }
@@ -121,21 +121,25 @@ impl Service {
             OPERATOR => None,
             key => Some(key.parse::<Hash>().map_err(|_| Fault::wrong_key())?),
         };
-        let entered = key.map(|key| self.enter(&key, &request)).transpose()?;
-        let asked = self.asked(&request, entered);
+        let entered = match key {
+            None => None,
+            Some(key) => Some(self.enter(&key, &request).await?),
+        };
+        let asked = self.asked(&request, entered, Room::default());
         let (text, _) = asked.whole_text(request).await?;
         Ok(text.to_vec())
     }
 
-    fn enter(&self, key: &Hash, request: &Request) -> Result<Entered, Fault> {
+    async fn enter(&self, key: &Hash, request: &Request) -> Result<Entered, Fault> {
         let models = request.models.iter().map(String::as_str);
         let models: Vec<_> = models.chain([request.model.as_str()]).collect();
         let answer = request.sampling.max_tokens.map_or(256, u64::from);
         let tokens = request.prompt_bytes() as u64 / 4 + answer.min(4_096);
-        self.inner.keys.enter(key, &models, tokens)
+        let worst = self.inner.gateway.worst(request).await?;
+        self.inner.keys.enter(key, &models, (tokens, worst))
     }
 
-    fn asked(&self, request: &Request, entered: Option<Entered>) -> Asked {
+    fn asked(&self, request: &Request, entered: Option<Entered>, room: Room) -> Asked {
         let endpoint = request.endpoint;
         Asked {
             service: self.clone(),
@@ -144,6 +148,7 @@ impl Service {
             include_usage: request.include_usage,
             bounds: Bounds::of(endpoint, &request.forward(&request.model, false)),
             entered,
+            room,
         }
     }
 
@@ -155,8 +160,8 @@ impl Service {
             keys: handle.hosted().keys.clone(),
             batches: handle.hosted().batches.clone(),
             currency: handle.facts().currency.clone(),
-            places: Semaphore::new(MAX_AT_ONCE),
-            large: Semaphore::new(MAX_LARGE),
+            places: Arc::new(Semaphore::new(MAX_AT_ONCE)),
+            large: Arc::new(Semaphore::new(MAX_LARGE)),
             started: seconds(),
             shutdown,
         };
@@ -235,19 +240,21 @@ impl Service {
         if self.inner.shutdown.is_cancelled() {
             return Err(Fault::unavailable("The node is stopping.").after(Duration::from_secs(5)));
         }
-        let place = self.inner.places.try_acquire().map_err(|_| overloaded())?;
+        let place = Arc::clone(&self.inner.places).try_acquire_owned();
+        let place = place.map_err(|_| overloaded())?;
         let (parts, body) = request.into_parts();
         let client = self.client(guard, &parts.headers)?;
-        let body = self.body(&parts.headers, body).await?;
+        let (body, large) = self.body(&parts.headers, body).await?;
+        let room = Room { _place: Some(place), _large: large };
         let request = Request::parse(endpoint, &body)?;
         let body_length = body.len();
         drop(body);
         let entered = match client {
             Client::Operator => None,
-            Client::Key(key) => Some(self.enter(&key, &request)?),
+            Client::Key(key) => Some(self.enter(&key, &request).await?),
         };
         let limits = entered.as_ref().map(|entered| entered.limits);
-        let asked = self.asked(&request, entered);
+        let asked = self.asked(&request, entered, room);
         tracing::debug!(id, model = request.model, body_length, "a request to a model");
         let (mut response, node) = if request.stream {
             asked.stream(request).await?
@@ -256,7 +263,6 @@ impl Service {
             let late = || Fault::timeout("The answer was not complete within 10 minutes.");
             answering.await.map_err(|_| late())??
         };
-        drop(place);
         let headers = response.headers_mut();
         let mut put = |name: &'static str, value: String| {
             if let Ok(value) = HeaderValue::from_str(&value) {
@@ -295,7 +301,11 @@ impl Service {
         Ok(response)
     }
 
-    async fn body(&self, headers: &HeaderMap, body: Body) -> Result<Bytes, Fault> {
+    async fn body(
+        &self,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Fault> {
         let length = headers.get(header::CONTENT_LENGTH);
         let length = length.and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
         if length.is_some_and(|length| length > MAX_REQUEST) {
@@ -303,16 +313,21 @@ impl Service {
         }
         // One that does not say how long it is may be anything.
         let large = length.is_none_or(|length| length > LARGE);
-        let _room = if large {
-            let room = timeout(BODY, self.inner.large.acquire()).await;
-            Some(room.map_err(|_| Fault::overloaded(Duration::from_secs(5)))?)
+        let overloaded = || Fault::overloaded(Duration::from_secs(5));
+        let room = if large {
+            let room = timeout(BODY, Arc::clone(&self.inner.large).acquire_owned()).await;
+            Some(room.map_err(|_| overloaded())?.map_err(|_| overloaded())?)
         } else {
             None
         };
         let limited = Limited::new(body, MAX_REQUEST).collect();
         match timeout(BODY, limited).await {
             Err(_) => Err(Fault::timeout("The request did not come within 60 s.")),
-            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Ok(body)) => {
+                let body = body.to_bytes();
+                let room = room.filter(|_| body.len() > LARGE);
+                Ok((body, room))
+            }
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Fault::too_large(MAX_REQUEST)),
             Ok(Err(_)) => Err(Fault::not_json("the body broke off")),
         }
@@ -327,6 +342,14 @@ struct Asked {
     include_usage: bool,
     bounds: Bounds,
     entered: Option<Entered>,
+    room: Room,
+}
+
+/// What a request takes of what the node has for all of them, until its answer has ended.
+#[derive(Debug, Default)]
+struct Room {
+    _place: Option<OwnedSemaphorePermit>,
+    _large: Option<OwnedSemaphorePermit>,
 }
 
 /// An answer on its way to the client, and what it comes to.
@@ -337,7 +360,10 @@ struct Billed {
     bounds: Bounds,
     rewriter: Rewriter,
     seen: Tally,
+    /// Tokens that were asked, as far as that is known before the end.
+    prompt: u64,
     counted: Option<Counted>,
+    _room: Room,
 }
 
 impl Billed {
@@ -352,7 +378,9 @@ impl Billed {
             bounds: asked.bounds,
             rewriter: Rewriter::new(asked.endpoint, stream, usage, &id, model, &answer.node),
             seen: Tally::new(asked.endpoint, asked.bounds),
+            prompt: answer.prompt,
             counted: None,
+            _room: asked.room,
             entered: asked.entered,
         }
     }
@@ -381,7 +409,10 @@ impl Billed {
 impl Drop for Billed {
     fn drop(&mut self) {
         // Who hangs up pays for what was produced until then, as far as it was seen.
-        let counted = self.counted.unwrap_or_else(|| self.seen.settle().counted);
+        let counted = self.counted.unwrap_or_else(|| {
+            let seen = self.seen.settle().counted;
+            Counted { prompt: seen.prompt.max(self.prompt), ..seen }
+        });
         let cost: Amount = self.rates.charge(counted.prompt, counted.completion);
         if let Some(entered) = &mut self.entered {
             entered.charge(counted.total(), cost);
@@ -488,13 +519,16 @@ impl Streaming {
                         Ok(None) => {}
                         Err(fault) => return (sse::error(&fault), None),
                     },
-                    Ok(Some(Ok(Piece::Prompt(_)))) => {}
+                    Ok(Some(Ok(Piece::Prompt(tokens)))) => billed.prompt = tokens,
                     Ok(Some(Ok(Piece::Done(counted)))) => {
                         billed.counted = Some(counted);
                         return (Bytes::from_static(b"data: [DONE]\n\n"), None);
                     }
                     Ok(Some(Err(fault))) => {
-                        billed.broke_off();
+                        // What a client leaves unread is owed all the same.
+                        if !fault.is_unread() {
+                            billed.broke_off();
+                        }
                         return (sse::error(&fault), None);
                     }
                     Ok(None) => {

@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use leasehold_keys::disk::{self, Existing};
 use leasehold_proto::words::index::{self, Index};
-use leasehold_proto::words::model::{Endpoint, MAX_MODEL_NAME, MAX_MODELS, TokenRates};
-use leasehold_proto::{Hash, Payload};
+use leasehold_proto::words::model::{
+    Endpoint, MAX_MODEL_NAME, MAX_MODELS, ModelOffer, ModelState, TokenRates,
+};
+use leasehold_proto::{Hash, Payload, Span};
 use serde::{Deserialize, Serialize};
 
 use super::embedded::{Info, LoadError, Model};
@@ -127,6 +129,9 @@ pub enum CatalogError {
     /// The name is none.
     #[error("a model's name has 1 to {MAX_MODEL_NAME} letters, digits and the signs . _ - / @")]
     Name,
+    /// What is said of it breaks a rule of offers.
+    #[error("{0}")]
+    Rule(&'static str),
     /// A new model says nothing of what answers for it.
     #[error("there is no model '{0}' here yet: say where its weights or its server are")]
     NoSource(String),
@@ -242,6 +247,7 @@ impl Catalog {
         entry.serve = spec.serve.unwrap_or(entry.serve);
         entry.private = spec.private.unwrap_or(entry.private);
         entry.demo = spec.demo.unwrap_or(entry.demo);
+        entry.sound().map_err(CatalogError::Rule)?;
         let mut entries = hold(&self.entries);
         if entries.len() >= MAX_MODELS && !entries.contains_key(name) {
             return Err(CatalogError::Full);
@@ -386,6 +392,39 @@ fn encoder(
 }
 
 impl Entry {
+    /// Whether what is said of it can stand in an offer: one that cannot would take all else that the node
+    /// offers with it.
+    fn sound(&self) -> Result<(), &'static str> {
+        let offer = ModelOffer {
+            terms: self.terms(),
+            quantisation: self.quantisation.clone(),
+            context: self.context,
+            endpoints: self.endpoints.clone(),
+            abilities: self.abilities,
+            demo: self.demo,
+            state: ModelState::Cold,
+            load: 0,
+            tokens_per_second: 0,
+            first_token: Span::ZERO,
+        };
+        offer.sound()
+    }
+
+    /// The payloads that its weights are.
+    pub(crate) fn payloads(&self, payloads: &PayloadStore) -> Vec<Root> {
+        match &self.source {
+            Source::Weights(weights) => vec![weights.root.into()],
+            Source::Encoder(files) => {
+                let root = Root::from(files.root);
+                let read = payloads.read(root, index::MAX_BYTES as u64).ok();
+                let read = read.and_then(|bytes| Index::from_bytes(&bytes).ok());
+                let named = read.iter().flat_map(Index::payloads).map(|p| Root::from(p.root));
+                named.chain([root]).collect()
+            }
+            Source::Upstream { .. } => Vec::new(),
+        }
+    }
+
     /// Whether it is got ready before anybody asks: what is sold, and servers, which may come and go.
     pub(crate) const fn is_tended(&self) -> bool {
         self.serve || matches!(self.source, Source::Upstream { .. })

@@ -19,12 +19,13 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::engine::{Ask, Piece};
-use super::{Admitted, Models, hold, key_of};
+use super::{Admitted, Models, hold, key_of, worst_case};
 use crate::data::frame::Refusal;
 use crate::data::{Arriving, RecvHalf, SendHalf};
 use crate::infer::{self, AnswerHash, Frame, Head};
 use crate::openai::tally::{Bounds, Tally};
 use crate::openai::{Counted, Endpoint, Fault, Request};
+use crate::records;
 
 /// How long the rest of a request may take.
 const REQUEST: Duration = Duration::from_secs(60);
@@ -118,9 +119,16 @@ impl Models {
         let mut prompt = 0;
         let stop = async {
             tokio::select! {
-                () = hung_up(&mut recv) => {}
-                () = admitted.lease.stop.cancelled() => {}
+                () = hung_up(&mut recv) => Ended::HungUp,
+                () = admitted.lease.stop.cancelled() => {
+                    Ended::Fault(Fault::unavailable("The lease ended before the answer did."))
+                }
             }
+        };
+        let worst = worst_case(&bounds, admitted.loaded.entry.context, &admitted.lease.terms.rates);
+        let Some(_aside) = admitted.lease.set_aside(worst) else {
+            let why = "The lease's budget has no room for this request.";
+            return infer::write(send, &Frame::Fault(Fault::unavailable(why))).await;
         };
         let read = (&mut hash, &mut seen, &mut prompt);
         let ended = pipe(admitted, ask, read, send, stop).await;
@@ -158,6 +166,29 @@ impl Models {
         let Some(record) = self.record(&head, service, admitted).await else { return told };
         told?;
         infer::write(send, &Frame::Record(Box::new(record))).await
+    }
+
+    /// Gives records once more to whoever they are about.
+    pub(crate) async fn records(self, arriving: Arriving) {
+        let Some((lease, from)) = infer::asked_records(&arriving.body) else {
+            arriving.refuse(Refusal::BadRequest, "not a question for records");
+            return;
+        };
+        let (store, signer) = (&self.inner.store, &self.inner.signer);
+        let kept = records::served(store, signer, lease, (from, infer::MAX_RECORDS)).await;
+        // The same answer for what does not exist and for what is not theirs.
+        let Some((_, kept)) = kept.ok().filter(|(delegate, _)| delegate.0 == arriving.peer) else {
+            arriving.refuse(Refusal::Denied, "no lease of yours has records here");
+            return;
+        };
+        let Ok((mut send, _recv)) = arriving.accept().await else { return };
+        for record in kept {
+            let frame = Frame::Record(Box::new(record));
+            if !matches!(timeout(UNREAD, infer::write(&mut send, &frame)).await, Ok(Ok(()))) {
+                return;
+            }
+        }
+        send.finish();
     }
 
     /// Has a request counted and kept, and signs its record.
@@ -212,12 +243,12 @@ async fn pipe(
     ask: Ask,
     (hash, seen, prompt): (&mut AnswerHash, &mut Tally, &mut u64),
     send: &mut SendHalf,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Ended>,
 ) -> Ended {
     tokio::pin!(stop);
     let asked = tokio::select! {
         asked = admitted.loaded.engine.ask(ask) => asked,
-        () = &mut stop => return Ended::HungUp,
+        ended = &mut stop => return ended,
     };
     let mut pieces = match asked {
         Ok(pieces) => pieces,
@@ -226,7 +257,7 @@ async fn pipe(
     loop {
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
-            () = &mut stop => return Ended::HungUp,
+            ended = &mut stop => return ended,
         };
         match piece {
             Some(Ok(Piece::Data(piece))) => {
@@ -239,7 +270,13 @@ async fn pipe(
                     return Ended::Unread;
                 }
             }
-            Some(Ok(Piece::Prompt(tokens))) => *prompt = tokens,
+            Some(Ok(Piece::Prompt(tokens))) => {
+                *prompt = tokens;
+                let written = timeout(UNREAD, infer::write(send, &Frame::Prompt(tokens))).await;
+                if !matches!(written, Ok(Ok(()))) {
+                    return Ended::Unread;
+                }
+            }
             Some(Ok(Piece::Done(counted))) => return Ended::Done(counted),
             Some(Err(fault)) => return Ended::Fault(fault),
             None => {

@@ -230,6 +230,19 @@ impl Fault {
         Self::new(408, Kind::Server, Some("request_timeout"), message)
     }
 
+    /// 408: the client leaves unread what it is answered.
+    #[must_use]
+    pub fn unread() -> Self {
+        let message = "The answer was not read as fast as it came.";
+        Self::new(408, Kind::Server, Some("answer_not_read"), message)
+    }
+
+    /// Whether it says that.
+    #[must_use]
+    pub fn is_unread(&self) -> bool {
+        self.code.as_deref() == Some("answer_not_read")
+    }
+
     /// 413: the body is longer than `most` bytes.
     #[must_use]
     pub fn too_large(most: usize) -> Self {

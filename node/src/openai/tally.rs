@@ -40,6 +40,8 @@ pub struct Bounds {
     pub completion: Option<u64>,
     /// How many answers it asks for.
     pub answers: u64,
+    /// How many texts it brings that have the model's context each.
+    pub texts: u64,
 }
 
 impl Bounds {
@@ -83,8 +85,13 @@ impl Bounds {
                 .saturating_add(TEMPLATE)
                 .saturating_add(messages.saturating_mul(PER_MESSAGE))
                 .saturating_add((media as u64).saturating_mul(PER_MEDIUM)),
-            completion: most.map(|most| most.saturating_mul(answers)),
+            completion: if endpoint == Endpoint::Embeddings {
+                Some(0)
+            } else {
+                most.map(|most| most.saturating_mul(answers))
+            },
             answers,
+            texts: if endpoint == Endpoint::Embeddings { messages } else { prompts as u64 }.max(1),
         }
     }
 }
@@ -533,7 +540,7 @@ mod tests {
             (Endpoint::Chat, r#"{"messages":[{},{}],"n":3,"max_tokens":10}"#, 32, Some(30), 3),
             (Endpoint::Completions, r#"{"prompt":["a","b"],"max_tokens":5}"#, 16, Some(10), 2),
             (Endpoint::Completions, r#"{"prompt":[1,2]}"#, 16, None, 1),
-            (Endpoint::Embeddings, r#"{"input":"a"}"#, 262_144, None, 1),
+            (Endpoint::Embeddings, r#"{"input":"a"}"#, 262_144, Some(0), 1),
             (Endpoint::Chat, r#"{"messages":[{"image_url":1}]}"#, 16 + PER_MEDIUM, None, 1),
             (Endpoint::Chat, "nonsense", 16, None, 1),
         ] {

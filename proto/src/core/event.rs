@@ -193,7 +193,7 @@ pub enum Command {
     /// The record of a request under a lease on a model that this node holds: it says what this node
     /// asked, was answered and counted.
     Consume(Box<Verified<Served>>),
-    /// Tell who sells models.
+    /// Tell who sells models: every node, also those that sell none.
     Sellers,
     /// Tell how things stand.
     View,
@@ -260,7 +260,7 @@ pub enum Reply {
     View(Box<View>),
 }
 
-/// A node that sells models, as the map shows it.
+/// A node and the models that it sells, as the map shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seller {
     /// Its key.

@@ -48,24 +48,21 @@ impl Core {
         Ok(())
     }
 
-    /// Every node that sells models.
+    /// Every node, with the models that it sells, if any.
     pub(super) fn sellers(&self, now: Now) -> Vec<Seller> {
-        let hosts = self.spread.hosts().filter_map(|host| {
+        let hosts = self.spread.hosts().map(|host| {
             let key = host.signer();
-            let (offer, heard) = self.spread.offer(&key)?;
-            let offer = offer.body();
-            if offer.models.is_empty() {
-                return None;
-            }
+            let (offer, heard) = self.spread.offer(&key).unzip();
+            let offer = offer.map(Verified::body);
             let believed = !self.conduct.is_quarantined(&key);
-            Some(Seller {
+            Seller {
                 key,
                 name: host.body().name.clone(),
-                up: believed && self.is_up(&key, Some(heard), now.boot),
-                max_term: offer.max_term,
-                models: offer.models.clone(),
+                up: believed && self.is_up(&key, heard, now.boot),
+                max_term: offer.map(|offer| offer.max_term).unwrap_or_default(),
+                models: offer.map(|offer| offer.models.clone()).unwrap_or_default(),
                 addresses: host.body().addresses.data.clone(),
-            })
+            }
         });
         hosts.collect()
     }

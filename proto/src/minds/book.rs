@@ -53,6 +53,8 @@ const MAX_DENIED: usize = 8;
 pub const ACT_LEN: usize = 512;
 /// The most leases that may be promised at once.
 const MAX_LEASES: usize = 100_000;
+/// The most leases on models that one lessee may hold here.
+const MAX_MODEL_LEASES: usize = 256;
 /// The most leases in memory, ended ones included.
 const MAX_KNOWN: usize = 300_000;
 /// How long an ended lease waits for a countersignature under its last receipt. Its papers stay on
@@ -306,6 +308,17 @@ impl Book {
         }
         let full = self.open >= MAX_LEASES || self.leases.len() >= MAX_KNOWN;
         if full || self.spent.len() >= MAX_SPENT {
+            return Placed::Refused(Reason::Busy, Vec::new());
+        }
+        // Nothing else bounds how many of them somebody takes: they hold no capacity.
+        let theirs = |lease: &Lease| {
+            lease.terms.model.is_some()
+                && lease.terms.lessee == body.lessee
+                && lease.kept.stage != Stage::Ended
+        };
+        if body.model.is_some()
+            && self.leases.values().filter(|lease| theirs(lease)).count() >= MAX_MODEL_LEASES
+        {
             return Placed::Refused(Reason::Busy, Vec::new());
         }
         let free = self.free();

@@ -494,7 +494,9 @@ fn over(kept: &Held, terms: Option<&Grant>, end: &Termination) -> Over {
         return Over { reason, outcome, charge: none, credit: none };
     };
     let most = terms.worst_case_over(kept.term);
-    let charge = if kept.chain.closed() { kept.chain.charge } else { end.charge.min(most) };
+    // Of a model nothing is owed but what was agreed on, record by record.
+    let agreed = kept.chain.closed() || terms.model.is_some();
+    let charge = if agreed { kept.chain.charge } else { end.charge.min(most) };
     let credit = chain::credit(terms, charge, end.missed, reason);
     Over { reason, outcome, charge, credit }
 }

@@ -135,6 +135,14 @@ impl ModelTerms {
 }
 
 impl ModelOffer {
+    /// Whether it can stand in an offer.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn sound(&self) -> Result<(), &'static str> {
+        self.check()
+    }
+
     pub(super) fn check(&self) -> Result<(), &'static str> {
         self.terms.check()?;
         if self.endpoints.is_empty() || !self.endpoints.is_sorted_by(|one, next| one < next) {
