@@ -868,6 +868,8 @@ fn founder(root: &Path, fabric: &str, now: Wall) -> Result<Founder, FleetError> 
 pub fn leasehold(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.arg0("leasehold-testnet").arg(NODE);
+    // As the daemon's own main does before its first thread: a model's engine shares its threads out.
+    command.env("CANDLE_NUM_THREADS", "1");
     for (name, _) in std::env::vars_os() {
         if name.as_bytes().starts_with(b"LEASEHOLD_") {
             command.env_remove(name);
