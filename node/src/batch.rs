@@ -581,8 +581,10 @@ async fn one(
     let mut pause = Duration::from_secs(1);
     let mut tries = 0;
     loop {
-        tries += 1;
-        match ask(owner.clone(), endpoint, body.clone()).await {
+        let answered = ask(owner.clone(), endpoint, body.clone()).await;
+        // A limit is waited for as long as the batch has time: what fills it ends or passes.
+        tries += u32::from(answered.as_ref().is_err_and(|fault| fault.status != 429));
+        match answered {
             Err(fault) if matches!(fault.status, 408 | 429 | 502 | 503) && tries < TRIES => {
                 let wait = fault.retry_after.unwrap_or(pause).min(PAUSE);
                 if now() + wait.as_secs() >= until {

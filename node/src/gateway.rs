@@ -18,6 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -69,11 +70,15 @@ const RECORD: Duration = Duration::from_secs(10);
 const LAST: Duration = Duration::from_secs(600);
 /// How many requests are made under one lease: its proof holds the record of each.
 const MAX_REQUESTS: u64 = 50_000;
+/// How many of them at once: the serving node takes 512.
+const MAX_RUNNING: u64 = 448;
 /// When a record that did not come is looked for, each time after the one before.
 const FIND: [Duration; 3] =
     [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
 /// How far a client may be behind what it is answered, in bytes.
 const BACKLOG: usize = 256 << 10;
+/// What a piece takes beside its bytes.
+const PIECE: usize = 256;
 /// How long it may be so before it is given up.
 const CATCH_UP: Duration = Duration::from_secs(3);
 /// A lease that nobody has used for this long is given back.
@@ -137,12 +142,13 @@ struct Inner {
     counts: Arc<Counts>,
 }
 
-/// The leases on one model at one node, of which the newest is used.
+/// The leases on one model at one node, the newest last. Mostly it is one: more where much is asked at
+/// once, or while one that is used up waits for its last requests.
 #[derive(Debug)]
 struct Purse {
     lessor: KeyId,
     terms: ModelTerms,
-    held: tokio::sync::Mutex<Option<Arc<Held>>>,
+    held: tokio::sync::Mutex<Vec<Arc<Held>>>,
 }
 
 /// A lease that this node holds.
@@ -159,6 +165,8 @@ struct Held {
     rates: TokenRates,
     /// How many requests were made under it.
     requests: AtomicU64,
+    /// How many of them are under way.
+    running: AtomicU64,
     /// Whose records are agreed on.
     agreed: Mutex<Numbers>,
     /// The lessor does not take it any more, or what it says of it is not agreed on.
@@ -200,13 +208,16 @@ impl Aside {
         self.held.spent.fetch_sub(std::mem::take(&mut self.amount), Ordering::Relaxed);
     }
 
+    /// The same in other hands.
     fn take(&mut self) -> Self {
+        count(&self.held.running);
         Self { held: Arc::clone(&self.held), amount: std::mem::take(&mut self.amount) }
     }
 }
 
 impl Drop for Aside {
     fn drop(&mut self) {
+        self.held.running.fetch_sub(1, Ordering::Relaxed);
         self.give_back();
     }
 }
@@ -513,14 +524,14 @@ impl Gateway {
         let mut last = None;
         // A lease may have ended there that is thought to be good here: once more with another.
         for _ in 0..2 {
-            let held = self.purse(choice).lease(self, most, seller.max_term).await?;
+            let aside = self.purse(choice).lease(self, most, seller.max_term).await?;
             let mut owed = Owed {
                 gateway: self.clone(),
                 lessor: choice.key,
                 addresses: seller.addresses.clone(),
-                aside: held.set_aside(most.0),
+                held: Arc::clone(&aside.held),
+                aside,
                 open: Some(Expected::of(request, &body, bounds)),
-                held,
             };
             let (lease, length) = (owed.held.id, body.len());
             let head = Head { lease, endpoint: request.endpoint, stream: request.stream, length };
@@ -572,16 +583,16 @@ impl Gateway {
             let purses: Vec<_> = hold(&self.inner.purses).values().cloned().collect();
             for purse in purses {
                 let mut held = purse.held.lock().await;
-                let idle = held.as_ref().filter(|held| {
-                    Arc::strong_count(held) == 1 && hold(&held.used).elapsed() > IDLE
-                });
-                if let Some(id) = idle.map(|held| held.id) {
-                    *held = None;
-                    let _ = self.inner.handle.ask(Command::Release(id)).await;
+                let (kept, unused) = held.drain(..).partition(|held| !held.is_unused());
+                *held = kept;
+                drop(held);
+                let unused: Vec<_> = unused;
+                for held in unused {
+                    let _ = self.inner.handle.ask(Command::Release(held.id)).await;
                 }
             }
             hold(&self.inner.purses).retain(|_, purse| {
-                let unused = purse.held.try_lock().is_ok_and(|held| held.is_none());
+                let unused = purse.held.try_lock().is_ok_and(|held| held.is_empty());
                 !(unused && Arc::strong_count(purse) == 1)
             });
         }
@@ -591,6 +602,7 @@ impl Gateway {
 impl Held {
     fn set_aside(self: &Arc<Self>, amount: u64) -> Aside {
         count(&self.requests);
+        count(&self.running);
         self.spent.fetch_add(amount, Ordering::Relaxed);
         *hold(&self.used) = Instant::now();
         Aside { held: Arc::clone(self), amount }
@@ -599,28 +611,55 @@ impl Held {
     /// Whether one more request for so much may be made under it.
     fn has(&self, amount: u64) -> bool {
         let spent = self.spent.load(Ordering::Relaxed);
+        let place = self.running.load(Ordering::Relaxed) < MAX_RUNNING;
+        self.is_good() && place && spent.saturating_add(amount) <= self.cap
+    }
+
+    fn is_good(&self) -> bool {
         !self.over.load(Ordering::Relaxed)
             && Instant::now() + self.last < self.until
             && self.requests.load(Ordering::Relaxed) < MAX_REQUESTS
-            && (spent == 0 || spent.saturating_add(amount) <= self.cap)
+    }
+
+    /// Whether it may be given back: nothing is under way, and nothing more is to be expected.
+    fn is_unused(self: &Arc<Self>) -> bool {
+        let left = self.cap.saturating_sub(self.spent.load(Ordering::Relaxed));
+        let done = !self.is_good() || left < self.cap / 100;
+        Arc::strong_count(self) == 1 && (done || hold(&self.used).elapsed() > IDLE)
     }
 }
 
 impl Purse {
-    /// A lease with room for `most`, taken now if there is none.
+    /// Sets `most` aside of a lease that has room for it, taken now if there is none. What is taken is
+    /// not lost when whoever wanted it hangs up.
     async fn lease(
+        self: Arc<Self>,
+        gateway: &Gateway,
+        most: Amount,
+        max_term: Span,
+    ) -> Result<Aside, Fault> {
+        if let Some(held) = self.held.lock().await.iter().rev().find(|held| held.has(most.0)) {
+            return Ok(held.set_aside(most.0));
+        }
+        let gateway = gateway.clone();
+        let taking = async move { self.or_take(&gateway, most, max_term).await };
+        tokio::spawn(taking).await.unwrap_or_else(|_| Err(Fault::internal()))
+    }
+
+    async fn or_take(
         &self,
         gateway: &Gateway,
         most: Amount,
         max_term: Span,
-    ) -> Result<Arc<Held>, Fault> {
+    ) -> Result<Aside, Fault> {
         let mut held = self.held.lock().await;
-        if let Some(held) = held.as_ref().filter(|held| held.has(most.0)) {
-            return Ok(Arc::clone(held));
+        if let Some(held) = held.iter().rev().find(|held| held.has(most.0)) {
+            return Ok(held.set_aside(most.0));
         }
         let new = self.take(gateway, most, max_term).await?;
-        *held = Some(Arc::clone(&new));
-        Ok(new)
+        let aside = new.set_aside(most.0);
+        held.push(new);
+        Ok(aside)
     }
 
     async fn take(
@@ -633,6 +672,13 @@ impl Purse {
         let none = || Fault::unavailable("This node has no mandate to order in a lessee's name.");
         let mandate = handle.facts().mandate.as_ref().ok_or_else(none)?;
         let allowed: Mandate = body_in(&mandate.envelope).ok_or_else(none)?;
+        if most > allowed.max_total {
+            return Err(Fault::unavailable(format!(
+                "The request may cost up to {most} there, and this node's mandate allows {} for a \
+                 lease: a lower max_tokens costs less.",
+                allowed.max_total
+            )));
+        }
         let terms = &gateway.inner.terms;
         let term = terms.term.min(max_term).min(allowed.max_term);
         let cap = terms.budget.max(Amount(most.0.saturating_mul(2))).min(allowed.max_total);
@@ -689,6 +735,7 @@ impl Purse {
             last: LAST.min(Duration::from_millis(term.as_millis()) / 2),
             rates: self.terms.rates,
             requests: AtomicU64::new(0),
+            running: AtomicU64::new(0),
             agreed: Mutex::default(),
             over: AtomicBool::new(false),
         };
@@ -870,6 +917,11 @@ impl Owed {
 
     /// Its record came.
     async fn record(&mut self, record: &Signed) -> Option<(LeaseId, u64)> {
+        let number = record.verify::<Served>(&self.gateway.inner.fabric);
+        if number.is_ok_and(|served| hold(&self.held.agreed).has(served.body().number)) {
+            // Taken for the record of the same request, made twice: there is another one.
+            return None;
+        }
         let expected = self.open.take()?;
         let agreed = self.gateway.agree(record, &expected, &self.held, self.lessor).await;
         match &agreed {
@@ -899,38 +951,40 @@ impl Drop for Owed {
 }
 
 impl Owed {
-    /// Looks for a record that did not come. Where there is one and it is not what was expected, or
-    /// nobody can say, the lease is not used any more.
+    /// Looks for a record that did not come. There may be none, and there may be some of other requests
+    /// that are about to be agreed on; where one stays that nobody agrees on, or nobody can say, the
+    /// lease is not used any more.
     async fn find(mut self, expected: Expected) {
+        let (mut before, mut stays) = (BTreeSet::new(), true);
         for wait in FIND {
             tokio::time::sleep(wait).await;
-            match self.missing().await {
-                Some(records) if records.is_empty() => return,
-                Some(records) => {
-                    for record in records {
-                        let gateway = self.gateway.clone();
-                        let same = |served: &Served| expected.is_met_by(&served.service);
-                        let met = record.verify::<Served>(&gateway.inner.fabric);
-                        if !met.is_ok_and(|served| same(served.body())) {
-                            continue;
-                        }
-                        let agreed =
-                            gateway.agree(&record, &expected, &self.held, self.lessor).await;
-                        if let Some((.., cost)) = agreed {
-                            self.aside.settle(cost);
-                            return;
-                        }
+            let Some(records) = self.missing().await else {
+                stays = true;
+                continue;
+            };
+            let mut others = BTreeSet::new();
+            for (number, service, record) in records {
+                if expected.is_met_by(&service) {
+                    let gateway = self.gateway.clone();
+                    let agreed = gateway.agree(&record, &expected, &self.held, self.lessor).await;
+                    if let Some((.., cost)) = agreed {
+                        self.aside.settle(cost);
+                        return;
                     }
                 }
-                None => {}
+                others.insert(number);
             }
+            stays = !others.is_disjoint(&before);
+            before = others;
         }
-        self.held.over.store(true, Ordering::Relaxed);
+        if stays {
+            self.held.over.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The records of the lease that are not agreed on yet, as the serving node tells them; none when
     /// it cannot be asked.
-    async fn missing(&self) -> Option<Vec<Signed>> {
+    async fn missing(&self) -> Option<Vec<(u64, Service, Signed)>> {
         let from = hold(&self.held.agreed).0 + 1;
         let body = infer::ask_records(&self.held.id, from);
         let data = self.gateway.inner.handle.data();
@@ -940,10 +994,10 @@ impl Owed {
         while records.len() < infer::MAX_RECORDS {
             match timeout(RECORD, infer::read(&mut recv)).await.ok()?.ok()? {
                 Some(Frame::Record(record)) => {
-                    let number =
-                        record.verify::<Served>(&self.gateway.inner.fabric).ok()?.body().number;
+                    let served = record.verify::<Served>(&self.gateway.inner.fabric).ok()?;
+                    let (number, service) = (served.body().number, served.body().service);
                     if !hold(&self.held.agreed).has(number) {
-                        records.push(*record);
+                        records.push((number, service, *record));
                     }
                 }
                 Some(_) => return None,
@@ -981,8 +1035,8 @@ impl Backlog {
 
 fn size(piece: &Result<Piece, Fault>) -> usize {
     match piece {
-        Ok(Piece::Data(data)) => data.len(),
-        _ => 0,
+        Ok(Piece::Data(data)) => data.len() + PIECE,
+        _ => PIECE,
     }
 }
 
@@ -1035,12 +1089,13 @@ impl Opened {
         let mut keeping = Keeping::default();
         // The client wants no more of it, and it has been counted.
         let (mut hung_up, mut done) = (false, false);
+        let mut prompted = false;
         let begin = if stream { BEGIN } else { WHOLE };
         let mut until = tokio::time::Instant::now() + begin;
         let mut reading = Box::pin(next_frame(recv));
         let watching = asking.gateway.clone();
-        let gone = watching.gone(asking.key);
-        tokio::pin!(gone);
+        // Dropped as soon as it is not looked at any more: it may hold what others wait for.
+        let mut gone = Some(Box::pin(watching.gone(asking.key)));
         // Since when the client is too far behind, until it has caught up.
         let mut behind: Option<tokio::time::Instant> = None;
         loop {
@@ -1050,15 +1105,27 @@ impl Opened {
             } else if backlog.is_full() {
                 behind.get_or_insert_with(tokio::time::Instant::now);
             }
-            let pauses = behind.is_some() && backlog.is_full();
+            let pauses = behind.is_some();
+            if hung_up || done {
+                gone = None;
+            }
             let patience = behind.map_or(until, |since| since + CATCH_UP);
             let read = tokio::select! {
                 biased;
                 room = sender.reserve(), if waiting => {
-                    match (room, backlog.pop()) {
-                        (Ok(room), Some(piece)) => room.send(piece),
-                        // Nobody is there to take it.
-                        _ => *backlog = Backlog::default(),
+                    if let Ok(room) = room {
+                        if let Some(piece) = backlog.pop() {
+                            room.send(piece);
+                        }
+                        continue;
+                    }
+                    // Nobody is there to take it.
+                    *backlog = Backlog::default();
+                    if !hung_up && !done {
+                        hung_up = true;
+                        until = tokio::time::Instant::now() + RECORD;
+                        count(&asking.gateway.inner.counts.hung_up);
+                        send.reset(Code::Cancelled);
                     }
                     continue;
                 }
@@ -1067,7 +1134,7 @@ impl Opened {
                     reading = Box::pin(next_frame(recv));
                     Some(read)
                 }
-                () = &mut gone, if !hung_up && !done => {
+                () = watched(gone.as_mut()), if gone.is_some() => {
                     asking.failed();
                     backlog.push(Err(broken("it went down")));
                     return;
@@ -1116,7 +1183,8 @@ impl Opened {
                     }
                 }
                 Some(Ok(Some(Frame::Prompt(tokens)))) if !done => {
-                    if !hung_up {
+                    // It says so once.
+                    if !hung_up && !std::mem::replace(&mut prompted, true) {
                         backlog.push(Ok(Piece::Prompt(tokens.min(bounds.prompt))));
                     }
                     continue;
@@ -1147,9 +1215,14 @@ impl Opened {
                 }
                 Some(Ok(Some(Frame::Fault(fault)))) if !done => {
                     owed.nothing();
-                    if fault.may_pass_elsewhere() {
+                    if fault.is_no_room() {
+                        // The two nodes do not count alike: the node is well, the lease is not.
+                        owed.held.over.store(true, Ordering::Relaxed);
+                    } else if fault.may_pass_elsewhere() {
                         asking.failed();
                     }
+                    // What this node says of its clients only it can say.
+                    let fault = if fault.is_unread() { broken(&fault.message) } else { fault };
                     backlog.push(Err(fault));
                     return;
                 }
@@ -1175,6 +1248,14 @@ impl Opened {
             }
             return;
         }
+    }
+}
+
+/// What is watched for, if it still is.
+async fn watched(gone: Option<&mut Pin<Box<impl Future<Output = ()>>>>) {
+    match gone {
+        Some(gone) => gone.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -1300,6 +1381,6 @@ mod tests {
         assert!(!backlog.is_full());
         backlog.push(piece(1));
         assert!(backlog.is_full());
-        assert!(backlog.pop().is_some() && !backlog.is_full() && backlog.bytes == 1);
+        assert!(backlog.pop().is_some() && !backlog.is_full() && backlog.bytes == 1 + PIECE);
     }
 }

@@ -346,3 +346,25 @@ fn a_model_is_leased_as_it_is_offered_or_not_at_all() {
     let served = net.ask(LESSOR, Command::Serve(leased.lease, service(1, 1)));
     assert!(matches!(served, Err(Failure::Over)), "{served:?}");
 }
+
+#[test]
+fn a_lessee_holds_only_so_many_leases_on_models() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let mut leases = Vec::new();
+    let refused = loop {
+        match net.ask(LESSEE, Command::Lease(wanted(Amount(UNIT)))) {
+            Ok(Reply::Leased(leased)) => leases.push(leased.lease),
+            other => break other,
+        }
+    };
+    assert_eq!(leases.len(), 256, "{refused:?}");
+    let Err(Failure::Refused(heard)) = refused else { panic!("{refused:?}") };
+    assert!(heard.iter().any(|heard| heard.reason == Some(Reason::Busy)), "{heard:?}");
+    // One that ends makes room.
+    let released = net.ask(LESSEE, Command::Release(leases[0]));
+    assert!(released.is_ok(), "{released:?}");
+    net.pass(Span::secs(1));
+    let leased = net.ask(LESSEE, Command::Lease(wanted(Amount(UNIT))));
+    assert!(matches!(leased, Ok(Reply::Leased(_))), "{leased:?}");
+}

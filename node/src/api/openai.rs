@@ -434,19 +434,27 @@ impl Asked {
         let mut whole = None;
         let mut next =
             Some(Ok(std::mem::replace(&mut answer.first, Piece::Done(Counted::default()))));
+        let short = || Fault::bad_upstream("The serving node ended without an answer.");
+        let mut failed = None;
         while let Some(piece) = next {
-            match piece? {
-                Piece::Data(piece) => whole = Some(piece),
-                Piece::Done(counted) => {
+            match piece {
+                Ok(Piece::Data(piece)) => whole = Some(piece),
+                Ok(Piece::Done(counted)) => {
                     billed.counted = Some(counted);
                     break;
                 }
-                Piece::Prompt(_) => {}
+                Ok(Piece::Prompt(tokens)) => billed.prompt = tokens,
+                Err(fault) => {
+                    failed = Some(fault);
+                    break;
+                }
             }
             next = answer.rest.recv().await;
         }
-        let short = || Fault::bad_upstream("The serving node ended without an answer.");
-        let (Some(whole), Some(_)) = (whole, billed.counted) else { return Err(short()) };
+        let (Some(whole), Some(_)) = (whole, billed.counted) else {
+            billed.broke_off();
+            return Err(failed.unwrap_or_else(short));
+        };
         let text = billed.rewrite(&whole)?.ok_or_else(short)?;
         Ok((text, answer.node))
     }

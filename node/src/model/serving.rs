@@ -126,9 +126,8 @@ impl Models {
             }
         };
         let worst = worst_case(&bounds, admitted.loaded.entry.context, &admitted.lease.terms.rates);
-        let Some(_aside) = admitted.lease.set_aside(worst) else {
-            let why = "The lease's budget has no room for this request.";
-            return infer::write(send, &Frame::Fault(Fault::unavailable(why))).await;
+        let Some(aside) = admitted.lease.set_aside(worst) else {
+            return infer::write(send, &Frame::Fault(Fault::no_room())).await;
         };
         let read = (&mut hash, &mut seen, &mut prompt);
         let ended = pipe(admitted, ask, read, send, stop).await;
@@ -143,6 +142,8 @@ impl Models {
             }
             Ended::Fault(fault) => {
                 counts.faults.fetch_add(1, relaxed);
+                // Before it is told: whoever asked may ask again for as much at once.
+                drop(aside);
                 return infer::write(send, &Frame::Fault(fault.clone())).await;
             }
         };
@@ -163,7 +164,9 @@ impl Models {
             cached_tokens: counted.cached,
             completion_tokens: counted.completion,
         };
-        let Some(record) = self.record(&head, service, admitted).await else { return told };
+        let record = self.record(&head, service, admitted).await;
+        drop(aside);
+        let Some(record) = record else { return told };
         told?;
         infer::write(send, &Frame::Record(Box::new(record))).await
     }

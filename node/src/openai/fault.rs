@@ -275,6 +275,19 @@ impl Fault {
         Self::new(503, Kind::Server, Some("service_unavailable"), message)
     }
 
+    /// 503: a lease's budget has no room for what a request may cost.
+    #[must_use]
+    pub fn no_room() -> Self {
+        let message = "The lease's budget has no room for this request.";
+        Self::new(503, Kind::Server, Some("lease_has_no_room"), message)
+    }
+
+    /// Whether it says that.
+    #[must_use]
+    pub fn is_no_room(&self) -> bool {
+        self.code.as_deref() == Some("lease_has_no_room")
+    }
+
     /// 503: whoever could answer has too much to do.
     #[must_use]
     pub fn overloaded(wait: Duration) -> Self {
