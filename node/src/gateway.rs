@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -79,8 +79,13 @@ const FIND: [Duration; 3] =
 const BACKLOG: usize = 256 << 10;
 /// What a piece takes beside its bytes.
 const PIECE: usize = 256;
-/// How long it may be so before it is given up.
+/// How long it may be so before it is given up, where it is alone with that.
 const CATCH_UP: Duration = Duration::from_secs(3);
+/// With so many more of them it is half as long, a third with twice as many, and so on: each takes of
+/// the room that a connection has for all.
+const BEHIND: usize = 8;
+/// How often it is looked how many they are.
+const LOOK: Duration = Duration::from_millis(200);
 /// A lease that nobody has used for this long is given back.
 const IDLE: Duration = Duration::from_secs(600);
 /// How often that is looked at.
@@ -140,6 +145,8 @@ struct Inner {
     sellers: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Seller>>)>>,
     purses: Mutex<BTreeMap<(KeyId, ModelTerms), Arc<Purse>>>,
     counts: Arc<Counts>,
+    /// How many clients are too far behind.
+    behind: Arc<AtomicUsize>,
 }
 
 /// The leases on one model at one node, the newest last. Mostly it is one: more where much is asked at
@@ -269,6 +276,7 @@ impl Gateway {
             router: Mutex::new((Router::default(), Dice::new(seed))),
             sellers: tokio::sync::Mutex::default(),
             purses: Mutex::default(),
+            behind: Arc::default(),
         };
         let gateway = Self { inner: Arc::new(inner) };
         tokio::spawn(gateway.clone().sweep(shutdown));
@@ -1040,6 +1048,41 @@ fn size(piece: &Result<Piece, Fault>) -> usize {
     }
 }
 
+/// A client that is too far behind, as long as it is.
+struct Behind {
+    since: tokio::time::Instant,
+    all: Arc<AtomicUsize>,
+}
+
+impl Behind {
+    fn new(all: &Arc<AtomicUsize>) -> Self {
+        all.fetch_add(1, Ordering::Relaxed);
+        Self { since: tokio::time::Instant::now(), all: Arc::clone(all) }
+    }
+
+    /// Until when it may be so, as things are.
+    fn until(&self) -> tokio::time::Instant {
+        let others = self.all.load(Ordering::Relaxed).saturating_sub(1);
+        let share = u32::try_from(1 + others / BEHIND).unwrap_or(u32::MAX);
+        self.since + CATCH_UP / share
+    }
+
+    /// When to look again.
+    fn look(&self) -> tokio::time::Instant {
+        self.until().min(tokio::time::Instant::now() + LOOK)
+    }
+
+    fn is_over(&self) -> bool {
+        self.until() <= tokio::time::Instant::now()
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        self.all.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// What comes to a client.
 type Sender = mpsc::Sender<Result<Piece, Fault>>;
 
@@ -1097,19 +1140,19 @@ impl Opened {
         // Dropped as soon as it is not looked at any more: it may hold what others wait for.
         let mut gone = Some(Box::pin(watching.gone(asking.key)));
         // Since when the client is too far behind, until it has caught up.
-        let mut behind: Option<tokio::time::Instant> = None;
+        let mut behind: Option<Behind> = None;
         loop {
             let waiting = !backlog.pieces.is_empty();
             if hung_up || backlog.bytes < BACKLOG / 2 {
                 behind = None;
             } else if backlog.is_full() {
-                behind.get_or_insert_with(tokio::time::Instant::now);
+                behind.get_or_insert_with(|| Behind::new(&watching.inner.behind));
             }
             let pauses = behind.is_some();
             if hung_up || done {
                 gone = None;
             }
-            let patience = behind.map_or(until, |since| since + CATCH_UP);
+            let patience = behind.as_ref().map_or(until, Behind::look);
             let read = tokio::select! {
                 biased;
                 room = sender.reserve(), if waiting => {
@@ -1148,6 +1191,9 @@ impl Opened {
                     continue;
                 }
                 () = tokio::time::sleep_until(patience), if behind.is_some() => {
+                    if behind.as_ref().is_some_and(|behind| !behind.is_over()) {
+                        continue;
+                    }
                     hung_up = true;
                     until = tokio::time::Instant::now() + RECORD;
                     count(&asking.gateway.inner.counts.hung_up);
@@ -1371,6 +1417,17 @@ mod tests {
         }
         assert!(!whole.is_met_by(&Service { response: Hash([8; 32]), ..said }));
         assert!(!whole.is_met_by(&Service { completion_tokens: 4, ..said }));
+    }
+
+    #[test]
+    fn the_more_are_behind_the_less_long_they_may_be() {
+        let all = Arc::default();
+        let first = Behind::new(&all);
+        assert_eq!(first.until() - first.since, CATCH_UP);
+        let more: Vec<_> = (0..3 * BEHIND).map(|_| Behind::new(&all)).collect();
+        assert_eq!(first.until() - first.since, CATCH_UP / 4);
+        drop(more);
+        assert_eq!(first.until() - first.since, CATCH_UP);
     }
 
     #[test]

@@ -110,6 +110,13 @@ fn conforms(said: &Value) {
         assert_eq!(error["param"], param, "{name}: {error}");
         assert!(code.is_null() || error["code"] == code, "{name}: {error}");
     }
+    let batch = &said["batch"];
+    assert_eq!(batch["status"], "completed", "{batch}");
+    assert_eq!(batch["counts"], json!([3, 2, 1]), "{batch}");
+    assert_eq!(batch["texts"]["one"], chat["text"], "a request is a request: {batch}");
+    assert!(batch["texts"]["two"].is_string(), "{batch}");
+    assert_eq!(batch["refused"], json!({"three": [404, "model_not_found"]}));
+    assert_eq!((&batch["listed"], &batch["deleted"]), (&json!(true), &json!(true)), "{batch}");
     assert_eq!(said["cancelled"]["taken"], 4);
     let several = &said["asynchronous"];
     assert_eq!(several["cancelled"], true, "{several}");

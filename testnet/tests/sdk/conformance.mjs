@@ -6,7 +6,7 @@ import { createRequire } from "node:module";
 
 const [sdks, baseURL, apiKey, chat, embeddings] = process.argv.slice(2);
 const require = createRequire(`${sdks}/`);
-const { OpenAI } = require("openai");
+const { OpenAI, toFile } = require("openai");
 const { version } = JSON.parse(readFileSync(`${sdks}/node_modules/openai/package.json`));
 const said = { version };
 const client = new OpenAI({ baseURL, apiKey, maxRetries: 0, timeout: 120_000 });
@@ -134,6 +134,58 @@ const tool = { type: "function", function: { name: "f", parameters: { type: "obj
 await fails("tools", () => client.chat.completions.create({ ...ask, tools: [tool] }));
 const long = [{ role: "user", content: "word ".repeat(40_000) }];
 await fails("context", () => client.chat.completions.create({ ...ask, messages: long }));
+
+// A batch: a file of requests in, one of answers and one of errors out.
+const lines = Object.entries({ one: {}, two: { max_tokens: 4 }, three: { model: "gpt-9" } }).map(
+  ([custom_id, more]) =>
+    JSON.stringify({
+      custom_id,
+      method: "POST",
+      url: "/v1/chat/completions",
+      body: { ...ask, ...more },
+    }),
+);
+const file = await client.files.create({
+  file: await toFile(Buffer.from(lines.join("\n")), "requests.jsonl"),
+  purpose: "batch",
+});
+let batch = await client.batches.create({
+  input_file_id: file.id,
+  endpoint: "/v1/chat/completions",
+  completion_window: "24h",
+});
+const until = Date.now() + 120_000;
+while (!["completed", "failed", "expired", "cancelled"].includes(batch.status)) {
+  if (Date.now() > until) throw new Error(JSON.stringify(batch));
+  await new Promise((resolve) => setTimeout(resolve, 100));
+  batch = await client.batches.retrieve(batch.id);
+}
+async function results(id) {
+  const text = await (await client.files.content(id)).text();
+  const read = text.trim().split("\n").map((line) => JSON.parse(line));
+  return read.map(({ custom_id, response }) => [custom_id, response]);
+}
+const { total, completed, failed } = batch.request_counts;
+const listed = [];
+for await (const one of client.batches.list()) listed.push(one.id);
+said.batch = {
+  status: batch.status,
+  counts: [total, completed, failed],
+  texts: Object.fromEntries(
+    (await results(batch.output_file_id)).map(([name, answer]) => [
+      name,
+      answer.body.choices[0].message.content,
+    ]),
+  ),
+  refused: Object.fromEntries(
+    (await results(batch.error_file_id)).map(([name, answer]) => [
+      name,
+      [answer.status_code, answer.body.error.code],
+    ]),
+  ),
+  listed: listed.includes(batch.id),
+  deleted: (await client.files.delete(file.id)).deleted,
+};
 
 // One who breaks off a stream, and goes on with something else.
 const endless = {

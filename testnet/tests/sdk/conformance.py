@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import sys
+import time
 
 import openai
 
@@ -123,6 +124,45 @@ fails("tools", lambda: client.chat.completions.create(**ask, tools=[tool]))
 long = [{"role": "user", "content": "word " * 40_000}]
 fails("context", lambda: client.chat.completions.create(**{**ask, "messages": long}))
 said["errors"] = errors
+
+# A batch: a file of requests in, one of answers and one of errors out.
+lines = [
+    {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {**ask, **more}}
+    for name, more in [("one", {}), ("two", {"max_tokens": 4}), ("three", {"model": "gpt-9"})]
+]
+content = "\n".join(json.dumps(line) for line in lines).encode()
+file = client.files.create(file=("requests.jsonl", content), purpose="batch")
+batch = client.batches.create(
+    input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+)
+until = time.monotonic() + 120
+while batch.status not in ("completed", "failed", "expired", "cancelled"):
+    assert time.monotonic() < until, batch
+    time.sleep(0.1)
+    batch = client.batches.retrieve(batch.id)
+
+
+def results(file_id):
+    read = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    return {line["custom_id"]: line["response"] for line in read}
+
+
+answers, refused = results(batch.output_file_id), results(batch.error_file_id)
+counts = batch.request_counts
+said["batch"] = {
+    "status": batch.status,
+    "counts": [counts.total, counts.completed, counts.failed],
+    "texts": {
+        name: answer["body"]["choices"][0]["message"]["content"]
+        for name, answer in answers.items()
+    },
+    "refused": {
+        name: [answer["status_code"], answer["body"]["error"]["code"]]
+        for name, answer in refused.items()
+    },
+    "listed": batch.id in [one.id for one in client.batches.list()],
+    "deleted": client.files.delete(file.id).deleted,
+}
 
 # One who breaks off a stream, and goes on with something else.
 endless = {**ask, "max_tokens": 1_500, "messages": [
