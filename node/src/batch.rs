@@ -85,6 +85,13 @@ pub enum Status {
     Cancelled,
 }
 
+impl Status {
+    /// Whether something of it is still to be asked or awaited.
+    pub(crate) const fn is_open(self) -> bool {
+        matches!(self, Self::InProgress | Self::Cancelling)
+    }
+}
+
 /// A mistake in a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mistake {
@@ -290,9 +297,9 @@ impl Batches {
     pub(crate) fn remove(&self, owner: Option<&str>, id: &str) -> Result<bool, Fault> {
         let Some(file) = self.file(owner, id) else { return Ok(false) };
         let mut state = hold(&self.inner.state);
-        let open = |batch: &Batch| matches!(batch.status, Status::InProgress | Status::Cancelling);
         let needs = |batch: &&Batch| {
-            open(batch) && [&batch.input, &batch.output, &batch.error].contains(&&file.id)
+            batch.status.is_open()
+                && [&batch.input, &batch.output, &batch.error].contains(&&file.id)
         };
         if let Some(batch) = state.batches.values().find(needs) {
             let why = format!("The batch '{}' still needs this file.", batch.id);
@@ -408,10 +415,7 @@ impl Batches {
         loop {
             let open = {
                 let state = hold(&self.inner.state);
-                let open = |batch: &&Batch| {
-                    matches!(batch.status, Status::InProgress | Status::Cancelling)
-                };
-                let first = state.batches.values().filter(open);
+                let first = state.batches.values().filter(|batch| batch.status.is_open());
                 first.min_by_key(|batch| (batch.created_at, batch.id.clone())).cloned()
             };
             let Some(batch) = open else {

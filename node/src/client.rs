@@ -235,11 +235,7 @@ impl Client {
         path: &str,
         body: &(impl Serialize + Sync),
     ) -> Result<T, ClientError> {
-        let bytes = serde_json::to_vec(body).map_err(|error| self.answered(error.to_string()))?;
-        let body = Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed_unsync();
-        let json = Some("application/json");
-        let response = self.send(Method::POST, path, json, body, ANSWER).await?;
-        self.json(response).await
+        self.tell(Method::POST, path, body).await
     }
 
     /// The same to change what is at `path`.
@@ -251,10 +247,18 @@ impl Client {
         path: &str,
         body: &(impl Serialize + Sync),
     ) -> Result<T, ClientError> {
+        self.tell(Method::PUT, path, body).await
+    }
+
+    async fn tell<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, ClientError> {
         let bytes = serde_json::to_vec(body).map_err(|error| self.answered(error.to_string()))?;
         let body = Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed_unsync();
-        let json = Some("application/json");
-        let response = self.send(Method::PUT, path, json, body, ANSWER).await?;
+        let response = self.send(method, path, Some("application/json"), body, ANSWER).await?;
         self.json(response).await
     }
 

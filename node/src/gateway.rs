@@ -43,7 +43,7 @@ use crate::data::{LinkError, RecvHalf, SendHalf};
 use crate::handle::{AskError, Handle};
 use crate::infer::{self, AnswerHash, Frame, Head, INFER, RECORDS};
 use crate::model::engine::{Ask, Piece, Pieces, WAITING};
-use crate::model::serving::{endpoint_of, sampling_of};
+use crate::model::serving::sampling_of;
 use crate::model::{Models, worst_case};
 use crate::openai::provider::{Provider, Sort as Wanted};
 use crate::openai::rewrite::CHUNK;
@@ -326,15 +326,14 @@ impl Gateway {
     ///
     /// # Errors
     /// 503 when the node is stopping.
-    pub(crate) async fn worst(&self, request: &Request) -> Result<Amount, Fault> {
-        let bounds = Bounds::of(request.endpoint, &request.forward(&request.model, true));
+    pub(crate) async fn worst(&self, request: &Request, bounds: &Bounds) -> Result<Amount, Fault> {
         let named = |name: &String| *name == request.model || request.models.contains(name);
         let sellers = self.sellers().await?;
         let offers = sellers.iter().filter(|seller| seller.up).flat_map(|seller| &seller.models);
         let offers = offers.filter(|offer| named(&offer.terms.name));
         let worst = offers.map(|offer| {
             let rates = self.price(&offer.terms);
-            worst_case(&bounds, offer.context, &rates)
+            worst_case(bounds, offer.context, &rates)
         });
         Ok(worst.max().unwrap_or(Amount::ZERO))
     }
@@ -347,9 +346,10 @@ impl Gateway {
         let counts = &self.inner.counts;
         count(&counts.requests);
         let sellers = self.sellers().await?;
+        let prefixes = request.prefix_keys();
         let mut fault = None;
         for model in std::iter::once(&request.model).chain(&request.models) {
-            let choices = match self.choose(model, request, &sellers) {
+            let choices = match self.choose(model, request, &prefixes, &sellers) {
                 Ok(choices) => choices,
                 Err(no) => {
                     fault.get_or_insert(no);
@@ -361,7 +361,7 @@ impl Gateway {
                     count(&counts.fallbacks);
                 }
                 let node = choice.name.clone();
-                match Box::pin(self.try_one(request, choice, &sellers)).await {
+                match Box::pin(self.try_one(request, choice, &prefixes, &sellers)).await {
                     Ok(answer) => return Ok(answer),
                     Err(Failed::Elsewhere(why)) => {
                         tracing::info!(node, model, %why, "a node did not answer");
@@ -382,17 +382,17 @@ impl Gateway {
         &self,
         model: &str,
         request: &Request,
+        prefixes: &[u64],
         sellers: &[Seller],
     ) -> Result<Vec<Choice>, Fault> {
         let hosts: Vec<_> = sellers
             .iter()
             .map(|Seller { key, name, up, models, .. }| Host { key: *key, name, up: *up, models })
             .collect();
-        let prefixes = request.prefix_keys();
         let provider = &request.provider;
         let question = Question {
             model,
-            endpoint: endpoint_of(request.endpoint),
+            endpoint: request.endpoint,
             needs: request.needs().bits(),
             // Four bytes a token, as most text is.
             prompt_tokens: (request.prompt_bytes() / 4) as u64,
@@ -410,7 +410,7 @@ impl Gateway {
             max_latency: provider
                 .preferred_max_latency
                 .map(|most| Span::millis(u64::try_from(most.as_millis()).unwrap_or(u64::MAX))),
-            prefixes: &prefixes,
+            prefixes,
         };
         let mut router = hold(&self.inner.router);
         let (router, dice) = &mut *router;
@@ -443,6 +443,7 @@ impl Gateway {
         &self,
         request: &Request,
         choice: Choice,
+        prefixes: &[u64],
         sellers: &[Seller],
     ) -> Result<Answer, Failed> {
         let name = &choice.terms.name;
@@ -452,7 +453,7 @@ impl Gateway {
             gateway: self.clone(),
             key: choice.key,
             model: name.clone(),
-            prefixes: request.prefix_keys(),
+            prefixes: prefixes.to_vec(),
             asked: Instant::now(),
             first: None,
             pieces: 0,
@@ -871,8 +872,8 @@ struct Expected {
 impl Expected {
     fn of(request: &Request, body: &[u8], bounds: Bounds) -> Self {
         let service = Service {
-            endpoint: endpoint_of(request.endpoint),
-            request: Hash(*blake3::hash(body).as_bytes()),
+            endpoint: request.endpoint,
+            request: Hash::of(body),
             response: AnswerHash::default().finish(),
             sampling: sampling_of(request),
             finish: Finish::HungUp,
@@ -1083,6 +1084,15 @@ impl Drop for Behind {
     }
 }
 
+/// What happened to an answer that is being read.
+enum Met {
+    Read(Result<Option<Frame>, infer::Broken>),
+    /// The client wants no more of it, or does not take it.
+    HungUp,
+    /// Nothing, for as long as is waited.
+    Nothing,
+}
+
 /// What comes to a client.
 type Sender = mpsc::Sender<Result<Piece, Fault>>;
 
@@ -1153,7 +1163,7 @@ impl Opened {
                 gone = None;
             }
             let patience = behind.as_ref().map_or(until, Behind::look);
-            let read = tokio::select! {
+            let met = tokio::select! {
                 biased;
                 room = sender.reserve(), if waiting => {
                     if let Ok(room) = room {
@@ -1164,25 +1174,33 @@ impl Opened {
                     }
                     // Nobody is there to take it.
                     *backlog = Backlog::default();
-                    if !hung_up && !done {
-                        hung_up = true;
-                        until = tokio::time::Instant::now() + RECORD;
-                        count(&asking.gateway.inner.counts.hung_up);
-                        send.reset(Code::Cancelled);
+                    if hung_up || done {
+                        continue;
                     }
-                    continue;
+                    Met::HungUp
                 }
                 // A frame that is half read goes on being read whatever else happens meanwhile.
                 (recv, read) = &mut reading, if !pauses => {
                     reading = Box::pin(next_frame(recv));
-                    Some(read)
+                    Met::Read(read)
                 }
                 () = watched(gone.as_mut()), if gone.is_some() => {
                     asking.failed();
                     backlog.push(Err(broken("it went down")));
                     return;
                 }
-                () = sender.closed(), if !hung_up && !done => {
+                () = sender.closed(), if !hung_up && !done => Met::HungUp,
+                () = tokio::time::sleep_until(patience), if behind.is_some() => {
+                    if behind.as_ref().is_some_and(|behind| !behind.is_over()) {
+                        continue;
+                    }
+                    backlog.push(Err(Fault::unread()));
+                    Met::HungUp
+                }
+                () = tokio::time::sleep_until(until), if behind.is_none() => Met::Nothing,
+            };
+            let wrong = match met {
+                Met::HungUp => {
                     hung_up = true;
                     until = tokio::time::Instant::now() + RECORD;
                     count(&asking.gateway.inner.counts.hung_up);
@@ -1190,21 +1208,7 @@ impl Opened {
                     send.reset(Code::Cancelled);
                     continue;
                 }
-                () = tokio::time::sleep_until(patience), if behind.is_some() => {
-                    if behind.as_ref().is_some_and(|behind| !behind.is_over()) {
-                        continue;
-                    }
-                    hung_up = true;
-                    until = tokio::time::Instant::now() + RECORD;
-                    count(&asking.gateway.inner.counts.hung_up);
-                    send.reset(Code::Cancelled);
-                    backlog.push(Err(Fault::unread()));
-                    continue;
-                }
-                () = tokio::time::sleep_until(until), if behind.is_none() => None,
-            };
-            let wrong = match read {
-                Some(Ok(Some(Frame::Piece(piece)))) if !done => {
+                Met::Read(Ok(Some(Frame::Piece(piece)))) if !done => {
                     if !stream && asking.pieces > 0 {
                         "it sent more than one answer".to_owned()
                     } else if stream && piece.len() > CHUNK {
@@ -1228,14 +1232,14 @@ impl Opened {
                         }
                     }
                 }
-                Some(Ok(Some(Frame::Prompt(tokens)))) if !done => {
+                Met::Read(Ok(Some(Frame::Prompt(tokens)))) if !done => {
                     // It says so once.
                     if !hung_up && !std::mem::replace(&mut prompted, true) {
                         backlog.push(Ok(Piece::Prompt(tokens.min(bounds.prompt))));
                     }
                     continue;
                 }
-                Some(Ok(Some(Frame::Done(counted)))) if !done => {
+                Met::Read(Ok(Some(Frame::Done(counted)))) if !done => {
                     let most = Counted {
                         prompt: counted.prompt.min(bounds.prompt),
                         cached: counted.cached.min(counted.prompt),
@@ -1259,7 +1263,7 @@ impl Opened {
                     }
                     continue;
                 }
-                Some(Ok(Some(Frame::Fault(fault)))) if !done => {
+                Met::Read(Ok(Some(Frame::Fault(fault)))) if !done => {
                     owed.nothing();
                     if fault.is_no_room() {
                         // The two nodes do not count alike: the node is well, the lease is not.
@@ -1272,7 +1276,7 @@ impl Opened {
                     backlog.push(Err(fault));
                     return;
                 }
-                Some(Ok(Some(Frame::Record(record)))) if done => {
+                Met::Read(Ok(Some(Frame::Record(record)))) if done => {
                     let agreed = owed.record(&record).await;
                     if let Some((lease, number)) = agreed.filter(|_| keeps) {
                         let transcript = keeping.finish(endpoint.path(), &body);
@@ -1284,9 +1288,9 @@ impl Opened {
                     tracing::debug!(node = %asking.key, "the record of a request did not come");
                     return;
                 }
-                None => "nothing came for too long".to_owned(),
-                Some(Err(error)) => error.to_string(),
-                Some(Ok(_)) => "it ended too early".to_owned(),
+                Met::Nothing => "nothing came for too long".to_owned(),
+                Met::Read(Err(error)) => error.to_string(),
+                Met::Read(Ok(_)) => "it ended too early".to_owned(),
             };
             if !hung_up {
                 asking.failed();
@@ -1393,7 +1397,7 @@ mod tests {
     #[test]
     fn a_record_is_held_against_what_was_seen() {
         let body = br#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":9}"#;
-        let request = Request::parse(Endpoint::Chat, body).expect("parses");
+        let request = Request::parse(Endpoint::Chat, &Bytes::from_static(body)).expect("parses");
         let bounds = Bounds::of(Endpoint::Chat, body);
         let begun = Expected { completion: 5, ..Expected::of(&request, body, bounds) };
         let said = Service {
@@ -1408,7 +1412,7 @@ mod tests {
         assert!(whole.is_met_by(&Service { finish: Finish::HungUp, ..said }));
         let others = [
             Service { request: Hash([8; 32]), ..said },
-            Service { endpoint: endpoint_of(Endpoint::Completions), ..said },
+            Service { endpoint: Endpoint::Completions, ..said },
             Service { prompt_tokens: bounds.prompt + 1, ..said },
             Service { completion_tokens: 6, ..said },
         ];

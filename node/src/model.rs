@@ -35,7 +35,7 @@ use leasehold_proto::core::{Event, StartJob};
 use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally, TokenRates};
 use leasehold_proto::words::sign::Signer;
 use leasehold_proto::words::usage::{Outcome, Usage};
-use leasehold_proto::{Amount, Boot, KeyId, LeaseId, Span};
+use leasehold_proto::{Amount, Boot, LeaseId, Span};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -205,6 +205,7 @@ impl Models {
         for entry in models.inner.catalog.list() {
             models.take_up(entry);
         }
+        models.keep_private();
         models
     }
 
@@ -228,6 +229,7 @@ impl Models {
         let put = move || catalog.put(&name, &spec, &payloads);
         let entry = tokio::task::spawn_blocking(put).await.map_err(CatalogError::panicked)??;
         self.take_up(entry.clone());
+        self.keep_private();
         Ok(entry)
     }
 
@@ -251,11 +253,16 @@ impl Models {
             |known| Arc::clone(&known.engine),
         );
         engines.insert(name, Arc::new(Loaded { entry, engine }));
+        drop(engines);
+        self.inner.added.notify_one();
+    }
+
+    /// Has the payloads of private models kept to this node.
+    fn keep_private(&self) {
+        let engines = hold(&self.inner.engines);
         let private = engines.values().filter(|loaded| loaded.entry.private);
         let private = private.flat_map(|loaded| loaded.entry.payloads(&self.inner.payloads));
         self.inner.payloads.keep_private(private.collect());
-        drop(engines);
-        self.inner.added.notify_one();
     }
 
     /// Asks a model of this node's own.
@@ -477,11 +484,6 @@ impl Entry {
     pub const fn needs(&self) -> Needs {
         Needs::of_bits(self.abilities)
     }
-}
-
-/// A key that may be anybody's.
-pub(crate) const fn key_of(peer: [u8; 32]) -> KeyId {
-    KeyId(peer)
 }
 
 #[cfg(test)]

@@ -31,39 +31,10 @@ pub mod tally;
 use serde::{Deserialize, Serialize};
 
 pub use fault::{Fault, Kind};
+pub use leasehold_proto::words::model::Endpoint;
 pub use needs::{Need, Needs};
 pub use request::Request;
 pub use rewrite::Rewriter;
-
-/// What a client asks for: the path of a POST below `/v1`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Endpoint {
-    /// `/v1/chat/completions`
-    Chat,
-    /// `/v1/completions`
-    Completions,
-    /// `/v1/embeddings`
-    Embeddings,
-    /// `/v1/responses`, passed through to upstreams that have it.
-    Responses,
-}
-
-impl Endpoint {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Chat, Self::Completions, Self::Embeddings, Self::Responses];
-
-    /// The path, with `/v1`.
-    #[must_use]
-    pub const fn path(self) -> &'static str {
-        match self {
-            Self::Chat => "/v1/chat/completions",
-            Self::Completions => "/v1/completions",
-            Self::Embeddings => "/v1/embeddings",
-            Self::Responses => "/v1/responses",
-        }
-    }
-}
 
 /// The tokens of one request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

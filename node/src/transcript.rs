@@ -94,7 +94,7 @@ impl Transcript {
     pub fn hashes(&self) -> (Hash, Hash) {
         let mut answer = AnswerHash::default();
         self.answer.iter().for_each(|piece| answer.piece(piece.as_bytes()));
-        (Hash(*blake3::hash(self.request.as_bytes()).as_bytes()), answer.finish())
+        (Hash::of(self.request.as_bytes()), answer.finish())
     }
 }
 

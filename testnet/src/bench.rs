@@ -12,6 +12,7 @@
 //! | `machine` | the machine that the figures are of |
 //! | `api` | how nodes are asked |
 //! | `pair` | a lessor and a lessee, and leases between them |
+//! | `peer` | other programs beside which something is measured, as processes |
 //! | `etcd` | the peer of `lease`: starting it, asking it |
 //! | `load` | clients that ask for one thing after the other |
 //!
@@ -32,6 +33,7 @@ mod memory;
 mod model;
 mod pair;
 mod payload;
+mod peer;
 mod restart;
 mod scp;
 
@@ -74,7 +76,7 @@ enum What {
     PayloadSide(payload::Side),
     /// Becomes a peer that ends with this process, started by a benchmark.
     #[command(hide = true)]
-    Peer(etcd::Peer),
+    Peer(peer::Peer),
 }
 
 impl Bench {

@@ -24,7 +24,7 @@ fn file_json(file: &Kept) -> Value {
 
 fn batch_json(batch: &Batch) -> Value {
     let at = |status: Status| (batch.status == status).then_some(batch.ended_at).flatten();
-    let over = !matches!(batch.status, Status::InProgress | Status::Cancelling);
+    let over = !batch.status.is_open();
     let file = |id: &str, count: u64| (over && count > 0).then(|| id.to_owned());
     let errors =
         (!batch.mistakes.is_empty()).then(|| json!({ "object": "list", "data": batch.mistakes }));

@@ -18,6 +18,7 @@ use utoipa::ToSchema;
 use super::App;
 use super::error::{ApiError, Code, ErrorBody};
 use super::guard::Input;
+use super::payload::blocking;
 use super::want::PayloadText;
 use crate::api_key::{Grant, Kept, KeyError};
 use crate::model::catalog::{CatalogError, Entry, Source, Spec};
@@ -432,8 +433,7 @@ pub(super) async fn add_key(
         expires: expires.map(|span| crate::clock::now().wall + span),
     };
     let keys = app.handle.hosted().keys.clone();
-    let made = tokio::task::spawn_blocking(move || keys.add(grant)).await;
-    let (key, kept) = made.map_err(|error| ApiError::internal("making an API key", &error))??;
+    let (key, kept) = blocking("making an API key", move || keys.add(grant)).await??;
     Ok((StatusCode::CREATED, Json(KeyMade { key, line: KeyLine::of(kept) })))
 }
 
@@ -447,8 +447,7 @@ pub(super) async fn remove_key(
 ) -> Result<StatusCode, ApiError> {
     let keys = app.handle.hosted().keys.clone();
     let named = id.clone();
-    let removed = tokio::task::spawn_blocking(move || keys.remove(&named)).await;
-    if removed.map_err(|error| ApiError::internal("removing an API key", &error))?? {
+    if blocking("removing an API key", move || keys.remove(&named)).await?? {
         return Ok(StatusCode::NO_CONTENT);
     }
     Err(ApiError::not_found(format!("there is no API key '{id}', or several have that name")))

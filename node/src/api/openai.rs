@@ -116,40 +116,53 @@ impl Service {
         endpoint: Endpoint,
         body: Vec<u8>,
     ) -> Result<Vec<u8>, Fault> {
-        let request = Request::parse(endpoint, &body)?;
+        let request = Request::parse(endpoint, &body.into())?;
         let key = match owner.as_str() {
             OPERATOR => None,
             key => Some(key.parse::<Hash>().map_err(|_| Fault::wrong_key())?),
         };
-        let entered = match key {
-            None => None,
-            Some(key) => Some(self.enter(&key, &request).await?),
-        };
-        let asked = self.asked(&request, entered, Room::default());
+        let asked = self.admit(key, &request, Room::default()).await?;
         let (text, _) = asked.whole_text(request).await?;
         Ok(text.to_vec())
     }
 
-    async fn enter(&self, key: &Hash, request: &Request) -> Result<Entered, Fault> {
+    async fn enter(
+        &self,
+        key: &Hash,
+        request: &Request,
+        bounds: &Bounds,
+    ) -> Result<Entered, Fault> {
         let models = request.models.iter().map(String::as_str);
         let models: Vec<_> = models.chain([request.model.as_str()]).collect();
         let answer = request.sampling.max_tokens.map_or(256, u64::from);
         let tokens = request.prompt_bytes() as u64 / 4 + answer.min(4_096);
-        let worst = self.inner.gateway.worst(request).await?;
+        let worst = self.inner.gateway.worst(request, bounds).await?;
         self.inner.keys.enter(key, &models, (tokens, worst))
     }
 
-    fn asked(&self, request: &Request, entered: Option<Entered>, room: Room) -> Asked {
+    /// Lets a request in: for whoever holds the node's own token without more, for a key within its
+    /// limits.
+    async fn admit(
+        &self,
+        key: Option<Hash>,
+        request: &Request,
+        room: Room,
+    ) -> Result<Asked, Fault> {
         let endpoint = request.endpoint;
-        Asked {
+        let bounds = Bounds::of(endpoint, &request.forward(&request.model, false));
+        let entered = match key {
+            None => None,
+            Some(key) => Some(self.enter(&key, request, &bounds).await?),
+        };
+        Ok(Asked {
             service: self.clone(),
             endpoint,
             stream: request.stream,
             include_usage: request.include_usage,
-            bounds: Bounds::of(endpoint, &request.forward(&request.model, false)),
+            bounds,
             entered,
             room,
-        }
+        })
     }
 
     /// The API of a node, with the gateway behind it.
@@ -249,12 +262,12 @@ impl Service {
         let request = Request::parse(endpoint, &body)?;
         let body_length = body.len();
         drop(body);
-        let entered = match client {
+        let key = match client {
             Client::Operator => None,
-            Client::Key(key) => Some(self.enter(&key, &request).await?),
+            Client::Key(key) => Some(key),
         };
-        let limits = entered.as_ref().map(|entered| entered.limits);
-        let asked = self.asked(&request, entered, room);
+        let asked = self.admit(key, &request, room).await?;
+        let limits = asked.entered.as_ref().map(|entered| entered.limits);
         tracing::debug!(id, model = request.model, body_length, "a request to a model");
         let (mut response, node) = if request.stream {
             asked.stream(request).await?
@@ -530,7 +543,7 @@ impl Streaming {
                     Ok(Some(Ok(Piece::Prompt(tokens)))) => billed.prompt = tokens,
                     Ok(Some(Ok(Piece::Done(counted)))) => {
                         billed.counted = Some(counted);
-                        return (Bytes::from_static(b"data: [DONE]\n\n"), None);
+                        return (Bytes::from_static(sse::END), None);
                     }
                     Ok(Some(Err(fault))) => {
                         // What a client leaves unread is owed all the same.

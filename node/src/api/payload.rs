@@ -409,7 +409,7 @@ pub(super) async fn verify(
 }
 
 /// Does what may block on the disk where it may.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     doing: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use leasehold_keys::disk::{self, Existing};
 use leasehold_proto::words::index::{self, Index};
@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::embedded::{Info, LoadError, Model};
 use super::engine::Engine;
+use super::hold;
 use super::local::{self, Local};
 use super::upstream::{self, Address, Key, Upstream};
 use crate::openai::Needs;
@@ -172,10 +173,6 @@ pub struct Catalog {
     entries: Arc<Mutex<BTreeMap<String, Entry>>>,
     /// What a model costs where nothing is said.
     default_rates: TokenRates,
-}
-
-fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Catalog {

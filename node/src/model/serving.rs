@@ -11,20 +11,20 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use leasehold_proto::Hash;
 use leasehold_proto::core::{Command, Reply};
-use leasehold_proto::words::model::{Endpoint as Asked, Finish, Sampling, Service};
+use leasehold_proto::words::model::{Finish, Sampling, Service};
+use leasehold_proto::{Hash, KeyId};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::engine::{Ask, Piece};
-use super::{Admitted, Models, hold, key_of, worst_case};
+use super::{Admitted, Models, hold, worst_case};
 use crate::data::frame::Refusal;
 use crate::data::{Arriving, RecvHalf, SendHalf};
 use crate::infer::{self, AnswerHash, Frame, Head};
 use crate::openai::tally::{Bounds, Tally};
-use crate::openai::{Counted, Endpoint, Fault, Request};
+use crate::openai::{Counted, Fault, Request};
 use crate::records;
 
 /// How long the rest of a request may take.
@@ -85,7 +85,7 @@ impl Models {
                 return;
             }
         };
-        let peer = key_of(arriving.peer);
+        let peer = KeyId(arriving.peer);
         let Ok((mut send, recv)) = arriving.accept().await else { return };
         let requests = admitted.lease.requests.clone();
         let served =
@@ -155,8 +155,8 @@ impl Models {
             _ => infer::write(send, &Frame::Done(counted)).await,
         };
         let service = Service {
-            endpoint: endpoint_of(head.endpoint),
-            request: Hash(*blake3::hash(&request).as_bytes()),
+            endpoint: head.endpoint,
+            request: Hash::of(&request),
             response: hash.finish(),
             sampling: sampling_of(&asked),
             finish,
@@ -295,16 +295,6 @@ async fn hung_up(recv: &mut RecvHalf) {
     let mut byte = [0];
     // Nothing comes but the end: a reset, or the connection's.
     let _ = recv.read(&mut byte).await;
-}
-
-/// The same in the words of the fabric.
-pub(crate) const fn endpoint_of(endpoint: Endpoint) -> Asked {
-    match endpoint {
-        Endpoint::Chat => Asked::Chat,
-        Endpoint::Completions => Asked::Completions,
-        Endpoint::Embeddings => Asked::Embeddings,
-        Endpoint::Responses => Asked::Responses,
-    }
 }
 
 /// With what a request wants its words chosen, as a record says it.

@@ -131,12 +131,6 @@ impl Needs {
         Self(self.0 | need.bit())
     }
 
-    /// The same without one.
-    #[must_use]
-    pub const fn without(self, need: Need) -> Self {
-        Self(self.0 & !need.bit())
-    }
-
     /// Whether it is among them.
     #[must_use]
     pub const fn has(self, need: Need) -> bool {

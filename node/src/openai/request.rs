@@ -109,11 +109,11 @@ struct Draft {
 
 impl Request {
     /// Reads the body of a request. How long it may be is the caller's to check; what is built
-    /// from it is at most a few times its length.
+    /// from it is at most a few times its length; the bytes themselves are shared.
     ///
     /// # Errors
     /// 400, with the field that is to blame.
-    pub fn parse(endpoint: Endpoint, body: &[u8]) -> Result<Self, Fault> {
+    pub fn parse(endpoint: Endpoint, body: &Bytes) -> Result<Self, Fault> {
         let text = std::str::from_utf8(body).map_err(|_| Fault::not_json("it is not UTF-8"))?;
         if json::is_deep(body) {
             let why = format!("arrays and objects stand more than {} deep", json::DEPTH);
@@ -138,7 +138,7 @@ impl Request {
             let from = raw.get().as_ptr() as usize - text.as_ptr() as usize;
             fields.push((key.to_string(), from..from + raw.get().len()));
         }
-        draft.finish(Bytes::copy_from_slice(body), fields)
+        draft.finish(body.clone(), fields)
     }
 
     /// What it needs of a model beyond plain text.

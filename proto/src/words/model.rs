@@ -70,8 +70,24 @@ pub enum Endpoint {
     Completions,
     /// `/v1/embeddings`
     Embeddings,
-    /// `/v1/responses`
+    /// `/v1/responses`, passed through to upstreams that have it.
     Responses,
+}
+
+impl Endpoint {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Chat, Self::Completions, Self::Embeddings, Self::Responses];
+
+    /// The path, with `/v1`.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+            Self::Embeddings => "/v1/embeddings",
+            Self::Responses => "/v1/responses",
+        }
+    }
 }
 
 /// Which model is sold, and at what price: an offer says it, an order names it, a grant repeats it.

@@ -16,25 +16,21 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::process::CommandExt as _,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use clap::Args;
 use h2::client::SendRequest;
 use hyper::{HeaderMap, Method, Request, StatusCode};
-use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tempfile::TempDir;
-use tokio::{
-    net::TcpStream,
-    time::{sleep, timeout},
-};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     api::{Door, metric},
     load::Client,
+    peer::{self, Running},
     temporary,
 };
 use crate::fleet::{Usage, usage};
@@ -43,6 +39,8 @@ use crate::fleet::{Usage, usage};
 pub(super) const NAME: &str = "etcd";
 /// How long it may take to start.
 const STARTS: Duration = Duration::from_secs(30);
+/// How often it is asked meanwhile.
+const LOOK: Duration = Duration::from_millis(20);
 /// How often it may find that a port was taken meanwhile.
 const TRIES: usize = 3;
 /// How long one answer may take.
@@ -86,17 +84,15 @@ impl Etcd {
             .collect::<io::Result<_>>()?;
         let at: Vec<_> = free.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?;
         drop(free);
-        let [at, peer] = at[..] else { bail!("two sockets have two addresses") };
-        let (url, peer) = (format!("http://{at}"), format!("http://{peer}"));
+        let [at, others] = at[..] else { bail!("two sockets have two addresses") };
+        let (url, others) = (format!("http://{at}"), format!("http://{others}"));
         let log = dir.path().join("log");
-        // By way of this executable, which sees to it that etcd ends when this process does.
-        let mut command = Command::new("/proc/self/exe");
-        command.args(["bench", "peer", "--parent", &std::process::id().to_string(), "--", NAME]);
+        let mut command = peer::command(NAME);
         command.args(["--name", "peer", "--logger", "zap", "--log-outputs", "stderr"]);
         command.arg("--data-dir").arg(dir.path().join("data"));
         command.args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
-        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--initial-cluster", &format!("peer={peer}")]);
+        command.args(["--listen-peer-urls", &others, "--initial-advertise-peer-urls", &others]);
+        command.args(["--initial-cluster", &format!("peer={others}")]);
         // It takes settings from the environment, too.
         for (name, _) in std::env::vars_os() {
             if name.as_encoded_bytes().starts_with(b"ETCD_") {
@@ -105,71 +101,30 @@ impl Etcd {
         }
         let log_file = File::create(&log).context("etcd's log")?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file).process_group(0);
-        let process = command.spawn().context("cannot start etcd")?;
+        let process = Running::start(&mut command).context("cannot start etcd")?;
         let mut member = Member { process, at, dir };
         member.ready().await.with_context(|| format!("etcd at {at}"))?;
         Ok(member)
     }
 }
 
-/// What the executable is told that becomes a peer.
-#[derive(Debug, Args)]
-pub(super) struct Peer {
-    /// Who started it, and is there still.
-    #[arg(long)]
-    parent: i32,
-    /// What it becomes.
-    #[arg(last = true, required = true)]
-    command: Vec<String>,
-}
-
-impl Peer {
-    /// Becomes the peer, which is killed when the process that started it is gone.
-    pub(super) fn run(&self) -> anyhow::Result<()> {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // It may have gone before.
-        ensure!(getppid().map(Pid::as_raw_pid) == Some(self.parent), "nobody waits for this");
-        let (program, args) = self.command.split_first().context("no command")?;
-        let error = Command::new(program).args(args).exec();
-        Err(error).with_context(|| format!("cannot run {program}"))
-    }
-}
-
 /// A member that runs.
 #[derive(Debug)]
 pub(super) struct Member {
-    process: Child,
+    // Its data go with it.
+    process: Running,
     at: SocketAddr,
     dir: TempDir,
 }
 
-impl Drop for Member {
-    fn drop(&mut self) {
-        // Its data go with it.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 impl Member {
     async fn ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + STARTS;
-        loop {
-            if let Some(status) = self.process.try_wait()? {
-                let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-                bail!("it ended with {status}: {}", log.lines().last().unwrap_or_default());
-            }
-            let asked = async {
-                let calls = dial(self.at).await?;
-                let mut lessee = Lessee { at: self.at, calls, ttl_s: 600, number: 0 };
-                lessee.ask().await
-            };
-            match asked.await {
-                Ok(_) => return Ok(()),
-                Err(error) if Instant::now() > deadline => return Err(error),
-                Err(_) => sleep(Duration::from_millis(20)).await,
-            }
-        }
+        let (at, log) = (self.at, self.dir.path().join("log"));
+        let asked = async || {
+            let mut lessee = Lessee { at, calls: dial(at).await?, ttl_s: 600, number: 0 };
+            lessee.ask().await.map(drop)
+        };
+        self.process.answers(&log, (LOOK, STARTS), asked).await
     }
 
     /// Those who ask it for leases that live for so long; so many of them share a connection.
@@ -198,11 +153,11 @@ impl Member {
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.process.id()
+        self.process.pid()
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        usage(self.process.id())
+        usage(self.process.pid())
     }
 
     /// How often it has synced its log.

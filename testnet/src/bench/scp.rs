@@ -9,14 +9,17 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use tempfile::TempDir;
 
-use super::temporary;
+use super::{
+    peer::{self, Running},
+    temporary,
+};
 
 /// What it is called in the lines.
 pub(super) const NAME: &str = "scp";
@@ -76,12 +79,10 @@ impl OpenSsh {
         // The server keeps what it separates from itself there, and does not make it.
         let _ = std::fs::create_dir("/run/sshd");
         let log = File::create(at("log"))?;
-        // By way of this executable, which sees to it that it ends when this process does.
-        let mut command = Command::new("/proc/self/exe");
-        command.args(["bench", "peer", "--parent", &std::process::id().to_string(), "--"]);
-        command.args([SERVER, "-D", "-e", "-f"]).arg(at("config"));
+        let mut command = peer::command(SERVER);
+        command.args(["-D", "-e", "-f"]).arg(at("config"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
-        let process = command.spawn().context("cannot start sshd")?;
+        let process = Running::start(&mut command).context("cannot start sshd")?;
         let mut server = Server { process, address, user: self.user.clone(), dir };
         server.ready()?;
         Ok(server)
@@ -91,27 +92,17 @@ impl OpenSsh {
 /// A server that runs; it ends, and its keys go, when dropped.
 #[derive(Debug)]
 pub(super) struct Server {
-    process: Child,
+    process: Running,
     address: SocketAddr,
     user: String,
     dir: TempDir,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl Server {
     fn ready(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + STARTS;
         while TcpStream::connect(self.address).is_err() {
-            if let Some(status) = self.process.try_wait()? {
-                let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-                bail!("sshd ended with {status}: {}", log.lines().last().unwrap_or_default());
-            }
+            self.process.runs(&self.dir.path().join("log")).context("sshd")?;
             ensure!(Instant::now() < deadline, "sshd does not listen");
             std::thread::sleep(Duration::from_millis(20));
         }

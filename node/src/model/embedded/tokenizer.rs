@@ -219,14 +219,6 @@ impl Tokenizer {
         self.encode_with(&self.control, text, Some(mark))
     }
 
-    /// How many tokens a text has.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn count(&self, text: &str) -> Result<usize, EncodeError> {
-        Ok(self.encode(text)?.len())
-    }
-
     fn encode_with(
         &self,
         names: &BTreeMap<u8, Vec<(String, u32)>>,

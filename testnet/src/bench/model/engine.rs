@@ -6,7 +6,7 @@
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{ChildStdin, ChildStdout, Stdio},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -18,7 +18,10 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::{Options, Row};
-use crate::bench::line;
+use crate::bench::{
+    line,
+    peer::{self, Running},
+};
 
 /// What the peer is called.
 pub(super) const NAME: &str = "llama.cpp";
@@ -127,17 +130,10 @@ impl Ours {
 
 /// A process with llama.cpp in it; it ends when dropped, or when this one does.
 struct Llama {
-    process: Child,
+    _process: Running,
     asks: ChildStdin,
     answers: BufReader<ChildStdout>,
     version: String,
-}
-
-impl Drop for Llama {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl Llama {
@@ -146,15 +142,15 @@ impl Llama {
         struct Ready {
             version: String,
         }
-        let mut command = Command::new("/proc/self/exe");
-        command.args(["bench", "peer", "--parent", &std::process::id().to_string(), "--"]);
-        command.arg(python).args(["-c", SCRIPT]).arg(weights).arg(threads.to_string());
+        let mut command = peer::command(python);
+        command.args(["-c", SCRIPT]).arg(weights).arg(threads.to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = command.spawn().context("cannot start it")?;
-        let pipes = process.stdin.take().zip(process.stdout.take());
+        let mut process = Running::start(&mut command).context("cannot start it")?;
+        let child = process.child();
+        let pipes = child.stdin.take().zip(child.stdout.take());
         let (asks, answers) = pipes.context("it has no pipes")?;
         let (answers, version) = (BufReader::new(answers), String::new());
-        let mut llama = Self { process, asks, answers, version };
+        let mut llama = Self { _process: process, asks, answers, version };
         llama.version = llama.read::<Ready>()?.version;
         Ok(llama)
     }

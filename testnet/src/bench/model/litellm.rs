@@ -5,38 +5,34 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::process::CommandExt as _,
     path::Path,
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    process::{Command, Stdio},
+    time::Duration,
 };
 
-use anyhow::{Context as _, bail};
 use tempfile::TempDir;
-use tokio::time::sleep;
 
 use super::{client::Target, mock::MODEL};
-use crate::bench::temporary;
+use crate::bench::{
+    peer::{self, Running},
+    temporary,
+};
 
 /// What it is called.
 pub(super) const NAME: &str = "litellm";
 /// How long it may take to start: it loads a great deal.
 const STARTS: Duration = Duration::from_secs(120);
+/// How often it is asked meanwhile.
+const LOOK: Duration = Duration::from_millis(200);
 /// Whoever knows it may ask.
 const KEY: &str = "sk-bench";
 
 /// A proxy that runs; it ends when dropped, or when this process does.
 #[derive(Debug)]
 pub(super) struct LiteLlm {
-    process: Child,
+    process: Running,
     at: SocketAddr,
     pub(super) version: Option<String>,
     dir: TempDir,
-}
-
-impl Drop for LiteLlm {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 impl LiteLlm {
@@ -53,14 +49,14 @@ impl LiteLlm {
         );
         std::fs::write(&config, text)?;
         let log = dir.path().join("log");
-        let mut command = Command::new("/proc/self/exe");
-        command.args(["bench", "peer", "--parent", &std::process::id().to_string(), "--"]);
-        command.arg(program).arg("--config").arg(&config).args(["--host", "127.0.0.1"]);
+        let mut command = peer::command(program);
+        command.arg("--config").arg(&config).args(["--host", "127.0.0.1"]);
         command.args(["--port", &at.port().to_string()]);
         // It asks nobody else what models cost.
         command.env("LITELLM_LOCAL_MODEL_COST_MAP", "True").env("LITELLM_LOG", "ERROR");
         command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::null());
-        let process = command.stderr(File::create(&log)?).process_group(0).spawn()?;
+        command.stderr(File::create(&log)?).process_group(0);
+        let process = Running::start(&mut command)?;
         let mut proxy = Self { process, at, version: version(program), dir };
         proxy.ready().await?;
         Ok(proxy)
@@ -71,19 +67,9 @@ impl LiteLlm {
     }
 
     async fn ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + STARTS;
-        loop {
-            if let Some(status) = self.process.try_wait()? {
-                let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-                bail!("it ended with {status}: {}", log.lines().last().unwrap_or_default());
-            }
-            let asked = async { self.target().open().await?.whole().await };
-            match asked.await {
-                Ok(()) => return Ok(()),
-                Err(error) if Instant::now() > deadline => return Err(error).context("no answer"),
-                Err(_) => sleep(Duration::from_millis(200)).await,
-            }
-        }
+        let (target, log) = (self.target(), self.dir.path().join("log"));
+        let asked = async || target.open().await?.whole().await;
+        self.process.answers(&log, (LOOK, STARTS), asked).await
     }
 }
 
