@@ -601,9 +601,15 @@ impl Shown for Offer {
         page.line("runtimes", list(runtimes));
         page.line("isolation", list(isolation));
         for model in models {
-            let ModelOffer { terms, quantisation, context, endpoints, abilities, demo, .. } = model;
+            let ModelOffer {
+                terms, slack, quantisation, context, endpoints, abilities, demo, ..
+            } = model;
             let ModelOffer { state, load, tokens_per_second, first_token, .. } = model;
             page.model(terms);
+            if let Some(TokenRates { prompt, completion }) = slack {
+                page.amount("  slack prompt", *prompt);
+                page.amount("  slack compl.", *completion);
+            }
             page.line("  quantisation", quantisation);
             page.line("  context", format!("{context} tokens"));
             page.line("  endpoints", list(endpoints.iter().map(word)));

@@ -15,6 +15,7 @@ use leasehold_proto::{Amount, GpuRate, Gpus, Rates, Resources, Span};
 use serde::{Deserialize, Serialize};
 
 use crate::gateway;
+use crate::model::catalog::Prices;
 use crate::quantity;
 
 /// The file's name in the data directory.
@@ -169,6 +170,8 @@ pub struct Models {
     pub prompt_million: String,
     /// Price of a million tokens that are answered, likewise.
     pub completion_million: String,
+    /// What its tokens cost whoever can wait, of those prices (`"60%"`); empty: it is not sold so.
+    pub slack: String,
     /// What a lease on a model of another node may cost: it is taken when a request wants it, and
     /// anew when it is used up.
     pub budget: String,
@@ -258,6 +261,7 @@ impl Default for Models {
             threads: 0,
             prompt_million: text("0.05"),
             completion_million: text("0.20"),
+            slack: text("60%"),
             budget: text("1"),
             term: text("1h"),
             transcripts: PathBuf::new(),
@@ -459,14 +463,15 @@ impl Config {
     ///
     /// # Errors
     /// When a price does not read.
-    pub fn token_rates(&self) -> Result<TokenRates, ConfigError> {
+    pub fn model_prices(&self) -> Result<Prices, ConfigError> {
         let price = |field: &'static str, text: &str| {
             quantity::amount(text).map_err(|why| value(field, why))
         };
-        Ok(TokenRates {
+        let rates = TokenRates {
             prompt: price("models.prompt_million", &self.models.prompt_million)?,
             completion: price("models.completion_million", &self.models.completion_million)?,
-        })
+        };
+        Ok(Prices { rates, slack_permille: slack("models.slack", &self.models.slack)? })
     }
 
     /// On what terms models of other nodes are asked.
@@ -521,10 +526,7 @@ impl Config {
                 disk_gib_hour: price("offer.disk_gib_hour", &offer.disk_gib_hour)?,
                 gpu_hour,
             },
-            slack_permille: match offer.slack.as_str() {
-                "" => None,
-                text => Some(share("offer.slack", text)?),
-            },
+            slack_permille: slack("offer.slack", &offer.slack)?,
             early: EarlyEnd {
                 notice: self.span("offer.notice", &offer.notice)?,
                 freeze: self.span("offer.freeze", &offer.freeze)?,
@@ -628,6 +630,12 @@ impl Config {
             data: chosen("advertise.data", &say.data, vec![data])?,
         })
     }
+}
+
+/// What is sold to whoever can wait, in thousandths of the firm price; nothing where it is empty.
+fn slack(field: &'static str, text: &str) -> Result<Option<u16>, ConfigError> {
+    let share = |text| quantity::share(text).map_err(|why| value(field, why));
+    (!text.is_empty()).then(|| share(text)).transpose()
 }
 
 const fn value(field: &'static str, why: String) -> ConfigError {

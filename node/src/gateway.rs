@@ -11,7 +11,7 @@
 //! what came back, before this node agrees to pay for it: the hashes must be those of the very bytes,
 //! and the tokens no more than these bytes can be ([`crate::openai::tally`]).
 //!
-//! A lease is held for each serving node and model that is used, as a purse: taken when the first
+//! A lease is held for each serving node, model and class that is used, as a purse: taken when the first
 //! request wants it, anew when its budget or term runs out, and given back when nobody has asked for a
 //! while. A model that this node serves itself needs none.
 
@@ -26,9 +26,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use leasehold_proto::base::dice::Dice;
 use leasehold_proto::core::{Command, Failure, Reply, Seller};
-use leasehold_proto::minds::route::{Choice, Host, Lack, Nobody, Question, Router, Sort, Went};
+use leasehold_proto::minds::route::{
+    Choice, Host, Lack, Nobody, Question, Router, Sort, Wanted as WantedClass, Went,
+};
 use leasehold_proto::words::contract::{Class, JobSpec, Mandate};
-use leasehold_proto::words::model::{Finish, MODEL, ModelTerms, Served, Service, TokenRates};
+use leasehold_proto::words::model::{
+    Finish, MODEL, ModelOffer, ModelTerms, Served, Service, TokenRates,
+};
 use leasehold_proto::words::object::body_in;
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::want::Want;
@@ -44,6 +48,7 @@ use crate::handle::{AskError, Handle};
 use crate::infer::{self, AnswerHash, Frame, Head, INFER, RECORDS};
 use crate::model::engine::{Ask, Piece, Pieces, WAITING};
 use crate::model::serving::sampling_of;
+use crate::model::slack::Answering;
 use crate::model::{Models, worst_case};
 use crate::openai::provider::{Provider, Sort as Wanted};
 use crate::openai::rewrite::CHUNK;
@@ -143,17 +148,18 @@ struct Inner {
     terms: Terms,
     router: Mutex<(Router, Dice)>,
     sellers: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Seller>>)>>,
-    purses: Mutex<BTreeMap<(KeyId, ModelTerms), Arc<Purse>>>,
+    purses: Mutex<BTreeMap<(KeyId, Class, ModelTerms), Arc<Purse>>>,
     counts: Arc<Counts>,
     /// How many clients are too far behind.
     behind: Arc<AtomicUsize>,
 }
 
-/// The leases on one model at one node, the newest last. Mostly it is one: more where much is asked at
+/// The leases of one class on one model at one node, the newest last. Mostly it is one: more where much is asked at
 /// once, or while one that is used up waits for its last requests.
 #[derive(Debug)]
 struct Purse {
     lessor: KeyId,
+    class: Class,
     terms: ModelTerms,
     held: tokio::sync::Mutex<Vec<Arc<Held>>>,
 }
@@ -234,6 +240,8 @@ impl Drop for Aside {
 pub(crate) struct Answer {
     /// The name of the node that answers.
     pub(crate) node: String,
+    /// In which class.
+    pub(crate) class: Class,
     /// The model, and what this node pays for it.
     pub(crate) terms: ModelTerms,
     /// How many tokens were asked, where that is known before the first piece.
@@ -331,9 +339,13 @@ impl Gateway {
         let sellers = self.sellers().await?;
         let offers = sellers.iter().filter(|seller| seller.up).flat_map(|seller| &seller.models);
         let offers = offers.filter(|offer| named(&offer.terms.name));
-        let worst = offers.map(|offer| {
-            let rates = self.price(&offer.terms);
-            worst_case(bounds, offer.context, &rates)
+        let worst = offers.filter_map(|offer| {
+            let class = match request.class {
+                WantedClass::Slack => Class::Slack,
+                WantedClass::Firm | WantedClass::SlackIfSold => Class::Firm,
+            };
+            let rates = self.price(&offer.terms_in(class)?);
+            Some(worst_case(bounds, offer.context, &rates))
         });
         Ok(worst.max().unwrap_or(Amount::ZERO))
     }
@@ -397,6 +409,7 @@ impl Gateway {
             // Four bytes a token, as most text is.
             prompt_tokens: (request.prompt_bytes() / 4) as u64,
             max_tokens: request.sampling.max_tokens.map(u64::from),
+            class: request.class,
             sort: sort_of(provider),
             max_price: (provider.max_price.prompt, provider.max_price.completion),
             order: &provider.order,
@@ -425,6 +438,10 @@ impl Gateway {
                 let prompt = (request.prompt_bytes() / 4) as u64;
                 let most = request.sampling.max_tokens.map_or(0, u64::from);
                 Fault::context_length(context.into(), prompt, most)
+            }
+            Nobody::Unable(Lack::Slack) => {
+                let why = format!("The model '{model}' is not sold to whoever can wait.");
+                Fault::invalid(Some("unsupported_value"), why).at("service_tier")
             }
             Nobody::Unable(Lack::Endpoint) => {
                 let path = request.endpoint.path();
@@ -463,9 +480,9 @@ impl Gateway {
         if choice.key == self.inner.handle.facts().me {
             let stream = request.stream;
             let ask = Ask { endpoint: request.endpoint, body, stream };
-            let pieces =
-                self.inner.models.ask(name, ask).await.map_err(|fault| asking.fail(fault))?;
-            tokio::spawn(own(asking, pieces, sender));
+            let asked = self.inner.models.ask(name, ask, choice.class).await;
+            let answering = asked.map_err(|fault| asking.fail(fault))?;
+            tokio::spawn(own(asking, answering, sender));
         } else {
             let opened = tokio::select! {
                 opened = self.remote(request, &choice, body, sellers) => opened,
@@ -497,8 +514,8 @@ impl Gateway {
                 }
             }
         };
-        let (node, terms) = (choice.name, choice.terms);
-        Ok(Answer { node, terms, prompt, first, rest })
+        let Choice { name: node, class, terms, .. } = choice;
+        Ok(Answer { node, class, terms, prompt, first, rest })
     }
 
     /// Resolves when a node is not held to be alive any more.
@@ -526,10 +543,12 @@ impl Gateway {
     ) -> Result<Opened, Fault> {
         let seller = sellers.iter().find(|seller| seller.key == choice.key);
         let seller = seller.ok_or_else(|| Fault::unavailable("The node is gone."))?;
-        let offer = seller.models.iter().find(|offer| offer.terms == choice.terms);
+        let sold =
+            |offer: &&ModelOffer| offer.terms_in(choice.class).as_ref() == Some(&choice.terms);
+        let offer = seller.models.iter().find(sold);
         let offer = offer.ok_or_else(|| Fault::unavailable("The node sells that no more."))?;
         let bounds = Bounds::of(request.endpoint, &body);
-        let most = worst_case(&bounds, offer.context, &offer.terms.rates);
+        let most = worst_case(&bounds, offer.context, &choice.terms.rates);
         let mut last = None;
         // A lease may have ended there that is thought to be good here: once more with another.
         for _ in 0..2 {
@@ -573,10 +592,9 @@ impl Gateway {
 
     fn purse(&self, choice: &Choice) -> Arc<Purse> {
         let mut purses = hold(&self.inner.purses);
-        let key = (choice.key, choice.terms.clone());
-        let purse = purses.entry(key).or_insert_with(|| {
-            let (lessor, terms) = (choice.key, choice.terms.clone());
-            Arc::new(Purse { lessor, terms, held: tokio::sync::Mutex::default() })
+        let Choice { key: lessor, class, terms, .. } = choice.clone();
+        let purse = purses.entry((lessor, class, terms.clone())).or_insert_with(|| {
+            Arc::new(Purse { lessor, class, terms, held: tokio::sync::Mutex::default() })
         });
         Arc::clone(purse)
     }
@@ -694,7 +712,7 @@ impl Purse {
         let want = Want {
             shape: Resources::default(),
             model: Some(self.terms.clone()),
-            class: Class::Firm,
+            class: self.class,
             term,
             longest: term,
             claim_within: CLAIM_WITHIN.min(term),
@@ -791,12 +809,10 @@ impl Asking {
 
     /// The node did not begin: whether another one may.
     fn fail(&mut self, fault: Fault) -> Failed {
-        if fault.may_pass_elsewhere() {
+        if fault.is_a_failure() {
             self.failed();
-            Failed::Elsewhere(fault)
-        } else {
-            Failed::Final(fault)
         }
+        if fault.may_pass_elsewhere() { Failed::Elsewhere(fault) } else { Failed::Final(fault) }
     }
 }
 
@@ -809,7 +825,8 @@ impl Drop for Asking {
 }
 
 /// Passes on the pieces of a model of this node's own.
-async fn own(mut asking: Asking, mut pieces: Pieces, sender: mpsc::Sender<Result<Piece, Fault>>) {
+async fn own(mut asking: Asking, answering: Answering, sender: Sender) {
+    let Answering { mut pieces, place: _place } = answering;
     loop {
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
@@ -829,7 +846,7 @@ async fn own(mut asking: Asking, mut pieces: Pieces, sender: mpsc::Sender<Result
                 false
             }
             Some(Err(fault)) => {
-                if fault.may_pass_elsewhere() {
+                if fault.is_a_failure() {
                     asking.failed();
                 }
                 true
@@ -1268,7 +1285,7 @@ impl Opened {
                     if fault.is_no_room() {
                         // The two nodes do not count alike: the node is well, the lease is not.
                         owed.held.over.store(true, Ordering::Relaxed);
-                    } else if fault.may_pass_elsewhere() {
+                    } else if fault.is_a_failure() {
                         asking.failed();
                     }
                     // What this node says of its clients only it can say.

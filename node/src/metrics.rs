@@ -195,7 +195,9 @@ fn models(registry: &mut Registry, handle: &Handle) {
     let (served, asked) = (hosted.models.counts(), &hosted.asked);
     for (name, help, counter) in [
         ("model_requests", "Requests of other nodes to models here", &served.requests),
-        ("model_faults", "Of them, those that came to nothing", &served.faults),
+        ("model_slack_requests", "Of them, those that can wait", &served.slack),
+        ("model_slack_refused", "Of those, refused for want of time", &served.slack_refused),
+        ("model_faults", "Of them, those that came to nothing otherwise", &served.faults),
         ("model_hung_up", "Of them, those whose asker hung up", &served.hung_up),
         ("model_prompt_tokens", "Tokens that others asked", &served.prompt_tokens),
         ("model_completion_tokens", "Tokens that others were answered", &served.completion_tokens),

@@ -14,6 +14,7 @@
 //! | [`embedded`] | the engine that every node has |
 //! | `local` | it behind that interface |
 //! | [`upstream`] | an adapter for any OpenAI-compatible server |
+//! | `slack` | when requests that can wait are begun |
 //! | `serving` | one request of another node, from its first byte to its signed record |
 //!
 //! An engine belongs to the node and serves all leases at once. A lease on a model is no process: the
@@ -24,6 +25,7 @@ pub mod embedded;
 pub mod engine;
 mod local;
 pub(crate) mod serving;
+pub(crate) mod slack;
 pub mod upstream;
 
 use std::collections::BTreeMap;
@@ -32,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use leasehold_proto::core::{Event, StartJob};
+use leasehold_proto::words::contract::Class;
 use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally, TokenRates};
 use leasehold_proto::words::sign::Signer;
 use leasehold_proto::words::usage::{Outcome, Usage};
@@ -41,7 +44,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::catalog::{Catalog, CatalogError, Entry, Spec};
-use self::engine::{Ask, Engine, Load, Pieces, State};
+use self::engine::{Ask, Engine, Load, State};
+use self::slack::{Answering, Line};
 use crate::handle::Asked;
 use crate::infer::Head;
 use crate::openai::tally::Bounds;
@@ -71,7 +75,11 @@ const CALM: Duration = Duration::from_secs(3);
 pub struct Counts {
     /// Requests of other nodes that were taken.
     pub requests: AtomicU64,
-    /// Of them, those that came to nothing.
+    /// Of them, those that can wait.
+    pub slack: AtomicU64,
+    /// Of those, the ones that were refused because there was no time for them.
+    pub slack_refused: AtomicU64,
+    /// Requests that came to nothing otherwise.
     pub faults: AtomicU64,
     /// Of them, those whose asker hung up.
     pub hung_up: AtomicU64,
@@ -111,6 +119,7 @@ struct Inner {
 struct Loaded {
     entry: Entry,
     engine: Arc<dyn Engine>,
+    line: Arc<Line>,
 }
 
 /// A lease under which others may ask.
@@ -118,6 +127,7 @@ struct Loaded {
 struct Lease {
     delegate: [u8; 32],
     terms: ModelTerms,
+    class: Class,
     cap: Amount,
     state: Mutex<LeaseState>,
     stop: CancellationToken,
@@ -248,11 +258,11 @@ impl Models {
         let mut engines = hold(&self.inner.engines);
         // What only costs another price stays in memory.
         let known = engines.get(&name).filter(|known| known.entry.source == entry.source);
-        let engine = known.map_or_else(
-            || entry.engine(&self.inner.payloads, self.inner.threads),
-            |known| Arc::clone(&known.engine),
+        let (engine, line) = known.map_or_else(
+            || (entry.engine(&self.inner.payloads, self.inner.threads), Line::new()),
+            |known| (Arc::clone(&known.engine), Arc::clone(&known.line)),
         );
-        engines.insert(name, Arc::new(Loaded { entry, engine }));
+        engines.insert(name, Arc::new(Loaded { entry, engine, line }));
         drop(engines);
         self.inner.added.notify_one();
     }
@@ -269,10 +279,10 @@ impl Models {
     ///
     /// # Errors
     /// When it is not here, or says no.
-    pub(crate) async fn ask(&self, name: &str, ask: Ask) -> Result<Pieces, Fault> {
+    pub(crate) async fn ask(&self, name: &str, ask: Ask, class: Class) -> Result<Answering, Fault> {
         let loaded = hold(&self.inner.engines).get(name).cloned();
         let loaded = loaded.ok_or_else(|| Fault::model_not_found(name))?;
-        loaded.engine.ask(ask).await
+        loaded.ask(ask, class).await
     }
 
     /// What this node's own clients can be answered, sold to others or not.
@@ -341,6 +351,7 @@ impl Models {
         let lease = Lease {
             delegate: start.delegate.0,
             terms: model.terms,
+            class: model.class,
             cap: model.cap,
             state: Mutex::new(LeaseState {
                 deadline: start.deadline,
@@ -426,6 +437,8 @@ impl Models {
             (head.length > LARGE).then(|| Arc::clone(&self.inner.large).try_acquire_owned());
         let large = large.transpose().map_err(|_| serving::No::Busy)?;
         self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
+        let slack = lease.class == Class::Slack;
+        self.inner.counts.slack.fetch_add(slack.into(), Ordering::Relaxed);
         Ok(Admitted { lease, loaded, _place: place, _large: large })
     }
 }
@@ -448,20 +461,17 @@ impl Loaded {
             State::Cold => ModelState::Cold,
             State::Down => return None,
         };
-        let entry = &self.entry;
-        let first = u64::try_from(load.first_token.as_millis()).unwrap_or(u64::MAX);
-        Some(ModelOffer {
-            terms: entry.terms(),
-            quantisation: entry.quantisation.clone(),
-            context: entry.context,
-            endpoints: entry.endpoints.clone(),
-            abilities: entry.abilities,
-            demo: entry.demo,
-            state,
-            load: rounded((load.active + load.queued).into(), 1),
-            tokens_per_second: rounded(load.tokens_per_second.into(), 4),
-            first_token: Span::millis(rounded(first, 4).into()),
-        })
+        Some(self.entry.offer(state, &load))
+    }
+
+    /// Begins to answer, in slack once there is time.
+    async fn ask(&self, ask: Ask, class: Class) -> Result<Answering, Fault> {
+        let place = match class {
+            Class::Firm => self.line.firm(),
+            Class::Slack => self.line.slack(self.entry.slack_requests, &*self.engine).await?,
+        };
+        let pieces = self.engine.ask(ask).await?;
+        Ok(Answering { pieces, place })
     }
 }
 
@@ -473,10 +483,29 @@ fn rounded(number: u64, steps: u64) -> u32 {
 }
 
 impl Entry {
-    /// What a lease on it fixes.
+    /// What is offered of it while its engine fares like this.
+    fn offer(&self, state: ModelState, load: &Load) -> ModelOffer {
+        let first = u64::try_from(load.first_token.as_millis()).unwrap_or(u64::MAX);
+        let (name, digest, rates) = (self.name.clone(), self.digest, self.rates);
+        ModelOffer {
+            terms: ModelTerms { name, digest, rates },
+            slack: self.slack(),
+            quantisation: self.quantisation.clone(),
+            context: self.context,
+            endpoints: self.endpoints.clone(),
+            abilities: self.abilities,
+            demo: self.demo,
+            state,
+            load: rounded(load.active.saturating_add(load.queued).into(), 1),
+            tokens_per_second: rounded(load.tokens_per_second.into(), 4),
+            first_token: Span::millis(rounded(first, 4).into()),
+        }
+    }
+
+    /// What its tokens cost in slack; none where it is not sold so.
     #[must_use]
-    pub fn terms(&self) -> ModelTerms {
-        ModelTerms { name: self.name.clone(), digest: self.digest, rates: self.rates }
+    pub fn slack(&self) -> Option<TokenRates> {
+        self.slack_permille.map(|permille| self.rates.permille(permille))
     }
 
     /// What it can do beyond plain text.

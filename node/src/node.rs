@@ -188,7 +188,7 @@ impl Node {
         let limits =
             payload::Limits { keep_free: min_disk_free, quota, ..payload::Limits::default() };
         let payloads = PayloadStore::open_dir(home.path("payloads"), limits)?;
-        let catalog = Catalog::open(home.dir(), config.token_rates()?)?;
+        let catalog = Catalog::open(home.dir(), config.model_prices()?)?;
         config.models.serve.iter().try_for_each(|name| catalog.serve(name))?;
         let keys = Keys::open(home.dir())?;
         let batches = Batches::open(home.path("batches")).map_err(StartError::Batches)?;

@@ -119,7 +119,7 @@ fn objections<'a>(want: &Want, candidate: &'a Candidate<'a>) -> Result<Fit<'a>, 
         reasons.push(format!("it is not labelled {name}={value}"));
     }
     if let Some(terms) = &want.model {
-        if !body.sells_model(terms) {
+        if !body.sells_model(terms, want.class) {
             reasons.push(format!("it does not serve '{}' at that price", terms.name));
         }
         if candidate.quarantined {

@@ -215,7 +215,7 @@ pub fn check(proof: &Proof) -> Result<Verdict, ProofError> {
                 return Err(ProofError::Offer("it is not the offer that the order names"));
             }
             let rate = match &given.model {
-                Some(terms) => offer.body().sells_model(terms).then_some(Amount::ZERO),
+                Some(terms) => offer.body().sells_model(terms, asked.class).then_some(Amount::ZERO),
                 None => offer.body().hourly(&asked.shape, asked.class),
             };
             if rate != Some(given.rate) {

@@ -15,7 +15,7 @@ use leasehold_proto::core::{
     Command, Effect, Event, Failure, HeldStage, Kept, LentStage, ModelLease, Orphans, Reply,
 };
 use leasehold_proto::proof::{self, Proof, ProofError};
-use leasehold_proto::words::contract::{EndReason, JobSpec, Reason};
+use leasehold_proto::words::contract::{Class, EndReason, JobSpec, Reason};
 use leasehold_proto::words::message::Message;
 use leasehold_proto::words::model::{
     Endpoint, Finish, MODEL, ModelOffer, ModelState, ModelTerms, Sampling, Served, Service,
@@ -35,6 +35,7 @@ fn offered(name: &str) -> ModelOffer {
     let terms = ModelTerms { name: name.into(), digest: Hash::of(name.as_bytes()), rates: RATES };
     ModelOffer {
         terms,
+        slack: Some(RATES.permille(500)),
         quantisation: "Q8_0".into(),
         context: 8_192,
         endpoints: vec![Endpoint::Chat],
@@ -345,6 +346,51 @@ fn a_model_is_leased_as_it_is_offered_or_not_at_all() {
     assert!(matches!(refused, Err(Failure::Act(Reason::BadJob))), "{refused:?}");
     let served = net.ask(LESSOR, Command::Serve(leased.lease, service(1, 1)));
     assert!(matches!(served, Err(Failure::Over)), "{served:?}");
+}
+
+#[test]
+fn whoever_can_wait_pays_the_price_of_slack_and_nobody_else_does() {
+    let people = People::new();
+    let mut net = pair(&people);
+    let (firm, slack) =
+        (offered("lantern").terms, offered("lantern").terms_in(Class::Slack).expect("it is sold"));
+    let order = |net: &mut Net<'_>, model: &ModelTerms, class: Class| {
+        let want = Want { model: Some(model.clone()), class, ..wanted(Amount(10 * UNIT)) };
+        net.ask(LESSEE, Command::Lease(want))
+    };
+    for (what, model, class) in [
+        ("its price in the other class", &slack, Class::Firm),
+        ("the firm price for what can wait", &firm, Class::Slack),
+    ] {
+        let refused = order(&mut net, model, class);
+        assert!(matches!(refused, Err(Failure::NothingFits(_))), "{what}: {refused:?}");
+    }
+    let Ok(Reply::Leased(leased)) = order(&mut net, &slack, Class::Slack) else { panic!() };
+    let lease = leased.lease;
+    let claimed = net.ask(LESSEE, claim(lease));
+    assert!(matches!(claimed, Ok(Reply::Claimed(_))), "{claimed:?}");
+    let told = started(&net, lease).expect("it is to be served");
+    assert_eq!((told.class, told.terms), (Class::Slack, slack.clone()));
+    both(&mut net, lease, service(100, 50));
+    net.pass(Span::secs(5));
+    // Half of 100 thousandths and 50 times four.
+    assert_eq!(held(&net, lease).charge, Amount(UNIT * 150 / 1_000));
+    // Its operator takes back what was sold so, and keeps what it sold firmly.
+    let (kept, _) = used(&mut net, Amount(10 * UNIT));
+    let drained =
+        net.ask(LESSOR, Command::Drain { within: Span::secs(60), revoke: false, dry_run: false });
+    assert!(drained.is_ok(), "{drained:?}");
+    net.pass(Span::secs(60));
+    net.tell(LESSOR, Event::JobEnded(lease, Outcome::Stopped, Usage::default()));
+    net.pass(Span::secs(5));
+    assert_eq!(lent(&net, lease).end, Some(EndReason::Reclaimed));
+    assert_eq!(lent(&net, kept).stage, LentStage::Active);
+    let proof = proof_of(&net, LESSOR, lease);
+    let verdict = proof::check(&proof).expect("it holds");
+    assert_eq!((verdict.model, verdict.price_checked), (Some(slack), true));
+    // What is not sold so any more is not granted, whatever the map says.
+    net.tell(LESSOR, Event::Models(vec![ModelOffer { slack: None, ..offered("lantern") }]));
+    net.pass(Span::secs(5));
 }
 
 #[test]

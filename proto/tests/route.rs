@@ -6,13 +6,15 @@ use leasehold_proto::base::dice::Dice;
 use leasehold_proto::base::id::{Hash, KeyId};
 use leasehold_proto::base::money::Amount;
 use leasehold_proto::base::time::{Boot, Span};
-use leasehold_proto::minds::route::{Host, Lack, Nobody, Question, Router, Sort, Went};
+use leasehold_proto::minds::route::{Host, Lack, Nobody, Question, Router, Sort, Wanted, Went};
+use leasehold_proto::words::contract::Class;
 use leasehold_proto::words::model::{Endpoint, ModelOffer, ModelState, ModelTerms, TokenRates};
 
 fn offer(price: u64) -> ModelOffer {
     let rates = TokenRates { prompt: Amount(price), completion: Amount(price * 4) };
     ModelOffer {
         terms: ModelTerms { name: "m".into(), digest: Hash([1; 32]), rates },
+        slack: None,
         quantisation: "Q8_0".into(),
         context: 1_000,
         endpoints: vec![Endpoint::Chat],
@@ -52,6 +54,7 @@ fn question<'a>() -> Question<'a> {
         needs: 0,
         prompt_tokens: 100,
         max_tokens: None,
+        class: Wanted::Firm,
         sort: Sort::Balanced,
         max_price: (None, None),
         order: &[],
@@ -152,6 +155,43 @@ fn where_nobody_may_answer_it_says_why() {
     assert!(dear.to_string().contains("h2: it takes"), "{dear}");
     map.0.clear();
     assert_eq!(none(&question(), &map), Nobody::Unknown);
+}
+
+#[test]
+fn what_can_wait_goes_where_that_costs_less() {
+    let mut map = Map::of(&[100, 200, 50]);
+    map.offer(1).slack = Some(map.offer(1).terms.rates.permille(500));
+    map.offer(2).slack = Some(map.offer(2).terms.rates.permille(100));
+    let asked = |map: &Map, class: Wanted, max_price: Option<u64>| {
+        let max_price = (max_price, None);
+        let question = Question { class, max_price, sort: Sort::Price, ..question() };
+        let chosen = Router::default().choose(Boot(0), &question, &map.hosts(), &mut Dice::new(1));
+        chosen.map(|chosen| {
+            let chosen = chosen.into_iter();
+            chosen.map(|one| (one.name, one.class, one.terms.rates.prompt.0)).collect::<Vec<_>>()
+        })
+    };
+    let said = |said: &[(&str, Class, u64)]| -> Vec<(String, Class, u64)> {
+        said.iter().map(|(name, class, price)| ((*name).to_owned(), *class, *price)).collect()
+    };
+    use Class::{Firm, Slack};
+    let firm = said(&[("h3", Firm, 50), ("h1", Firm, 100), ("h2", Firm, 200)]);
+    let slack = said(&[("h2", Slack, 20), ("h1", Slack, 50)]);
+    assert_eq!(asked(&map, Wanted::Firm, None).as_ref(), Ok(&firm));
+    assert_eq!(asked(&map, Wanted::Slack, None).as_ref(), Ok(&slack));
+    assert_eq!(asked(&map, Wanted::SlackIfSold, None).as_ref(), Ok(&slack));
+    let cheap = said(&[("h2", Slack, 20)]);
+    assert_eq!(asked(&map, Wanted::SlackIfSold, Some(30)).as_ref(), Ok(&cheap), "its own price");
+    // Nobody that is there sells it so.
+    for host in &mut map.0[..2] {
+        host.2 = false;
+    }
+    assert_eq!(asked(&map, Wanted::SlackIfSold, None), Ok(said(&[("h3", Firm, 50)])));
+    let Err(Nobody::Against(reasons)) = asked(&map, Wanted::Slack, None) else { panic!() };
+    assert!(reasons.contains(&("h3".into(), "it sells no slack".into())), "{reasons:?}");
+    // Nobody at all does.
+    map.0.drain(..2);
+    assert_eq!(asked(&map, Wanted::Slack, None), Err(Nobody::Unable(Lack::Slack)));
 }
 
 #[test]

@@ -15,6 +15,8 @@ mod keys;
 mod sdks;
 #[path = "models/selling.rs"]
 mod selling;
+#[path = "models/slack.rs"]
+mod slack;
 #[path = "models/upstream.rs"]
 mod upstream;
 #[path = "models/web.rs"]

@@ -707,6 +707,8 @@ pub struct LeaseLine {
     /// The model whose tokens are lent, if it is one, and how many of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelUse>,
+    /// `firm` or `slack`.
+    pub class: String,
     /// The price per hour.
     pub rate: Money,
     /// The most it can cost, when held.
@@ -816,6 +818,7 @@ impl LeaseLine {
             lessee: None,
             shape: (&of.shape).into(),
             model: of.model.as_ref().map(|terms| ModelUse::of(terms, &of.usage)),
+            class: named(of.class),
             rate: Money(of.rate),
             worst_case: Some(Money(of.worst_case)),
             decided: of.decided.to_string(),
@@ -849,6 +852,7 @@ impl LeaseLine {
             lessee: Some(of.lessee.to_string()),
             shape: (&of.shape).into(),
             model: of.model.as_ref().map(|terms| ModelUse::of(terms, &of.usage)),
+            class: named(of.class),
             rate: Money(of.rate),
             worst_case: None,
             decided: of.decided.to_string(),

@@ -63,6 +63,10 @@ pub struct ModelSpec {
     pub upstream: Option<UpstreamText>,
     /// What its tokens cost.
     pub price: Option<PriceText>,
+    /// What they cost whoever can wait, of that price (`"60%"`); empty: it is not sold so.
+    pub slack: Option<String>,
+    /// Requests that can wait are begun while fewer than this are under way.
+    pub slack_requests: Option<u32>,
     /// Whether it is sold to others.
     pub serve: Option<bool>,
     /// Whether its weights are kept from peers who ask for them.
@@ -99,6 +103,10 @@ pub struct ModelLine {
     pub state: String,
     /// What its tokens cost.
     pub price: PriceText,
+    /// What they cost whoever can wait; absent where it is not sold so.
+    pub slack: Option<PriceText>,
+    /// Requests that can wait are begun while fewer than this are under way.
+    pub slack_requests: u32,
     /// How its weights are kept.
     pub quantisation: String,
     /// The most tokens of prompt and answer together.
@@ -199,6 +207,13 @@ pub struct KeyMade {
     pub line: KeyLine,
 }
 
+impl PriceText {
+    fn of(rates: &TokenRates) -> Self {
+        let TokenRates { prompt, completion } = rates;
+        Self { prompt: prompt.to_string(), completion: completion.to_string() }
+    }
+}
+
 fn state_word(state: Ready) -> &'static str {
     match state {
         Ready::Cold => "cold",
@@ -215,16 +230,15 @@ impl ModelLine {
             digest: entry.digest.to_string(),
             engine: match entry.source {
                 Source::Weights(_) | Source::Encoder(_) => "embedded".to_owned(),
-                Source::Upstream { url, .. } => url,
+                Source::Upstream { ref url, .. } => url.clone(),
             },
             serve: entry.serve,
             private: entry.private,
             demo: entry.demo,
             state: state_word(load.state).to_owned(),
-            price: PriceText {
-                prompt: entry.rates.prompt.to_string(),
-                completion: entry.rates.completion.to_string(),
-            },
+            price: PriceText::of(&entry.rates),
+            slack: entry.slack().as_ref().map(PriceText::of),
+            slack_requests: entry.slack_requests,
             quantisation: entry.quantisation,
             context: entry.context,
             endpoints: entry.endpoints,
@@ -272,9 +286,19 @@ impl ModelSpec {
             Some(words) => Some(abilities_of(&words)?),
             None => None,
         };
+        let slack_permille = match self.slack.as_deref() {
+            None => None,
+            Some("") => Some(None),
+            Some(text) => {
+                let share = quantity::share(text);
+                Some(Some(share.map_err(|why| ApiError::field("slack", why))?))
+            }
+        };
         Ok(Spec {
             source,
             rates,
+            slack_permille,
+            slack_requests: self.slack_requests,
             serve: self.serve,
             private: self.private,
             demo: self.demo,

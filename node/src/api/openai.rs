@@ -24,6 +24,8 @@ use bytes::Bytes;
 use futures::stream;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use leasehold_proto::core::Seller;
+use leasehold_proto::minds::route::Wanted;
+use leasehold_proto::words::contract::Class;
 use leasehold_proto::words::model::{ModelState, TokenRates};
 use leasehold_proto::{Amount, Hash};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -116,7 +118,11 @@ impl Service {
         endpoint: Endpoint,
         body: Vec<u8>,
     ) -> Result<Vec<u8>, Fault> {
-        let request = Request::parse(endpoint, &body.into())?;
+        let mut request = Request::parse(endpoint, &body.into())?;
+        // There is a day for it.
+        if request.class == Wanted::Firm {
+            request.class = Wanted::SlackIfSold;
+        }
         let key = match owner.as_str() {
             OPERATOR => None,
             key => Some(key.parse::<Hash>().map_err(|_| Fault::wrong_key())?),
@@ -367,6 +373,7 @@ struct Room {
 
 /// An answer on its way to the client, and what it comes to.
 struct Billed {
+    endpoint: Endpoint,
     entered: Option<Entered>,
     currency: Arc<str>,
     rates: TokenRates,
@@ -386,10 +393,12 @@ impl Billed {
         let model = answer.terms.name.as_str();
         let (stream, usage) = (asked.stream, asked.include_usage);
         Self {
+            endpoint: asked.endpoint,
             currency: asked.service.inner.currency.as_str().into(),
             rates: gateway.price(&answer.terms),
             bounds: asked.bounds,
-            rewriter: Rewriter::new(asked.endpoint, stream, usage, &id, model, &answer.node),
+            rewriter: Rewriter::new(asked.endpoint, stream, usage, &id, model, &answer.node)
+                .of(answer.class),
             seen: Tally::new(asked.endpoint, asked.bounds),
             prompt: answer.prompt,
             counted: None,
@@ -519,13 +528,14 @@ impl Streaming {
         match self {
             Self::Waiting(asked, mut asking) => match timeout(ALIVE, &mut asking).await {
                 Err(_) => (comment(), Some(Self::Waiting(asked, asking))),
-                Ok(Err(fault)) => (sse::error(&fault), None),
+                Ok(Err(fault)) => (sse::error(asked.endpoint, &fault), None),
                 Ok(Ok(answer)) => {
                     let begun = Self::answering(asked, answer);
                     (Bytes::from_static(b": begun\n\n"), Some(begun))
                 }
             },
             Self::Answering { mut answer, mut billed, mut first } => loop {
+                let endpoint = billed.endpoint;
                 let piece = if std::mem::take(&mut first) {
                     let none = Piece::Done(Counted::default());
                     Ok(Some(Ok(std::mem::replace(&mut answer.first, none))))
@@ -536,26 +546,28 @@ impl Streaming {
                 match piece {
                     Err(_) => return (comment(), rest(answer, billed)),
                     Ok(Some(Ok(Piece::Data(piece)))) => match billed.rewrite(&piece) {
-                        Ok(Some(text)) => return (sse::data(&text), rest(answer, billed)),
+                        Ok(Some(text)) => {
+                            return (sse::piece(endpoint, &text), rest(answer, billed));
+                        }
                         Ok(None) => {}
-                        Err(fault) => return (sse::error(&fault), None),
+                        Err(fault) => return (sse::error(endpoint, &fault), None),
                     },
                     Ok(Some(Ok(Piece::Prompt(tokens)))) => billed.prompt = tokens,
                     Ok(Some(Ok(Piece::Done(counted)))) => {
                         billed.counted = Some(counted);
-                        return (Bytes::from_static(sse::END), None);
+                        return (sse::end(endpoint), None);
                     }
                     Ok(Some(Err(fault))) => {
                         // What a client leaves unread is owed all the same.
                         if !fault.is_unread() {
                             billed.broke_off();
                         }
-                        return (sse::error(&fault), None);
+                        return (sse::error(endpoint, &fault), None);
                     }
                     Ok(None) => {
                         billed.broke_off();
                         let fault = Fault::bad_upstream("The serving node broke off.");
-                        return (sse::error(&fault), None);
+                        return (sse::error(endpoint, &fault), None);
                     }
                 }
             },
@@ -567,12 +579,18 @@ impl Streaming {
 fn catalogue(service: &Service, sellers: &[Seller]) -> Vec<Model> {
     let mut models: std::collections::BTreeMap<&str, Model> = std::collections::BTreeMap::new();
     let mut cheapest: std::collections::BTreeMap<&str, TokenRates> = Default::default();
+    let mut slack: std::collections::BTreeMap<&str, TokenRates> = Default::default();
     let mut abilities: std::collections::BTreeMap<&str, u64> = Default::default();
     for offer in sellers.iter().filter(|seller| seller.up).flat_map(|seller| &seller.models) {
         let name = offer.terms.name.as_str();
         let rates = service.inner.gateway.price(&offer.terms);
         let best = cheapest.entry(name).or_insert(rates);
         *best = (*best).min(rates);
+        if let Some(terms) = offer.terms_in(Class::Slack) {
+            let rates = service.inner.gateway.price(&terms);
+            let best = slack.entry(name).or_insert(rates);
+            *best = (*best).min(rates);
+        }
         *abilities.entry(name).or_default() |= offer.abilities;
         let model = models.entry(name).or_insert_with(|| Model {
             id: name.to_owned(),
@@ -581,6 +599,7 @@ fn catalogue(service: &Service, sellers: &[Seller]) -> Vec<Model> {
             owned_by: "leasehold".to_owned(),
             context_length: 0,
             pricing: Pricing::per_million(0, 0),
+            flex_pricing: None,
             currency: service.inner.currency.clone(),
             quantizations: Vec::new(),
             providers: 0,
@@ -607,6 +626,9 @@ fn catalogue(service: &Service, sellers: &[Seller]) -> Vec<Model> {
     let known = models.into_iter().map(|(name, mut model)| {
         let rates = cheapest.get(name).copied().unwrap_or_default();
         model.pricing = Pricing::per_million(rates.prompt.0, rates.completion.0);
+        let slack = slack.get(name);
+        model.flex_pricing =
+            slack.map(|rates| Pricing::per_million(rates.prompt.0, rates.completion.0));
         let abilities = abilities.get(name).copied().unwrap_or_default();
         model.supported_parameters = supported_parameters(Needs::of_bits(abilities));
         model

@@ -226,6 +226,7 @@ fn shown(line: &LeaseLine) -> String {
             lines.push(("rate", format!("{}/h", money(line.rate))));
         }
     }
+    lines.push(("class", line.class.clone()));
     lines.extend(line.worst_case.map(|amount| ("at most", money(amount))));
     lines.push(("granted", line.decided.clone()));
     let longer = match line.max_term_ms > line.term_ms {

@@ -16,7 +16,7 @@ use crate::api::model::{ModelLine, ModelLines, ModelSpec, PriceText, UpstreamTex
 use crate::api::want::PayloadText;
 use crate::client::escaped;
 use crate::model::embedded::import;
-use crate::openai::catalogue::Catalogue;
+use crate::openai::catalogue::{Catalogue, Pricing};
 
 /// A model that is known by name: where its weights are packaged, and what they come to.
 struct Known {
@@ -153,6 +153,13 @@ struct Terms {
     /// Price of a million tokens asked and answered, in the fabric's currency
     #[arg(long, value_name = "PROMPT/COMPLETION", value_parser = price)]
     price: Option<PriceText>,
+    /// What it costs whoever can wait (batches, `service_tier` flex), of that price, or `none`
+    /// [default of a new one: models.slack, 60%]
+    #[arg(long, value_name = "PERCENT", value_parser = slack)]
+    slack: Option<String>,
+    /// Begin what can wait while fewer requests than this are under way [default of a new one: 4]
+    #[arg(long, value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
+    slack_requests: Option<u32>,
     /// Keep its weights from peers who ask for them
     #[arg(long)]
     private: bool,
@@ -188,10 +195,19 @@ fn price(text: &str) -> Result<PriceText, String> {
     Ok(PriceText { prompt: prompt.to_owned(), completion: completion.to_owned() })
 }
 
+fn slack(text: &str) -> Result<String, String> {
+    if text == "none" {
+        return Ok(String::new());
+    }
+    crate::quantity::share(text).map(|_| text.to_owned())
+}
+
 impl Terms {
     fn spec(&self) -> ModelSpec {
         ModelSpec {
             price: self.price.clone(),
+            slack: self.slack.clone(),
+            slack_requests: self.slack_requests,
             serve: if self.no_serve { Some(false) } else { self.serve.then_some(true) },
             private: self.private.then_some(true),
             ..ModelSpec::default()
@@ -444,11 +460,13 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
             let ModelLine { name, state, serve, price, context, quantisation, engine, .. } = model;
             let sold = if *serve { "yes" } else { "no" };
             let demo = if model.demo { " (demo)" } else { "" };
+            let both = |price: &PriceText| format!("{} / {}", price.prompt, price.completion);
             vec![
                 format!("{name}{demo}"),
                 state.clone(),
                 sold.to_owned(),
-                format!("{} / {}", price.prompt, price.completion),
+                both(price),
+                model.slack.as_ref().map_or_else(|| "-".to_owned(), both),
                 context.to_string(),
                 quantisation.clone(),
                 engine.clone(),
@@ -458,7 +476,10 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
         });
         let price = format!("{}/1M IN / OUT", lines.currency);
         session.out.table(
-            &["NAME", "STATE", "SOLD", &price, "CONTEXT", "KEPT", "ENGINE", "LOAD", "TOK/S"],
+            &[
+                "NAME", "STATE", "SOLD", &price, "SLACK", "CONTEXT", "KEPT", "ENGINE", "LOAD",
+                "TOK/S",
+            ],
             rows.collect(),
         )
     })?;
@@ -481,26 +502,27 @@ impl Models {
     pub(super) async fn run(self, session: &Session) -> Result<Exit, Failure> {
         let models: Catalogue = session.client.get("/v1/models").await?;
         session.out.answer(&models, || {
+            let both = |price: &Pricing| {
+                format!("{} / {}", million(&price.prompt), million(&price.completion))
+            };
             let rows = models.data.iter().map(|model| {
                 let demo = if model.demo { " (demo)" } else { "" };
                 vec![
                     format!("{}{demo}", model.id),
                     model.state.clone(),
                     format!("{}/{}", model.warm, model.providers),
-                    format!(
-                        "{} / {}",
-                        million(&model.pricing.prompt),
-                        million(&model.pricing.completion)
-                    ),
+                    both(&model.pricing),
+                    model.flex_pricing.as_ref().map_or_else(|| "-".to_owned(), both),
                     model.context_length.to_string(),
                     model.quantizations.join(" "),
                 ]
             });
             let currency = models.data.first().map_or("", |model| model.currency.as_str());
             let price = format!("{currency}/1M IN / OUT");
-            session
-                .out
-                .table(&["MODEL", "STATE", "WARM", &price, "CONTEXT", "KEPT"], rows.collect())
+            session.out.table(
+                &["MODEL", "STATE", "WARM", &price, "SLACK", "CONTEXT", "KEPT"],
+                rows.collect(),
+            )
         })?;
         Ok(Exit::Ok)
     }

@@ -11,14 +11,12 @@ use std::sync::{Arc, Mutex};
 
 use leasehold_keys::disk::{self, Existing};
 use leasehold_proto::words::index::{self, Index};
-use leasehold_proto::words::model::{
-    Endpoint, MAX_MODEL_NAME, MAX_MODELS, ModelOffer, ModelState, TokenRates,
-};
-use leasehold_proto::{Hash, Payload, Span};
+use leasehold_proto::words::model::{Endpoint, MAX_MODEL_NAME, MAX_MODELS, ModelState, TokenRates};
+use leasehold_proto::{Hash, Payload};
 use serde::{Deserialize, Serialize};
 
 use super::embedded::{Info, LoadError, Model};
-use super::engine::Engine;
+use super::engine::{Engine, Load};
 use super::hold;
 use super::local::{self, Local};
 use super::upstream::{self, Address, Key, Upstream};
@@ -29,6 +27,9 @@ use crate::payload::{PayloadError, PayloadStore, Root};
 pub const FILE: &str = "models.json";
 /// The longest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
+/// Below how many requests under way what can wait is begun: half of what the embedded engine answers
+/// at once, and so few of a server of which nothing is said that others hardly feel it.
+const SLACK_REQUESTS: u32 = 4;
 /// What a sentence encoder is made of: these files of its index.
 const ENCODER: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
 
@@ -62,6 +63,12 @@ pub struct Entry {
     pub source: Source,
     /// What its tokens cost.
     pub rates: TokenRates,
+    /// What they cost whoever can wait, in thousandths of that; none where it is not sold so.
+    #[serde(default)]
+    pub slack_permille: Option<u16>,
+    /// Requests that can wait are begun while fewer than this are under way; at least one.
+    #[serde(default = "slack_requests")]
+    pub slack_requests: u32,
     /// Whether it is sold to others.
     pub serve: bool,
     /// Whether its weights are kept from peers who ask for them.
@@ -82,6 +89,19 @@ pub struct Entry {
     pub licence: Option<String>,
 }
 
+const fn slack_requests() -> u32 {
+    SLACK_REQUESTS
+}
+
+/// What a model costs of which nothing is said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prices {
+    /// What its tokens cost.
+    pub rates: TokenRates,
+    /// What they cost whoever can wait, in thousandths of that; none where it is not sold so.
+    pub slack_permille: Option<u16>,
+}
+
 /// What an operator says of a model. What is not said stays as it was, or is found out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
@@ -89,6 +109,11 @@ pub struct Spec {
     pub source: Option<Source>,
     /// What its tokens cost.
     pub rates: Option<TokenRates>,
+    /// What they cost whoever can wait, in thousandths of that; none inside where it is not to be
+    /// sold so.
+    pub slack_permille: Option<Option<u16>>,
+    /// Below how many requests under way what can wait is begun.
+    pub slack_requests: Option<u32>,
     /// Whether it is sold.
     pub serve: Option<bool>,
     /// Whether its weights are kept from peers.
@@ -172,16 +197,16 @@ pub struct Catalog {
     dir: PathBuf,
     entries: Arc<Mutex<BTreeMap<String, Entry>>>,
     /// What a model costs where nothing is said.
-    default_rates: TokenRates,
+    prices: Prices,
 }
 
 impl Catalog {
-    /// The catalog in `dir`, empty where there is no file yet; models of which nothing is said cost
-    /// `default_rates`.
+    /// The catalog in `dir`, empty where there is no file yet; models of which nothing is said have
+    /// these prices.
     ///
     /// # Errors
     /// When there is a file and it does not read.
-    pub fn open(dir: &Path, default_rates: TokenRates) -> Result<Self, CatalogError> {
+    pub fn open(dir: &Path, prices: Prices) -> Result<Self, CatalogError> {
         let path = dir.join(FILE);
         let read = || -> Result<Vec<Entry>, CatalogError> {
             let io = |source| CatalogError::Io { path: path.clone(), source };
@@ -199,7 +224,7 @@ impl Catalog {
         };
         let entries = read()?.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
         let entries = Arc::new(Mutex::new(entries));
-        Ok(Self { dir: dir.to_owned(), entries, default_rates })
+        Ok(Self { dir: dir.to_owned(), entries, prices })
     }
 
     /// Every model.
@@ -241,6 +266,8 @@ impl Catalog {
             entry.digest = Hash::of(said.as_bytes());
         }
         entry.rates = spec.rates.unwrap_or(entry.rates);
+        entry.slack_permille = spec.slack_permille.unwrap_or(entry.slack_permille);
+        entry.slack_requests = spec.slack_requests.unwrap_or(entry.slack_requests);
         entry.serve = spec.serve.unwrap_or(entry.serve);
         entry.private = spec.private.unwrap_or(entry.private);
         entry.demo = spec.demo.unwrap_or(entry.demo);
@@ -308,7 +335,9 @@ impl Catalog {
             name: name.to_owned(),
             digest: Hash::default(),
             source: source.clone(),
-            rates: self.default_rates,
+            rates: self.prices.rates,
+            slack_permille: self.prices.slack_permille,
+            slack_requests: SLACK_REQUESTS,
             serve: false,
             private: false,
             demo: false,
@@ -392,19 +421,10 @@ impl Entry {
     /// Whether what is said of it can stand in an offer: one that cannot would take all else that the node
     /// offers with it.
     fn sound(&self) -> Result<(), &'static str> {
-        let offer = ModelOffer {
-            terms: self.terms(),
-            quantisation: self.quantisation.clone(),
-            context: self.context,
-            endpoints: self.endpoints.clone(),
-            abilities: self.abilities,
-            demo: self.demo,
-            state: ModelState::Cold,
-            load: 0,
-            tokens_per_second: 0,
-            first_token: Span::ZERO,
-        };
-        offer.sound()
+        if self.slack_requests == 0 {
+            return Err("of requests that can wait one at least is begun where there is none");
+        }
+        self.offer(ModelState::Cold, &Load::default()).sound()
     }
 
     /// The payloads that its weights are.

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::engine::{Ask, Piece};
+use super::slack::Answering;
 use super::{Admitted, Models, hold, worst_case};
 use crate::data::frame::Refusal;
 use crate::data::{Arriving, RecvHalf, SendHalf};
@@ -141,7 +142,9 @@ impl Models {
                 (Counted { prompt, ..counted }, Finish::HungUp)
             }
             Ended::Fault(fault) => {
-                counts.faults.fetch_add(1, relaxed);
+                let refused = fault.is_no_slack();
+                let counter = if refused { &counts.slack_refused } else { &counts.faults };
+                counter.fetch_add(1, relaxed);
                 // Before it is told: whoever asked may ask again for as much at once.
                 drop(aside);
                 return infer::write(send, &Frame::Fault(fault.clone())).await;
@@ -250,11 +253,11 @@ async fn pipe(
 ) -> Ended {
     tokio::pin!(stop);
     let asked = tokio::select! {
-        asked = admitted.loaded.engine.ask(ask) => asked,
+        asked = admitted.loaded.ask(ask, admitted.lease.class) => asked,
         ended = &mut stop => return ended,
     };
-    let mut pieces = match asked {
-        Ok(pieces) => pieces,
+    let Answering { mut pieces, place: _place } = match asked {
+        Ok(answering) => answering,
         Err(fault) => return Ended::Fault(fault),
     };
     loop {

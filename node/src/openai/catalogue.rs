@@ -31,6 +31,9 @@ pub struct Model {
     pub context_length: u32,
     /// What it costs at the entry node, at the cheapest.
     pub pricing: Pricing,
+    /// What it costs there whoever can wait (`service_tier` `flex`, and batches), at the cheapest; none
+    /// where nobody sells it so.
+    pub flex_pricing: Option<Pricing>,
     /// The currency of the prices.
     pub currency: String,
     /// In which quantisations it is served.
@@ -111,6 +114,7 @@ mod tests {
             owned_by: "leasehold".into(),
             context_length: 8_192,
             pricing: Pricing::per_million(150_000_000, 600_000_000),
+            flex_pricing: Some(Pricing::per_million(90_000_000, 360_000_000)),
             currency: "EUR".into(),
             quantizations: vec!["q8_0".into()],
             providers: 2,
@@ -125,6 +129,7 @@ mod tests {
             json!({"object": "list", "data": [{"id": "m", "object": "model", "created": 1,
                 "owned_by": "leasehold", "context_length": 8192,
                 "pricing": {"prompt": "0.00000015", "completion": "0.0000006"},
+                "flex_pricing": {"prompt": "0.00000009", "completion": "0.00000036"},
                 "currency": "EUR", "quantizations": ["q8_0"], "providers": 2, "warm": 1,
                 "state": "warm", "demo": true,
                 "supported_parameters": ["max_completion_tokens", "max_tokens",

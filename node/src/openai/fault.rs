@@ -295,6 +295,25 @@ impl Fault {
         Self::new(503, Kind::Server, Some("overloaded"), message).after(wait)
     }
 
+    /// 429: nobody has time for what can wait. OpenAI says so of its `flex` tier.
+    #[must_use]
+    pub fn no_slack(wait: Duration) -> Self {
+        let message = "The model has no time now for requests that can wait. Nothing was charged.";
+        Self::new(429, Kind::RateLimit, Some("resource_unavailable"), message).after(wait)
+    }
+
+    /// Whether it says that.
+    #[must_use]
+    pub fn is_no_slack(&self) -> bool {
+        self.status == 429 && self.code.as_deref() == Some("resource_unavailable")
+    }
+
+    /// Whether it speaks against the serving node: it is to be asked last for a while.
+    #[must_use]
+    pub fn is_a_failure(&self) -> bool {
+        self.may_pass_elsewhere() && !self.is_no_slack()
+    }
+
     /// Reads an error body of any dialect: OpenAI's, vLLM's, llama-server's, Ollama's,
     /// FastAPI's, or plain text. What it says is bounded and cleaned; what it does not say
     /// follows from the status, of which anything but 400 to 599 is taken for 502.
@@ -446,6 +465,7 @@ mod tests {
                 "tokens",
                 Some("rate_limit_exceeded"),
             ),
+            (Fault::no_slack(second), 429, "rate_limit_error", Some("resource_unavailable")),
             (Fault::internal(), 500, "server_error", Some("internal_error")),
             (Fault::bad_upstream("x"), 502, "server_error", Some("bad_upstream")),
             (Fault::unavailable("x"), 503, "server_error", Some("service_unavailable")),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
+use leasehold_proto::minds::route::Wanted;
 use serde_json::value::RawValue;
 
 use super::fault::{Fault, shown};
@@ -79,6 +80,8 @@ pub struct Request {
     pub dimensions: Option<u32>,
     /// The person behind the request, as the client names them.
     pub user: Option<String>,
+    /// Whether it can wait: `service_tier` is `flex` where it can.
+    pub class: Wanted,
     /// Which serving nodes may answer. A suffix of the model's name is in `sort`.
     pub provider: Provider,
     needs: Needs,
@@ -103,6 +106,7 @@ struct Draft {
     encoding: Encoding,
     dimensions: Option<u32>,
     user: Option<String>,
+    class: Wanted,
     provider: Provider,
     needs: Needs,
 }
@@ -264,6 +268,8 @@ impl Request {
                     push_key(&mut out, key);
                     push_string(&mut out, model);
                 }
+                // That it can wait is said by the lease.
+                "service_tier" if self.class == Wanted::Slack => {}
                 "stream_options" if force => options = Some(value),
                 _ => push_field(&mut out, key, value),
             }
@@ -355,6 +361,7 @@ impl Draft {
             encoding: Encoding::default(),
             dimensions: None,
             user: None,
+            class: Wanted::Firm,
             provider: Provider::default(),
             needs,
         }
@@ -467,7 +474,10 @@ impl Draft {
             }
             "service_tier" => {
                 let tier = field.word(&["auto", "default", "flex", "scale", "priority"])?;
-                self.need(!matches!(tier, "auto" | "default"), Need::ServiceTier);
+                if tier == "flex" {
+                    self.class = Wanted::Slack;
+                }
+                self.need(matches!(tier, "scale" | "priority"), Need::ServiceTier);
             }
             "store" => {
                 let keep = field.boolean()?;
@@ -628,6 +638,7 @@ impl Draft {
             encoding: self.encoding,
             dimensions: self.dimensions,
             user: self.user,
+            class: self.class,
             provider: self.provider,
             needs: self.needs,
             body,

@@ -4,6 +4,7 @@
 //! and the serving node is named. Everything else, whatever it may be, goes on byte for byte.
 
 use bytes::Bytes;
+use leasehold_proto::words::contract::Class;
 
 use super::fault::Fault;
 use super::json::{Object, push_field, push_key, push_string};
@@ -35,6 +36,8 @@ pub struct Rewriter {
     id: Vec<u8>,
     model: Vec<u8>,
     provider: Vec<u8>,
+    /// Whether it was asked in slack.
+    slack: bool,
 }
 
 impl Rewriter {
@@ -56,7 +59,13 @@ impl Rewriter {
             out
         };
         let (id, model, provider) = (json(id), json(model), json(provider));
-        Self { endpoint, stream, include_usage, id, model, provider }
+        Self { endpoint, stream, include_usage, id, model, provider, slack: false }
+    }
+
+    /// The same, of an answer in this class: in slack it says OpenAI's `flex` for it.
+    #[must_use]
+    pub fn of(self, class: Class) -> Self {
+        Self { slack: class == Class::Slack, ..self }
     }
 
     /// Changes a piece: a chunk, or the whole answer. None when the client is not to see it,
@@ -109,6 +118,7 @@ impl Rewriter {
                 "id" if chunks => push_field(out, key, &self.id),
                 "model" => push_field(out, key, &self.model),
                 "provider" => {}
+                "service_tier" if self.slack => {}
                 "usage" if drop_usage => {}
                 "usage" if usage_is(raw) => {
                     push_key(out, key);
@@ -127,6 +137,15 @@ impl Rewriter {
         }
         if !within {
             push_field(out, "provider", &self.provider);
+        }
+        // Events of `/v1/responses` have none; the response within them has.
+        let has_tier = match self.endpoint {
+            Endpoint::Chat => true,
+            Endpoint::Responses => within || !self.stream,
+            Endpoint::Completions | Endpoint::Embeddings => false,
+        };
+        if self.slack && has_tier {
+            push_field(out, "service_tier", b"\"flex\"");
         }
         out.push(b'}');
         true
@@ -248,6 +267,27 @@ mod tests {
         assert_eq!(out["response"]["id"], "resp_1");
         assert_eq!(out["response"]["model"], "m");
         assert_eq!(out["response"]["usage"]["output_tokens"], 7);
+    }
+
+    #[test]
+    fn what_was_asked_in_slack_says_so() {
+        let tier = |endpoint, stream, class, piece: &[u8]| {
+            let rewriter = rewriter(endpoint, stream, false).of(class);
+            value(&rewriter.rewrite(piece, |_| BILL).unwrap().unwrap())
+        };
+        let piece = br#"{"id":"x","service_tier":"default","choices":[1]}"#;
+        for stream in [true, false] {
+            assert_eq!(tier(Endpoint::Chat, stream, Class::Slack, piece)["service_tier"], "flex");
+            let firm = tier(Endpoint::Chat, stream, Class::Firm, piece);
+            assert_eq!(firm["service_tier"], "default", "as it came");
+        }
+        let event = br#"{"type":"response.created","response":{"service_tier":"auto"}}"#;
+        let event = tier(Endpoint::Responses, true, Class::Slack, event);
+        assert_eq!(event["response"]["service_tier"], "flex");
+        assert!(event.get("service_tier").is_none());
+        assert_eq!(tier(Endpoint::Responses, false, Class::Slack, piece)["service_tier"], "flex");
+        let text = tier(Endpoint::Completions, false, Class::Slack, br#"{"choices":[]}"#);
+        assert!(text.get("service_tier").is_none());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use bytes::{Buf, Bytes, BytesMut};
 use thiserror::Error;
 
+use super::Endpoint;
 use super::fault::Fault;
 use super::json::{Key, Object};
 
@@ -16,8 +17,8 @@ pub const DONE: &[u8] = b"[DONE]";
 pub const EVENT: usize = 1 << 20;
 /// A comment that keeps a connection from looking dead.
 pub const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
-/// The event that ends a stream.
-pub const END: &[u8] = b"data: [DONE]\n\n";
+/// The event that ends a stream, but for those of `/v1/responses`.
+const END: &[u8] = b"data: [DONE]\n\n";
 
 /// An event is longer than is read. The stream is of no more use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -249,30 +250,42 @@ pub fn write(out: &mut BytesMut, name: Option<&str>, data: &[u8]) {
     }
 }
 
-/// An event with a chunk.
+/// The event with a piece of an answer. Those of `/v1/responses` are named by the `type` of what
+/// they carry.
 #[must_use]
-pub fn data(data: &[u8]) -> Bytes {
-    let mut out = BytesMut::with_capacity(data.len() + 8);
-    write(&mut out, None, data);
-    out.freeze()
-}
-
-/// An event of `/v1/responses`, whose name is the `type` of what it carries.
-#[must_use]
-pub fn response(data: &[u8]) -> Bytes {
-    let text = std::str::from_utf8(data).unwrap_or_default();
-    let object = Object::read(text).ok();
-    let kind = object.as_ref().and_then(|object| object.get("type"));
-    let kind = kind.and_then(|kind| serde_json::from_str::<Key<'_>>(kind.get()).ok());
+pub fn piece(endpoint: Endpoint, data: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(data.len() + 64);
-    write(&mut out, kind.as_ref().map(|Key(kind)| kind.as_ref()), data);
+    if endpoint == Endpoint::Responses {
+        let text = std::str::from_utf8(data).unwrap_or_default();
+        let object = Object::read(text).ok();
+        let kind = object.as_ref().and_then(|object| object.get("type"));
+        let kind = kind.and_then(|kind| serde_json::from_str::<Key<'_>>(kind.get()).ok());
+        write(&mut out, kind.as_ref().map(|Key(kind)| kind.as_ref()), data);
+    } else {
+        write(&mut out, None, data);
+    }
     out.freeze()
 }
 
-/// The event that says within a stream that it failed. No [`END`] comes after it.
+/// What comes after the last piece. Of `/v1/responses` the last event says that it is.
 #[must_use]
-pub fn error(fault: &Fault) -> Bytes {
-    data(&fault.body())
+pub const fn end(endpoint: Endpoint) -> Bytes {
+    Bytes::from_static(match endpoint {
+        Endpoint::Responses => b"",
+        Endpoint::Chat | Endpoint::Completions | Endpoint::Embeddings => END,
+    })
+}
+
+/// The event that says within a stream that it failed. No [`end`] comes after it.
+#[must_use]
+pub fn error(endpoint: Endpoint, fault: &Fault) -> Bytes {
+    let body = fault.body();
+    if endpoint != Endpoint::Responses {
+        return piece(endpoint, &body);
+    }
+    // As OpenAI sends it: an event of that type, with the body's error in it.
+    let inside = body.strip_prefix(b"{").unwrap_or_default();
+    piece(endpoint, &[&b"{\"type\":\"error\","[..], inside].concat())
 }
 
 #[cfg(test)]
@@ -343,8 +356,8 @@ mod tests {
         write(&mut out, Some("na\nme"), b"{\n\"a\":\r\n1}\r");
         write(&mut out, None, b"");
         out.extend_from_slice(KEEP_ALIVE);
-        out.extend_from_slice(&error(&Fault::internal()));
-        out.extend_from_slice(END);
+        out.extend_from_slice(&error(Endpoint::Chat, &Fault::internal()));
+        out.extend_from_slice(&end(Endpoint::Chat));
         let events = all(&[&out], EVENT).unwrap();
         assert_eq!(events.len(), 5);
         assert_eq!(events[0].data, "{\"a\":1}");
@@ -356,10 +369,20 @@ mod tests {
 
     #[test]
     fn events_of_responses_have_names() {
+        let response = |data: &[u8]| piece(Endpoint::Responses, data);
         let event = response(br#"{"type":"response.done","a":1}"#);
         assert_eq!(event, "event: response.done\ndata: {\"type\":\"response.done\",\"a\":1}\n\n");
         assert_eq!(response(b"{\"type\":1}"), "data: {\"type\":1}\n\n");
         assert_eq!(response(b"x"), "data: x\n\n");
+        assert!(end(Endpoint::Responses).is_empty());
+        let failed = error(Endpoint::Responses, &Fault::internal());
+        let failed = all(&[&failed], 4_096).expect("reads").remove(0);
+        assert_eq!(failed.name.as_deref(), Some("error"));
+        let said: serde_json::Value = serde_json::from_slice(&failed.data).expect("JSON");
+        assert_eq!(
+            (&said["type"], &said["error"]["code"]),
+            (&"error".into(), &"internal_error".into())
+        );
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::base::id::{Hash, KeyId, LeaseId};
 use crate::base::money::Amount;
 use crate::base::resource::Resources;
 use crate::base::time::{Boot, Span};
-use crate::words::contract::{EndReason, JobSpec};
+use crate::words::contract::{Class, EndReason, JobSpec};
 use crate::words::message::Utterance;
 use crate::words::model::{ModelTerms, Tally};
 use crate::words::sign::Draft;
@@ -97,6 +97,8 @@ pub struct Notified {
 pub struct ModelLease {
     /// The model, and what its tokens cost.
     pub terms: ModelTerms,
+    /// Whether its requests can wait for others.
+    pub class: Class,
     /// The most that may be charged in all.
     pub cap: Amount,
     /// What was served so far.

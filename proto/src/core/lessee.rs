@@ -658,6 +658,7 @@ impl Core {
                 stage: kept.stage,
                 shape: terms.shape.clone(),
                 model: terms.model.clone(),
+                class: terms.class,
                 rate: terms.rate,
                 worst_case: terms.worst_case_over(kept.term),
                 decided: terms.decided,

@@ -312,6 +312,7 @@ impl Core {
             shape: known.terms.shape.clone(),
             model: known.terms.model.clone().map(|terms| ModelLease {
                 terms,
+                class: known.terms.class,
                 cap: known.terms.cap,
                 tally: known.reported.tally,
             }),

@@ -202,6 +202,8 @@ pub struct HeldView {
     pub shape: Resources,
     /// The model whose tokens are lent, if it is one.
     pub model: Option<ModelTerms>,
+    /// How firmly.
+    pub class: Class,
     /// The price per hour.
     pub rate: Amount,
     /// The most it can cost.

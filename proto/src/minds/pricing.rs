@@ -195,7 +195,7 @@ impl Pricing {
         let issued = self.issued.iter().rev().find(|issued| issued.id == order.offer)?;
         let Issued { draft, offer, .. } = issued;
         let rate = match &order.model {
-            Some(terms) => offer.sells_model(terms).then_some(Amount::ZERO),
+            Some(terms) => offer.sells_model(terms, order.class).then_some(Amount::ZERO),
             None => offer.hourly(&order.shape, order.class),
         };
         let early = offer.early;
@@ -209,7 +209,7 @@ impl Pricing {
     /// nothing is sold at all.
     pub fn sells(&self, order: &Order) -> Result<(), Vec<Figure>> {
         let sold = match &order.model {
-            Some(terms) => order.class == Class::Firm && self.serves(&terms.name),
+            Some(terms) => self.serves(&terms.name, order.class),
             None => self.policy.classes().contains(&order.class),
         };
         if !sold {
@@ -242,10 +242,11 @@ impl Pricing {
         self.issued.back().map(|issued| &issued.draft)
     }
 
-    /// Whether a model of that name is served now.
+    /// Whether a model of that name is sold in `class` now.
     #[must_use]
-    pub fn serves(&self, name: &str) -> bool {
-        self.models.iter().any(|model| model.terms.name == name)
+    pub fn serves(&self, name: &str, class: Class) -> bool {
+        let sold = |model: &ModelOffer| model.rates_in(class).is_some();
+        self.models.iter().any(|model| model.terms.name == name && sold(model))
     }
 
     /// Which models are served from now on, sorted by name.

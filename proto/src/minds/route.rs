@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::base::dice::Dice;
 use crate::base::id::KeyId;
 use crate::base::time::{Boot, Span};
+use crate::words::contract::Class;
 use crate::words::model::{Endpoint, ModelOffer, ModelState, ModelTerms, TokenRates};
 
 /// How long a node that failed once is asked last; twice as long after each further time.
@@ -50,6 +51,18 @@ pub enum Sort {
     Latency,
 }
 
+/// In which class an answer is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wanted {
+    /// Now, at the firm price.
+    #[default]
+    Firm,
+    /// When there is time, at the price of slack, or not at all.
+    Slack,
+    /// Likewise where a node that may answer sells it so; else at the firm price.
+    SlackIfSold,
+}
+
 /// What is asked of a model, as far as it decides who may answer.
 #[derive(Clone, Debug)]
 pub struct Question<'a> {
@@ -63,6 +76,8 @@ pub struct Question<'a> {
     pub prompt_tokens: u64,
     /// The most tokens of answer, if that was said.
     pub max_tokens: Option<u64>,
+    /// In which class.
+    pub class: Wanted,
     /// By what to choose.
     pub sort: Sort,
     /// The highest price for a million tokens each way, in the currency's billionths.
@@ -98,6 +113,12 @@ pub struct Host<'a> {
     pub models: &'a [ModelOffer],
 }
 
+impl Host<'_> {
+    fn offer(&self, model: &str) -> Option<&ModelOffer> {
+        self.models.iter().find(|offer| offer.terms.name == model)
+    }
+}
+
 /// A node to ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
@@ -105,6 +126,8 @@ pub struct Choice {
     pub key: KeyId,
     /// Its name.
     pub name: String,
+    /// In which class it is asked.
+    pub class: Class,
     /// What it is asked for, and at what price.
     pub terms: ModelTerms,
 }
@@ -121,6 +144,9 @@ pub enum Lack {
     /// It looks back on so many tokens at most.
     #[error("its context is {0} tokens")]
     Context(u32),
+    /// It cannot wait: it is not sold so.
+    #[error("it sells no slack")]
+    Slack,
 }
 
 /// Why nobody can be asked.
@@ -177,6 +203,7 @@ pub struct Router {
 struct Fit<'a> {
     host: &'a Host<'a>,
     offer: &'a ModelOffer,
+    rates: TokenRates,
     cost: u64,
     first_token_us: u64,
     per_second: u64,
@@ -196,7 +223,8 @@ impl Router {
         hosts: &[Host<'_>],
         dice: &mut Dice,
     ) -> Result<Vec<Choice>, Nobody> {
-        let mut fits = self.fitting(now, question, hosts)?;
+        let class = class_of(question, hosts);
+        let mut fits = self.fitting(now, (question, class), hosts)?;
         dice.shuffle(&mut fits);
         let mut ordered = Vec::new();
         // Named first, in the order in which they are named.
@@ -227,7 +255,8 @@ impl Router {
         let choices = ordered.into_iter().map(|fit| Choice {
             key: fit.host.key,
             name: fit.host.name.to_owned(),
-            terms: fit.offer.terms.clone(),
+            class,
+            terms: ModelTerms { rates: fit.rates, ..fit.offer.terms.clone() },
         });
         Ok(choices.collect())
     }
@@ -235,25 +264,22 @@ impl Router {
     fn fitting<'a>(
         &self,
         now: Boot,
-        question: &Question<'_>,
+        (question, class): (&Question<'_>, Class),
         hosts: &'a [Host<'a>],
     ) -> Result<Vec<Fit<'a>>, Nobody> {
         let (mut fits, mut against, mut served) = (Vec::new(), Vec::new(), false);
         let mut unable: Option<Lack> = None;
         let mut able = false;
         for host in hosts {
-            let mut offers = host.models.iter();
-            let Some(offer) = offers.find(|offer| offer.terms.name == question.model) else {
-                continue;
-            };
+            let Some(offer) = host.offer(question.model) else { continue };
             served = true;
-            match lacks(question, offer) {
+            match lacks((question, class), offer) {
                 Some(what) => unable = Some(what),
                 None => able = true,
             }
-            match speaks_against(question, host, offer) {
-                Some(why) => against.push((host.name.to_owned(), why)),
-                None => fits.push(self.fit(now, question, host, offer)),
+            match allowed((question, class), host, offer) {
+                Err(why) => against.push((host.name.to_owned(), why)),
+                Ok(rates) => fits.push(self.fit(now, question, host, (offer, rates))),
             }
         }
         match (served, unable) {
@@ -269,7 +295,7 @@ impl Router {
         now: Boot,
         question: &Question<'_>,
         host: &'a Host<'a>,
-        offer: &'a ModelOffer,
+        (offer, rates): (&'a ModelOffer, TokenRates),
     ) -> Fit<'a> {
         let seen = self.seen.get(&(host.key, offer.terms.name.clone())).copied();
         let seen = seen.unwrap_or_default();
@@ -283,7 +309,8 @@ impl Router {
         Fit {
             host,
             offer,
-            cost: cost(&offer.terms.rates, question),
+            rates,
+            cost: cost(&rates, question),
             first_token_us,
             per_second,
             load: u64::from(offer.load).max(u64::from(seen.running)) + cold,
@@ -373,7 +400,7 @@ fn is_named(host: &Host<'_>, name: &str) -> bool {
 }
 
 /// What the model is asked for and cannot do there.
-fn lacks(question: &Question<'_>, offer: &ModelOffer) -> Option<Lack> {
+fn lacks((question, class): (&Question<'_>, Class), offer: &ModelOffer) -> Option<Lack> {
     if !offer.endpoints.contains(&question.endpoint) {
         return Some(Lack::Endpoint);
     }
@@ -382,17 +409,47 @@ fn lacks(question: &Question<'_>, offer: &ModelOffer) -> Option<Lack> {
         return Some(Lack::Abilities(lacks));
     }
     // What is reckoned may be twice of what it is; exactly only the engine knows.
-    let long = question.prompt_tokens / 2 > u64::from(offer.context);
-    long.then_some(Lack::Context(offer.context))
+    if question.prompt_tokens / 2 > u64::from(offer.context) {
+        return Some(Lack::Context(offer.context));
+    }
+    offer.rates_in(class).is_none().then_some(Lack::Slack)
 }
 
-fn speaks_against(question: &Question<'_>, host: &Host<'_>, offer: &ModelOffer) -> Option<String> {
-    let rates = &offer.terms.rates;
+/// In which class whom is asked.
+fn class_of(question: &Question<'_>, hosts: &[Host<'_>]) -> Class {
+    let sold = |host: &Host<'_>| {
+        let offer = host.offer(question.model);
+        offer.is_some_and(|offer| allowed((question, Class::Slack), host, offer).is_ok())
+    };
+    match question.class {
+        Wanted::Firm => Class::Firm,
+        Wanted::Slack => Class::Slack,
+        Wanted::SlackIfSold if hosts.iter().any(sold) => Class::Slack,
+        Wanted::SlackIfSold => Class::Firm,
+    }
+}
+
+/// What a node that may be asked takes for it, else what speaks against it.
+fn allowed(
+    (question, class): (&Question<'_>, Class),
+    host: &Host<'_>,
+    offer: &ModelOffer,
+) -> Result<TokenRates, String> {
+    let rates = offer.rates_in(class).unwrap_or_default();
+    speaks_against((question, class), host, offer, &rates).map_or(Ok(rates), Err)
+}
+
+fn speaks_against(
+    (question, class): (&Question<'_>, Class),
+    host: &Host<'_>,
+    offer: &ModelOffer,
+    rates: &TokenRates,
+) -> Option<String> {
     let dearer = |limit: Option<u64>, price: u64| limit.is_some_and(|limit| price > limit);
     let (prompt, completion) = question.max_price;
     if !host.up {
         Some("it is down".into())
-    } else if let Some(what) = lacks(question, offer) {
+    } else if let Some(what) = lacks((question, class), offer) {
         Some(what.to_string())
     } else if question.ignore.iter().any(|name| is_named(host, name)) {
         Some("it is to be ignored".into())

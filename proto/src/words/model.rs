@@ -14,6 +14,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::contract::Class;
 use crate::base::id::{Hash, LeaseId};
 use crate::base::money::Amount;
 use crate::base::time::{Span, Wall};
@@ -46,6 +47,15 @@ impl TokenRates {
         let completion = u128::from(self.completion.0) * u128::from(completion_tokens);
         let exact = prompt.saturating_add(completion) / u128::from(PER);
         Amount(u64::try_from(exact).unwrap_or(u64::MAX))
+    }
+
+    /// So many thousandths of these prices, rounded down.
+    #[must_use]
+    pub fn permille(&self, permille: u16) -> Self {
+        Self {
+            prompt: self.prompt.permille(permille),
+            completion: self.completion.permille(permille),
+        }
     }
 
     /// The same prices with so many thousandths added, rounded up: what is sold on is not sold at a
@@ -123,6 +133,9 @@ pub enum ModelState {
 pub struct ModelOffer {
     /// Which, and at what price.
     pub terms: ModelTerms,
+    /// What its tokens cost whoever can wait, under a slack lease: such a request is begun while the
+    /// engine has little else to do. None where it is not sold so.
+    pub slack: Option<TokenRates>,
     /// How its weights are kept (`Q8_0`, `bf16`); empty where that is not known.
     pub quantisation: String,
     /// The most tokens of prompt and answer together.
@@ -151,6 +164,22 @@ impl ModelTerms {
 }
 
 impl ModelOffer {
+    /// What a lease on it fixes in `class`; none where it is not sold in that.
+    #[must_use]
+    pub fn terms_in(&self, class: Class) -> Option<ModelTerms> {
+        let rates = self.rates_in(class)?;
+        Some(ModelTerms { rates, ..self.terms.clone() })
+    }
+
+    /// What its tokens cost in `class`; none where it is not sold in that.
+    #[must_use]
+    pub const fn rates_in(&self, class: Class) -> Option<TokenRates> {
+        match class {
+            Class::Firm => Some(self.terms.rates),
+            Class::Slack => self.slack,
+        }
+    }
+
     /// Whether it can stand in an offer.
     ///
     /// # Errors
@@ -163,6 +192,10 @@ impl ModelOffer {
         self.terms.check()?;
         if self.endpoints.is_empty() || !self.endpoints.is_sorted_by(|one, next| one < next) {
             return Err("a model can be asked something, each endpoint named once, in order");
+        }
+        let TokenRates { prompt, completion } = self.terms.rates;
+        if self.slack.is_some_and(|slack| slack.prompt > prompt || slack.completion > completion) {
+            return Err("a model costs whoever can wait no more than others");
         }
         let quantisation = &self.quantisation;
         if !quantisation.is_empty() && !is_name(quantisation) {

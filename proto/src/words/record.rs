@@ -181,10 +181,14 @@ impl Offer {
         })
     }
 
-    /// Whether a model is sold on these very terms.
+    /// Whether a model is sold in `class` on these very terms.
     #[must_use]
-    pub fn sells_model(&self, terms: &ModelTerms) -> bool {
-        self.models.iter().any(|model| model.terms == *terms)
+    pub fn sells_model(&self, terms: &ModelTerms, class: Class) -> bool {
+        let ModelTerms { name, digest, rates } = terms;
+        self.models.iter().any(|model| {
+            let same = model.terms.name == *name && model.terms.digest == *digest;
+            same && model.rates_in(class) == Some(*rates)
+        })
     }
 
     /// Whether `shape` fits one of the shapes.

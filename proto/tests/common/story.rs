@@ -167,6 +167,7 @@ impl Story {
         let offer = Offer {
             models: vec![ModelOffer {
                 terms: terms.clone(),
+                slack: Some(terms.rates.permille(600)),
                 quantisation: "Q8_0".into(),
                 context: 8_192,
                 endpoints: vec![Endpoint::Chat, Endpoint::Completions],

@@ -9,8 +9,14 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
+use leasehold_node::api::body::Side;
+use leasehold_node::api::model::ModelSpec;
+use leasehold_proto::words::model::Endpoint;
+
 use super::PATIENCE;
-use super::fabric::{ENTRY, Fabric};
+use super::fabric::{ENTRY, Fabric, price};
+use super::upstream::Upstream;
+use super::web::until;
 
 const CHAT: usize = 1;
 const ENCODER: usize = 2;
@@ -83,6 +89,9 @@ fn conforms(said: &Value) {
     assert!(said["completion"]["text"].as_str().is_some_and(|text| !text.is_empty()));
     let likely = &said["logprobs"];
     assert!(number(&likely["logprob"]) <= 0.0 && likely["top"] == 3, "{likely}");
+    let flex = &said["flex"];
+    assert_eq!((&flex["tier"], &flex["text"]), (&json!("flex"), &chat["text"]), "{flex}");
+    assert!((number(&flex["cost"]) - cost * 0.6).abs() < 2e-9, "{flex}: {chat}");
     let embeddings = &said["embeddings"];
     assert_eq!(
         (&embeddings["length"], &embeddings["order"]),
@@ -115,12 +124,54 @@ fn conforms(said: &Value) {
     assert_eq!(batch["counts"], json!([3, 2, 1]), "{batch}");
     assert_eq!(batch["texts"]["one"], chat["text"], "a request is a request: {batch}");
     assert!(batch["texts"]["two"].is_string(), "{batch}");
+    assert_eq!(batch["costs"]["one"], flex["cost"], "what can wait costs less: {batch}");
     assert_eq!(batch["refused"], json!({"three": [404, "model_not_found"]}));
     assert_eq!((&batch["listed"], &batch["deleted"]), (&json!(true), &json!(true)), "{batch}");
     assert_eq!(said["cancelled"]["taken"], 4);
     let several = &said["asynchronous"];
     assert_eq!(several["cancelled"], true, "{several}");
     assert_eq!(several["texts"].as_array().map(Vec::len), Some(1), "all alike: {several}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn responses_come_through_as_the_sdk_reads_them() {
+    let Some(sdks) = fetched("LEASEHOLD_SDKS") else { return };
+    let fabric = Fabric::start(&["host"]).await;
+    let server = Upstream::start().await;
+    for model in ["responds", "responds-and-breaks"] {
+        fabric.upstream(CHAT, (model, model), &server, price("1", "4")).await;
+        let endpoints = Some(vec![Endpoint::Chat, Endpoint::Responses]);
+        let abilities = Some(vec!["responses".into()]);
+        let spec = ModelSpec { endpoints, abilities, ..ModelSpec::default() };
+        fabric.put(CHAT, model, &spec).await;
+        fabric.offered(model, 1).await;
+    }
+    let web = fabric.web();
+    let (url, key) = (format!("http://{}/v1", web.at), web.key.clone().expect("the node's own"));
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk");
+    let mut python = Command::new(std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into()));
+    python.arg(scripts.join("responses.py")).args([&url, &key]);
+    python.env("PYTHONPATH", sdks.join("python")).env("PYTHONDONTWRITEBYTECODE", "1");
+    let said = said(python).await;
+    let text = json!("Hello from the responses");
+    for field in ["text", "deltas", "final"] {
+        assert_eq!(said[field], text, "{field}: {said}");
+    }
+    assert_eq!((&said["cost"], &said["stream_cost"]), (&json!(0.000_031), &json!(0.000_031)));
+    assert_eq!(said["model"], "responds", "{said}");
+    let events = said["events"].as_array().expect("a list");
+    let ends = (events.first(), events.last());
+    let expected = (json!("response.created"), json!("response.completed"));
+    assert_eq!(ends, (Some(&expected.0), Some(&expected.1)), "{said}");
+    assert_eq!(said["broken"], "APIError", "{said}");
+    // No event of it is OpenAI's `[DONE]`: its last event says that it is the last.
+    let body = json!({"model": "responds", "input": "x", "stream": true}).to_string();
+    let whole = web.send("POST", "/v1/responses", body).await.whole().await;
+    let whole = String::from_utf8_lossy(&whole.body).into_owned();
+    assert!(whole.starts_with("event: response.created\n") && !whole.contains("DONE"), "{whole}");
+    let lease = fabric.held("responds").await.lease.expect("granted");
+    fabric.proven(CHAT, &lease, 4).await;
+    fabric.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -162,8 +213,18 @@ async fn the_official_sdks_work_unchanged() {
         let taken = fabric.metric(seller, "leasehold_model_requests_total").await;
         let requests = taken - fabric.metric(seller, "leasehold_model_faults_total").await;
         assert!(requests >= least, "{model}: {requests} of {taken}");
-        let lease = fabric.held(model).await.lease.expect("granted");
-        fabric.proven(seller, &lease, requests).await;
+        // What can wait has a lease of its own.
+        let what = format!("{requests} of {model}");
+        let leases = until(&what, PATIENCE, || async {
+            let lines = fabric.leases(ENTRY, Side::Held, model).await.into_iter();
+            let used = lines.map(|line| (line.lease, line.model.map(|used| used.requests)));
+            let used: Vec<_> = used.filter_map(|(lease, n)| Some((lease?, n?))).collect();
+            let all: u64 = used.iter().map(|(_, requests)| requests).sum();
+            if all == requests { Ok(used) } else { Err(format!("{used:?}")) }
+        });
+        for (lease, requests) in leases.await {
+            fabric.proven(seller, &lease, requests).await;
+        }
     }
     assert_eq!(fabric.metric(ENTRY, "leasehold_gateway_disagreed_total").await, 0);
     fabric.stop().await;

@@ -154,11 +154,69 @@ fn completion(text: &str, prompt: u64, completion: u64) -> String {
     .to_string()
 }
 
+/// `/v1/responses`, whose events have names.
+fn responses(asked: &Value) -> Response<Body> {
+    if asked.get("input").is_none() {
+        return whole(400, json!({"error": {"message": "no input"}}).to_string());
+    }
+    let response = |status: &str, text: &str| {
+        let content = json!([{"type": "output_text", "text": text, "annotations": []}]);
+        let message = json!({"type": "message", "id": "msg_1", "role": "assistant",
+            "status": "completed", "content": content});
+        json!({"id": "resp_1", "object": "response", "created_at": 1, "model": "inside",
+            "status": status, "error": null, "incomplete_details": null, "instructions": null,
+            "metadata": {}, "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
+            "temperature": 1.0, "top_p": 1.0,
+            "output": if text.is_empty() { json!([]) } else { json!([message]) },
+            "usage": {"input_tokens": 11, "output_tokens": 5, "total_tokens": 16,
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": 0}}})
+    };
+    let text = "Hello from the responses";
+    if asked["stream"] != true {
+        return whole(200, response("completed", text).to_string());
+    }
+    let at = json!({"item_id": "msg_1", "output_index": 0, "content_index": 0});
+    let of = |kind: &str, more: Value| {
+        let mut event = json!({"type": kind, "sequence_number": 1});
+        for (key, value) in at.as_object().into_iter().chain(more.as_object()).flatten() {
+            event[key] = value.clone();
+        }
+        event
+    };
+    let item = json!({"type": "message", "id": "msg_1", "role": "assistant",
+        "status": "in_progress", "content": []});
+    let part = json!({"type": "output_text", "text": "", "annotations": []});
+    let mut all = vec![
+        of("response.created", json!({"response": response("in_progress", "")})),
+        of("response.output_item.added", json!({"item": item})),
+        of("response.content_part.added", json!({"part": part})),
+    ];
+    for word in ["Hello", " from", " the", " responses"] {
+        all.push(of("response.output_text.delta", json!({"delta": word, "logprobs": []})));
+    }
+    if asked["model"] == "responds-and-breaks" {
+        all.truncate(5);
+    } else {
+        all.push(of("response.output_text.done", json!({"text": text, "logprobs": []})));
+        all.push(of("response.completed", json!({"response": response("completed", text)})));
+    }
+    let named = |event: Value| {
+        let name = event["type"].as_str().unwrap_or_default().to_owned();
+        Ok(Bytes::from(format!("event: {name}\ndata: {event}\n\n")))
+    };
+    events(stream::iter(all.into_iter().map(named).collect::<Vec<_>>()))
+}
+
 async fn answer(book: Book, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
     if path == "/v1/models" {
         let list = json!({"object": "list", "data": [{"id": "any", "object": "model"}]});
         return Ok(whole(200, list.to_string()));
+    }
+    if path == "/v1/responses" {
+        let Ok(body) = request.into_body().collect().await else { return Ok(whole(400, "{}")) };
+        return Ok(responses(&serde_json::from_slice(&body.to_bytes()).unwrap_or_default()));
     }
     if path != "/v1/chat/completions" {
         return Ok(whole(404, json!({"error": {"message": "no such path"}}).to_string()));

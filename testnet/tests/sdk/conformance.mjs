@@ -49,6 +49,14 @@ said.chat = {
   node: response.headers.get("x-leasehold-node"),
 };
 
+// When there is time.
+const flex = await client.chat.completions.create({ ...ask, service_tier: "flex" });
+said.flex = {
+  text: flex.choices[0].message.content,
+  tier: flex.service_tier,
+  cost: flex.usage.cost,
+};
+
 // A stream.
 said.stream = { text: "", chunks: 0, finish: null };
 const options = { include_usage: true };
@@ -168,15 +176,14 @@ async function results(id) {
 const { total, completed, failed } = batch.request_counts;
 const listed = [];
 for await (const one of client.batches.list()) listed.push(one.id);
+const answers = await results(batch.output_file_id);
+const each = (read) =>
+  Object.fromEntries(answers.map(([name, answer]) => [name, read(answer.body)]));
 said.batch = {
   status: batch.status,
   counts: [total, completed, failed],
-  texts: Object.fromEntries(
-    (await results(batch.output_file_id)).map(([name, answer]) => [
-      name,
-      answer.body.choices[0].message.content,
-    ]),
-  ),
+  texts: each((body) => body.choices[0].message.content),
+  costs: each((body) => body.usage.cost),
   refused: Object.fromEntries(
     (await results(batch.error_file_id)).map(([name, answer]) => [
       name,

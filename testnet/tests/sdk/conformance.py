@@ -45,6 +45,14 @@ said["chat"] = {
     "node": raw.headers["x-leasehold-node"],
 }
 
+# When there is time.
+flex = client.chat.completions.create(**ask, service_tier="flex")
+said["flex"] = {
+    "text": flex.choices[0].message.content,
+    "tier": flex.service_tier,
+    "cost": flex.usage.model_extra["cost"],
+}
+
 # A stream.
 text, usage, chunks, finish = "", None, 0, None
 for chunk in client.chat.completions.create(
@@ -156,6 +164,7 @@ said["batch"] = {
         name: answer["body"]["choices"][0]["message"]["content"]
         for name, answer in answers.items()
     },
+    "costs": {name: answer["body"]["usage"]["cost"] for name, answer in answers.items()},
     "refused": {
         name: [answer["status_code"], answer["body"]["error"]["code"]]
         for name, answer in refused.items()

@@ -89,6 +89,22 @@ fn what_asks_for_nothing_needs_nothing() {
 }
 
 #[test]
+fn what_can_wait_says_so_in_openais_word() {
+    for (tier, class, needs) in [
+        ("auto", Wanted::Firm, vec![]),
+        ("default", Wanted::Firm, vec![]),
+        ("flex", Wanted::Slack, vec![]),
+        ("priority", Wanted::Firm, vec![Need::ServiceTier]),
+    ] {
+        let request = parse(Endpoint::Chat, &chat(json!({ "service_tier": tier }))).unwrap();
+        assert_eq!(request.class, class, "{tier}");
+        assert_eq!(request.needs(), needs.into_iter().collect(), "{tier}");
+        let sent: Value = serde_json::from_slice(&request.forward("m", true)).unwrap();
+        assert_eq!(sent.get("service_tier").is_some(), tier != "flex", "{tier}: the lease says it");
+    }
+}
+
+#[test]
 fn the_other_endpoints_are_read() {
     for (endpoint, body, prompts, needs) in [
         (Endpoint::Completions, json!({"prompt": "a"}), vec![Prompt::Text("a".into())], vec![]),
