@@ -131,6 +131,12 @@ fn routes() -> Vec<Route> {
             Quick,
             put(payload::pin).delete(payload::unpin),
         ),
+        route(
+            "/v1/payloads/{root}/private",
+            &["put", "delete"],
+            Quick,
+            put(payload::keep_private).delete(payload::publish),
+        ),
         route("/v1/plan", &["post"], Quick, post(lease::plan)),
         route("/v1/orders", &["post"], Quick, post(lease::order)),
         route("/v1/leases", &["get", "post"], Quick, get(lease::list).post(lease::request)),

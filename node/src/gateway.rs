@@ -52,7 +52,7 @@ use crate::model::slack::Answering;
 use crate::model::{Models, worst_case};
 use crate::openai::provider::{Provider, Sort as Wanted};
 use crate::openai::rewrite::CHUNK;
-use crate::openai::tally::{Bounds, Tally};
+use crate::openai::tally::{Bounds, Density, Tally};
 use crate::openai::{Counted, Endpoint, Fault, Need, Request};
 use crate::transcript::{Keeping, Transcript};
 
@@ -150,6 +150,8 @@ struct Inner {
     sellers: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Seller>>)>>,
     purses: Mutex<BTreeMap<(KeyId, Class, ModelTerms), Arc<Purse>>>,
     counts: Arc<Counts>,
+    /// What prompts come to, by the answers so far.
+    density: Density,
     /// How many clients are too far behind.
     behind: Arc<AtomicUsize>,
 }
@@ -284,6 +286,7 @@ impl Gateway {
             router: Mutex::new((Router::default(), Dice::new(seed))),
             sellers: tokio::sync::Mutex::default(),
             purses: Mutex::default(),
+            density: Density::default(),
             behind: Arc::default(),
         };
         let gateway = Self { inner: Arc::new(inner) };
@@ -328,6 +331,11 @@ impl Gateway {
         let sellers = Arc::new(sellers);
         *known = Some((Instant::now(), Arc::clone(&sellers)));
         Ok(sellers)
+    }
+
+    /// How many tokens a prompt of so many bytes is, about.
+    pub(crate) fn usual_tokens(&self, bytes: usize) -> u64 {
+        self.inner.density.tokens(bytes)
     }
 
     /// The most that a client may have to pay for a request, whichever node answers it.
@@ -470,6 +478,7 @@ impl Gateway {
             gateway: self.clone(),
             key: choice.key,
             model: name.clone(),
+            prompt_bytes: request.prompt_bytes(),
             prefixes: prefixes.to_vec(),
             asked: Instant::now(),
             first: None,
@@ -775,6 +784,7 @@ struct Asking {
     gateway: Gateway,
     key: KeyId,
     model: String,
+    prompt_bytes: usize,
     prefixes: Vec<u64>,
     asked: Instant,
     first: Option<Instant>,
@@ -798,6 +808,7 @@ impl Asking {
         // Of an answer that came whole nobody can say how fast its tokens came.
         let tokens = if self.pieces > 1 { counted.completion } else { 0 };
         self.went = Some(Went::Well { first_token, tokens, took });
+        self.gateway.inner.density.seen(self.prompt_bytes, counted.prompt);
         let counts = &self.gateway.inner.counts;
         counts.prompt_tokens.fetch_add(counted.prompt, Ordering::Relaxed);
         counts.completion_tokens.fetch_add(counted.completion, Ordering::Relaxed);

@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::handle::Handle;
+use crate::model::Listed;
 
 /// The content type of what [`render`] writes.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -212,13 +213,27 @@ fn models(registry: &mut Registry, handle: &Handle) {
     ] {
         count(registry, name, help, counter.load(Ordering::Relaxed));
     }
-    let running = ByLabel::default();
-    for (entry, load) in hosted.models.list() {
+    let (running, rates, cached) = (ByLabel::default(), ByLabel::default(), ByLabel::default());
+    for Listed { entry, load, .. } in hosted.models.list() {
+        let name = ("model", entry.name.as_str());
+        for (word, n) in [("prefill", load.prefill_per_second), ("decode", load.tokens_per_second)]
+        {
+            set(&rates, &[name, ("of", word)], n.into());
+        }
+        if let Some(permille) = load.cached_permille {
+            set(&cached, &[name], permille.into());
+        }
         for (word, n) in [("active", load.active), ("queued", load.queued)] {
             set(&running, &[("model", &entry.name), ("is", word)], n.into());
         }
     }
     registry.register("model_load", "Requests that models here work on or have waiting", running);
+    registry.register("model_tokens_per_second", "Of one request, read and written", rates);
+    registry.register(
+        "model_cached_permille",
+        "Of the tokens asked, those known from an earlier request",
+        cached,
+    );
 }
 
 /// The names that Prometheus' own client libraries use; what the system does not say is left out.

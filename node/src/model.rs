@@ -28,14 +28,16 @@ pub(crate) mod serving;
 pub(crate) mod slack;
 pub mod upstream;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use leasehold_proto::core::{Event, StartJob};
 use leasehold_proto::words::contract::Class;
-use leasehold_proto::words::model::{ModelOffer, ModelState, ModelTerms, Tally, TokenRates};
+use leasehold_proto::words::model::{
+    Endpoint, ModelOffer, ModelState, ModelTerms, Tally, TokenRates,
+};
 use leasehold_proto::words::sign::Signer;
 use leasehold_proto::words::usage::{Outcome, Usage};
 use leasehold_proto::{Amount, Boot, LeaseId, Span};
@@ -48,7 +50,7 @@ use self::engine::{Ask, Engine, Load, State};
 use self::slack::{Answering, Line};
 use crate::handle::Asked;
 use crate::infer::Head;
-use crate::openai::tally::Bounds;
+use crate::openai::tally::{Bounds, Density};
 use crate::openai::{Fault, Needs};
 use crate::payload::PayloadStore;
 use crate::store::Store;
@@ -115,11 +117,12 @@ struct Inner {
 }
 
 /// A model with what answers for it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Loaded {
     entry: Entry,
     engine: Arc<dyn Engine>,
     line: Arc<Line>,
+    density: Arc<Density>,
 }
 
 /// A lease under which others may ask.
@@ -213,9 +216,14 @@ impl Models {
         };
         let models = Self { inner: Arc::new(inner) };
         for entry in models.inner.catalog.list() {
+            // They are already, unless the store was put together anew.
+            for root in entry.payloads(&models.inner.payloads).iter().filter(|_| entry.private) {
+                if let Err(error) = models.inner.payloads.keep_private(*root) {
+                    tracing::error!(%root, %error, "that peers do not get this is not on disk");
+                }
+            }
             models.take_up(entry);
         }
-        models.keep_private();
         models
     }
 
@@ -225,9 +233,14 @@ impl Models {
     }
 
     /// Every model here, with how its engine fares.
-    pub(crate) fn list(&self) -> Vec<(Entry, Load)> {
+    pub(crate) fn list(&self) -> Vec<Listed> {
         let engines = hold(&self.inner.engines);
-        engines.values().map(|loaded| (loaded.entry.clone(), loaded.engine.load())).collect()
+        engines.values().map(|loaded| loaded.listed()).collect()
+    }
+
+    /// One model here.
+    pub(crate) fn listed(&self, name: &str) -> Option<Listed> {
+        hold(&self.inner.engines).get(name).map(|loaded| loaded.listed())
     }
 
     /// Adds a model, or changes the one of that name.
@@ -236,10 +249,22 @@ impl Models {
     /// When what it names is not here or not a model, or the catalog cannot be written.
     pub(crate) async fn put(&self, name: String, spec: Spec) -> Result<Entry, CatalogError> {
         let (catalog, payloads) = (self.inner.catalog.clone(), self.inner.payloads.clone());
-        let put = move || catalog.put(&name, &spec, &payloads);
+        let put = move || {
+            let entry = catalog.put(&name, &spec, &payloads)?;
+            let mut theirs = entry.payloads(&payloads).into_iter();
+            if entry.private {
+                theirs.try_for_each(|root| payloads.keep_private(root))?;
+            } else if spec.private == Some(false) {
+                // What another private model is made of stays so.
+                let others = catalog.list().into_iter().filter(|other| other.private);
+                let kept: HashSet<_> = others.flat_map(|other| other.payloads(&payloads)).collect();
+                let mut free = theirs.filter(|root| !kept.contains(root));
+                free.try_for_each(|root| payloads.publish(root))?;
+            }
+            Ok::<_, CatalogError>(entry)
+        };
         let entry = tokio::task::spawn_blocking(put).await.map_err(CatalogError::panicked)??;
         self.take_up(entry.clone());
-        self.keep_private();
         Ok(entry)
     }
 
@@ -258,21 +283,18 @@ impl Models {
         let mut engines = hold(&self.inner.engines);
         // What only costs another price stays in memory.
         let known = engines.get(&name).filter(|known| known.entry.source == entry.source);
-        let (engine, line) = known.map_or_else(
-            || (entry.engine(&self.inner.payloads, self.inner.threads), Line::new()),
-            |known| (Arc::clone(&known.engine), Arc::clone(&known.line)),
-        );
-        engines.insert(name, Arc::new(Loaded { entry, engine, line }));
+        let loaded = match known {
+            Some(known) => Loaded { entry, ..Loaded::clone(known) },
+            None => Loaded {
+                engine: entry.engine(&self.inner.payloads, self.inner.threads),
+                entry,
+                line: Arc::default(),
+                density: Arc::default(),
+            },
+        };
+        engines.insert(name, Arc::new(loaded));
         drop(engines);
         self.inner.added.notify_one();
-    }
-
-    /// Has the payloads of private models kept to this node.
-    fn keep_private(&self) {
-        let engines = hold(&self.inner.engines);
-        let private = engines.values().filter(|loaded| loaded.entry.private);
-        let private = private.flat_map(|loaded| loaded.entry.payloads(&self.inner.payloads));
-        self.inner.payloads.keep_private(private.collect());
     }
 
     /// Asks a model of this node's own.
@@ -451,7 +473,24 @@ struct Admitted {
     _large: Option<OwnedSemaphorePermit>,
 }
 
+/// A model here, as its operator is told of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Listed {
+    /// What was said of it; its context and endpoints are what they are found to be.
+    pub(crate) entry: Entry,
+    /// How its engine fares.
+    pub(crate) load: Load,
+    /// What is wrong with it.
+    pub(crate) trouble: Option<String>,
+}
+
 impl Loaded {
+    fn listed(&self) -> Listed {
+        let (context, endpoints) = (self.context(), self.endpoints());
+        let entry = Entry { context, endpoints, ..self.entry.clone() };
+        Listed { entry, load: self.engine.load(), trouble: self.engine.nature().trouble }
+    }
+
     /// What is offered of it; nothing while it cannot answer.
     fn offer(&self) -> Option<ModelOffer> {
         let load = self.engine.load();
@@ -461,7 +500,29 @@ impl Loaded {
             State::Cold => ModelState::Cold,
             State::Down => return None,
         };
-        Some(self.entry.offer(state, &load))
+        let (context, endpoints) = (self.context(), self.endpoints());
+        (!endpoints.is_empty()).then(|| ModelOffer {
+            context,
+            endpoints,
+            ..self.entry.offer(state, &load)
+        })
+    }
+
+    /// The most tokens of prompt and answer together: no more than the engine has, whatever is said.
+    fn context(&self) -> u32 {
+        let found = self.engine.nature().context;
+        match self.entry.context {
+            0 => found.unwrap_or(catalog::CONTEXT),
+            said => found.map_or(said, |found| found.min(said)),
+        }
+    }
+
+    /// What can be asked of it: nothing that the engine is known not to have.
+    fn endpoints(&self) -> Vec<Endpoint> {
+        let none = self.engine.nature().responses == Some(false);
+        let mut endpoints = self.entry.endpoints.clone();
+        endpoints.retain(|endpoint| !(none && *endpoint == Endpoint::Responses));
+        endpoints
     }
 
     /// Begins to answer, in slack once there is time.

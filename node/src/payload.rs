@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/<root>.data       the bytes
 //! DIR/<root>.outboard   the hash pairs of their BLAKE3 tree in pre-order, one per 256 KiB group
+//! DIR/private/<root>    an empty file for each that peers do not get, also before its bytes are here
 //! DIR/partial/          what is still arriving, or had come when its transfer ended
 //! DIR/aside/            what no longer matches its root; kept for whoever wants to look
 //!
@@ -368,7 +369,7 @@ impl PayloadStore {
     /// when the last run ended and cannot be gone on with, and sets aside what cannot be whole.
     pub fn open_dir(dir: impl Into<PathBuf>, limits: Limits) -> Result<Self, PayloadError> {
         let dir = dir.into();
-        for path in [dir.clone(), dir.join("partial"), dir.join("aside")] {
+        for path in [dir.clone(), dir.join("private"), dir.join("partial"), dir.join("aside")] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -388,13 +389,39 @@ impl PayloadStore {
         };
         let store = Self { inner: Arc::new(inner) };
         store.scan()?;
+        store.take_up_private()?;
         store.take_up_resting()?;
         Ok(store)
     }
 
-    /// Keeps these payloads from peers, whoever asks for them, and no others.
-    pub fn keep_private(&self, roots: HashSet<Root>) {
-        *lock(&self.inner.private) = roots;
+    /// Keeps a payload from peers, whoever asks for it, from now on and as long as it is here: whether its
+    /// bytes are or are yet to come. Where that cannot be kept on disk it holds until the process ends.
+    pub fn keep_private(&self, root: Root) -> Result<(), PayloadError> {
+        if lock(&self.inner.private).insert(root) {
+            self.inner.changed.send_replace(());
+        }
+        let path = self.inner.private_path(root);
+        if path.exists() {
+            return Ok(());
+        }
+        File::create(&path).map_err(io_error("creating", &path))?;
+        sync_dir(&self.inner.dir.join("private"))
+    }
+
+    /// Lets peers have a payload again.
+    pub fn publish(&self, root: Root) -> Result<(), PayloadError> {
+        let mut private = lock(&self.inner.private);
+        let path = self.inner.private_path(root);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("removing", &path)(e));
+            }
+            _ => {}
+        }
+        private.remove(&root);
+        drop(private);
+        self.inner.changed.send_replace(());
+        Ok(())
     }
 
     /// Whether a payload is kept from peers.
@@ -666,6 +693,8 @@ impl PayloadStore {
         }
         self.inner.forget(root);
         sync_dir(&self.inner.dir)?;
+        // Last: what peers do not get is not there at any time without that mark.
+        self.publish(root)?;
         Ok(true)
     }
 
@@ -877,6 +906,23 @@ impl PayloadStore {
         Ok(())
     }
 
+    /// Reads which payloads peers do not get. A mark whose payload never came says nothing any more.
+    fn take_up_private(&self) -> Result<(), PayloadError> {
+        let dir = self.inner.dir.join("private");
+        for entry in fs::read_dir(&dir).map_err(io_error("listing", &dir))? {
+            let entry = entry.map_err(io_error("listing", &dir))?;
+            let root = entry.file_name().to_str().and_then(|name| name.parse::<Root>().ok());
+            match root {
+                Some(root) if self.has(root).is_some() => {
+                    lock(&self.inner.private).insert(root);
+                }
+                Some(root) => self.publish(root)?,
+                None => warn!(path = %entry.path().display(), "no payload's name: left alone"),
+            }
+        }
+        Ok(())
+    }
+
     /// Holds the payload `root` found on disk if it can be whole: an outboard of the right size,
     /// and a right-most path down the tree that matches the root, which no other size does.
     fn take_up(&self, root: Root) -> Result<(), PayloadError> {
@@ -910,6 +956,10 @@ impl PayloadStore {
 impl Inner {
     fn data_path(&self, root: Root) -> PathBuf {
         self.dir.join(format!("{root}.data"))
+    }
+
+    fn private_path(&self, root: Root) -> PathBuf {
+        self.dir.join("private").join(root.to_string())
     }
 
     fn outboard_path(&self, root: Root) -> PathBuf {
@@ -1343,6 +1393,30 @@ mod tests {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset).expect("reads");
         file.write_all_at(&[byte[0] ^ 1], offset).expect("writes");
+    }
+
+    #[test]
+    fn what_is_private_stays_so_until_it_is_published_or_gone() {
+        let (room, store) = store(roomy());
+        let root = Root::of(&content(5_000));
+        store.keep_private(root).expect("marked");
+        assert!(store.is_private(root) && store.has(root).is_none(), "before it is here");
+        store.import(Cursor::new(content(5_000)), Declared::Exactly(5_000)).expect("held");
+        let never = Root::of(b"never comes");
+        store.keep_private(never).expect("marked");
+        let again = |store: PayloadStore| {
+            drop(store);
+            PayloadStore::open_dir(room.path().join("payloads"), roomy()).expect("opens")
+        };
+        let store = again(store);
+        assert!(store.is_private(root), "after a restart");
+        assert!(!store.is_private(never) && files(&store, "private") == 1);
+        store.publish(root).expect("published");
+        let store = again(store);
+        assert!(!store.is_private(root) && files(&store, "private") == 0);
+        store.keep_private(root).expect("marked");
+        assert!(store.remove(root).expect("removed") && !store.is_private(root));
+        assert_eq!(files(&store, "private"), 0);
     }
 
     #[test]

@@ -21,6 +21,8 @@ mod slack;
 mod upstream;
 #[path = "models/web.rs"]
 mod web;
+#[path = "models/weights.rs"]
+mod weights;
 
 use std::time::Duration;
 

@@ -373,6 +373,8 @@ pub struct PayloadLine {
     pub pinned: bool,
     /// Whether it belongs to a lease that this node holds, or to a job that it has yet to begin.
     pub leased: bool,
+    /// Whether peers who ask for it do not get it.
+    pub private: bool,
     /// Whether it begins as an index does: a payload that names others.
     pub index: bool,
 }

@@ -21,8 +21,9 @@ use super::guard::Input;
 use super::payload::blocking;
 use super::want::PayloadText;
 use crate::api_key::{Grant, Kept, KeyError};
-use crate::model::catalog::{CatalogError, Entry, Source, Spec};
-use crate::model::engine::{Load, State as Ready};
+use crate::model::Listed;
+use crate::model::catalog::{CatalogError, Source, Spec};
+use crate::model::engine::State as Ready;
 use crate::openai::{Need, Needs};
 use crate::quantity;
 
@@ -85,7 +86,7 @@ pub struct ModelSpec {
 }
 
 /// A model of this node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelLine {
     /// What it is called.
     pub name: String,
@@ -126,12 +127,19 @@ pub struct ModelLine {
     pub queued: u32,
     /// Tokens that one request gets in a second; zero where that is not known.
     pub tokens_per_second: u32,
+    /// Tokens of a prompt that are read in a second; zero where that is not known.
+    pub prefill_per_second: u32,
+    /// Of the tokens that were asked, those that were known from an earlier request, in percent; absent
+    /// where that is not known.
+    pub cached_percent: Option<f32>,
     /// How long the first token takes.
     pub first_token_ms: u64,
+    /// What is wrong with it, if something is.
+    pub trouble: Option<String>,
 }
 
 /// The models of this node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelLines {
     /// The currency of every price.
     pub currency: String,
@@ -224,7 +232,8 @@ fn state_word(state: Ready) -> &'static str {
 }
 
 impl ModelLine {
-    fn of(entry: Entry, load: Load) -> Self {
+    fn of(listed: Listed) -> Self {
+        let Listed { entry, load, trouble } = listed;
         let abilities = entry.needs().iter().map(|need| need.word().to_owned()).collect();
         Self {
             digest: entry.digest.to_string(),
@@ -248,6 +257,9 @@ impl ModelLine {
             active: load.active,
             queued: load.queued,
             tokens_per_second: load.tokens_per_second,
+            prefill_per_second: load.prefill_per_second,
+            cached_percent: load.cached_permille.map(|permille| f32::from(permille) / 10.0),
+            trouble,
             first_token_ms: u64::try_from(load.first_token.as_millis()).unwrap_or(u64::MAX),
             name: entry.name,
         }
@@ -378,7 +390,7 @@ impl From<KeyError> for ApiError {
     (status = 200, body = ModelLines), (status = 401, body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>) -> Json<ModelLines> {
     let models = app.handle.hosted().models.list().into_iter();
-    let models = models.map(|(entry, load)| ModelLine::of(entry, load)).collect();
+    let models = models.map(ModelLine::of).collect();
     Json(ModelLines { currency: app.handle.facts().currency.clone(), models })
 }
 
@@ -399,8 +411,8 @@ pub(super) async fn put(
     if let Some(root) = entry.pins() {
         app.handle.ask(Command::Pin(root, true)).await?;
     }
-    let load = models.list().into_iter().find(|(known, _)| known.name == entry.name);
-    Ok(Json(ModelLine::of(entry, load.map(|(_, load)| load).unwrap_or_default())))
+    let gone = || ApiError::not_found(format!("the model '{}' was removed", entry.name));
+    models.listed(&entry.name).map(ModelLine::of).map(Json).ok_or_else(gone)
 }
 
 /// Remove a model; its weights stay as a payload that may make room
@@ -412,12 +424,12 @@ pub(super) async fn remove(
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     let models = &app.handle.hosted().models;
-    let known = models.list().into_iter().find(|(entry, _)| entry.name == name);
+    let known = models.listed(&name);
     if !models.remove(&name)? {
         return Err(ApiError::not_found(format!("there is no model '{name}' at this node")));
     }
-    let pinned = known.and_then(|(entry, _)| entry.pins());
-    let still = |root| models.list().iter().any(|(entry, _)| entry.pins() == Some(root));
+    let pinned = known.and_then(|known| known.entry.pins());
+    let still = |root| models.list().iter().any(|known| known.entry.pins() == Some(root));
     if let Some(root) = pinned.filter(|root| !still(*root)) {
         match app.handle.ask(Command::Pin(root, false)).await? {
             Reply::Pinned => {}

@@ -166,6 +166,7 @@ impl Service {
             stream: request.stream,
             include_usage: request.include_usage,
             bounds,
+            prompt_bytes: request.prompt_bytes(),
             entered,
             room,
         })
@@ -360,6 +361,7 @@ struct Asked {
     stream: bool,
     include_usage: bool,
     bounds: Bounds,
+    prompt_bytes: usize,
     entered: Option<Entered>,
     room: Room,
 }
@@ -380,8 +382,9 @@ struct Billed {
     bounds: Bounds,
     rewriter: Rewriter,
     seen: Tally,
-    /// Tokens that were asked, as far as that is known before the end.
+    /// Tokens that were asked, as far as that is known before the end, and about how many they are.
     prompt: u64,
+    usual: u64,
     counted: Option<Counted>,
     _room: Room,
 }
@@ -401,6 +404,7 @@ impl Billed {
                 .of(answer.class),
             seen: Tally::new(asked.endpoint, asked.bounds),
             prompt: answer.prompt,
+            usual: gateway.usual_tokens(asked.prompt_bytes),
             counted: None,
             _room: asked.room,
             entered: asked.entered,
@@ -431,10 +435,8 @@ impl Billed {
 impl Drop for Billed {
     fn drop(&mut self) {
         // Who hangs up pays for what was produced until then, as far as it was seen.
-        let counted = self.counted.unwrap_or_else(|| {
-            let seen = self.seen.settle().counted;
-            Counted { prompt: seen.prompt.max(self.prompt), ..seen }
-        });
+        let counted =
+            self.counted.unwrap_or_else(|| self.seen.broken_off(self.prompt, || self.usual));
         let cost: Amount = self.rates.charge(counted.prompt, counted.completion);
         if let Some(entered) = &mut self.entered {
             entered.charge(counted.total(), cost);

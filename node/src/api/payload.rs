@@ -132,7 +132,8 @@ pub(super) async fn list(State(app): State<App>) -> Result<Json<Payloads>, ApiEr
     let held = app.handle.payloads().list();
     let line = |Stored { root, size, index }| {
         let (pinned, leased) = kept(&in_use, root);
-        PayloadLine { root: root.to_string(), size, pinned, leased, index }
+        let private = app.handle.payloads().is_private(root);
+        PayloadLine { root: root.to_string(), size, pinned, leased, private, index }
     };
     Ok(Json(Payloads { payloads: held.into_iter().map(line).collect() }))
 }
@@ -358,6 +359,32 @@ pub(super) async fn clone(
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Keep a payload from peers who ask for it; also before its bytes are here
+#[utoipa::path(put, path = "/v1/payloads/{root}/private", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
+pub(super) async fn keep_private(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let (root, payloads) = (root_in(&root)?, app.handle.payloads().clone());
+    blocking("keeping a payload from peers", move || payloads.keep_private(root)).await??;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Let peers have a payload again
+#[utoipa::path(delete, path = "/v1/payloads/{root}/private", tag = "payloads",
+    params(("root" = String, Path)), responses(
+    (status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
+pub(super) async fn publish(
+    State(app): State<App>,
+    Path(root): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let (root, payloads) = (root_in(&root)?, app.handle.payloads().clone());
+    blocking("letting peers have a payload", move || payloads.publish(root)).await??;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Keep a payload, whatever else needs its room

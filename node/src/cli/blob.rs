@@ -290,10 +290,13 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
     let held = find::held(session).await?;
     session.out.answer(&held, || {
         let rows = held.payloads.iter().map(|payload| {
-            let kept = match (payload.pinned, payload.leased) {
-                (true, _) => "pinned",
-                (false, true) => "leased",
-                (false, false) => "-",
+            let kept = match (payload.pinned, payload.leased, payload.private) {
+                (true, _, true) => "pinned, private",
+                (true, _, false) => "pinned",
+                (false, true, true) => "leased, private",
+                (false, true, false) => "leased",
+                (false, false, true) => "private",
+                (false, false, false) => "-",
             };
             let kind = if payload.index { "index" } else { "-" };
             vec![payload.root.clone(), resource::bytes(payload.size), kept.into(), kind.into()]

@@ -161,8 +161,11 @@ struct Terms {
     #[arg(long, value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
     slack_requests: Option<u32>,
     /// Keep its weights from peers who ask for them
-    #[arg(long)]
+    #[arg(long, overrides_with = "no_private")]
     private: bool,
+    /// Let peers have its weights
+    #[arg(long)]
+    no_private: bool,
 }
 
 /// List the models of this node.
@@ -209,7 +212,7 @@ impl Terms {
             slack: self.slack.clone(),
             slack_requests: self.slack_requests,
             serve: if self.no_serve { Some(false) } else { self.serve.then_some(true) },
-            private: self.private.then_some(true),
+            private: if self.no_private { Some(false) } else { self.private.then_some(true) },
             ..ModelSpec::default()
         }
     }
@@ -333,7 +336,7 @@ impl Known {
             What::Weights { file, .. } => {
                 let rewritten = room.0.join("weights.gguf");
                 requantised(session, &inside.join(file), &rewritten).await?;
-                upload(session, &rewritten).await
+                upload(session, &rewritten, false).await
             }
             What::Encoder { files, .. } => {
                 let chosen = room.0.join("encoder");
@@ -343,7 +346,7 @@ impl Known {
                     std::fs::rename(&from, &to)
                         .map_err(|why| Failure::file("reading", &from, &why))?;
                 }
-                encoder(session, &chosen).await
+                encoder(session, &chosen, false).await
             }
         }
     }
@@ -409,14 +412,33 @@ async fn requantised(session: &Session, from: &Path, to: &Path) -> Result<(), Fa
     Ok(())
 }
 
-async fn upload(session: &Session, path: &Path) -> Result<PayloadText, Failure> {
+/// Has payloads kept from peers, before a byte of them is there.
+async fn keep_private<'a>(
+    session: &Session,
+    payloads: impl Iterator<Item = &'a PayloadText>,
+) -> Result<(), Failure> {
+    for PayloadText { root, .. } in payloads {
+        let path = format!("/v1/payloads/{root}/private");
+        session.client.act(Method::PUT, &path, Duration::ZERO).await?;
+    }
+    Ok(())
+}
+
+async fn upload(session: &Session, path: &Path, private: bool) -> Result<PayloadText, Failure> {
     let local = transfer::hash(path).await?;
+    if private {
+        keep_private(session, std::iter::once(&local.payload)).await?;
+    }
     transfer::upload(session, std::slice::from_ref(&local)).await?;
     Ok(local.payload)
 }
 
-async fn encoder(session: &Session, path: &Path) -> Result<PayloadText, Failure> {
+async fn encoder(session: &Session, path: &Path, private: bool) -> Result<PayloadText, Failure> {
     let directory = directory::hash(session, path).await?;
+    if private {
+        let files = directory.files.iter().map(|file| &file.payload);
+        keep_private(session, files.chain([&directory.local.payload])).await?;
+    }
     directory::upload(session, &directory).await?;
     Ok(directory.local.payload)
 }
@@ -438,15 +460,16 @@ impl Add {
             spec.endpoints = (!self.endpoints.is_empty()).then_some(self.endpoints);
             spec.abilities = (!self.abilities.is_empty()).then_some(self.abilities);
         } else if let Some(path) = &self.path {
+            let private = spec.private == Some(true);
             if path.is_dir() {
-                spec.encoder = Some(encoder(session, path).await?);
+                spec.encoder = Some(encoder(session, path, private).await?);
             } else if self.as_is {
-                spec.weights = Some(upload(session, path).await?);
+                spec.weights = Some(upload(session, path, private).await?);
             } else {
                 let room = Room::new()?;
                 let rewritten = room.0.join("weights.gguf");
                 requantised(session, path, &rewritten).await?;
-                spec.weights = Some(upload(session, &rewritten).await?);
+                spec.weights = Some(upload(session, &rewritten, private).await?);
             }
         }
         put(session, &name, &spec).await
@@ -478,11 +501,16 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
         session.out.table(
             &[
                 "NAME", "STATE", "SOLD", &price, "SLACK", "CONTEXT", "KEPT", "ENGINE", "LOAD",
-                "TOK/S",
+                "TOK/S", "CACHED",
             ],
             rows.collect(),
         )
     })?;
+    for ModelLine { name, trouble, .. } in &lines.models {
+        if let Some(trouble) = trouble {
+            session.out.tell(&format!("{name}: {trouble}"));
+        }
+    }
     Ok(Exit::Ok)
 }
 

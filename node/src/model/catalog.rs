@@ -27,6 +27,8 @@ use crate::payload::{PayloadError, PayloadStore, Root};
 pub const FILE: &str = "models.json";
 /// The longest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
+/// How many tokens an upstream is thought to look back on where neither its operator nor it says so.
+pub(super) const CONTEXT: u32 = 32_768;
 /// Below how many requests under way what can wait is begun: half of what the embedded engine answers
 /// at once, and so few of a server of which nothing is said that others hardly feel it.
 const SLACK_REQUESTS: u32 = 4;
@@ -77,7 +79,8 @@ pub struct Entry {
     pub demo: bool,
     /// How its weights are kept.
     pub quantisation: String,
-    /// The most tokens of prompt and answer together.
+    /// The most tokens of prompt and answer together; zero of an upstream of which nothing is said: as
+    /// many as it says itself.
     pub context: u32,
     /// What can be asked of it.
     pub endpoints: Vec<Endpoint>,
@@ -373,11 +376,12 @@ impl Catalog {
             }
             Source::Upstream { url, model, key_file } => {
                 open_upstream(url, model.as_deref().unwrap_or(name), key_file.as_deref())?;
-                entry.context = 32_768;
                 entry.endpoints = vec![Endpoint::Chat, Endpoint::Completions];
                 entry.abilities = Needs::UPSTREAM.bits();
             }
         }
+        // Weights that were kept from peers before stay so until it is said otherwise.
+        entry.private = entry.payloads(payloads).iter().any(|root| payloads.is_private(*root));
         Ok(entry)
     }
 }

@@ -53,6 +53,22 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
 
     /// How busy and how quick it is. Costs next to nothing.
     fn load(&self) -> Load;
+
+    /// What was found out about it when it was looked at last. Costs next to nothing.
+    fn nature(&self) -> Nature {
+        Nature::default()
+    }
+}
+
+/// What an engine was found to be, whatever its operator says of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Nature {
+    /// How many tokens it can look back on, where it says so.
+    pub context: Option<u32>,
+    /// Whether it has `/v1/responses`, where that is known.
+    pub responses: Option<bool>,
+    /// What is wrong with it, for its operator.
+    pub trouble: Option<String>,
 }
 
 /// Whether a model can answer.
@@ -83,6 +99,16 @@ pub struct Load {
     pub tokens_per_second: u32,
     /// Tokens of a prompt read in a second, those from a cache left out.
     pub prefill_per_second: u32,
+    /// Of the tokens that were asked, those that were known from an earlier request, in thousandths;
+    /// none where that is not known.
+    pub cached_permille: Option<u16>,
     /// From a request to its first token.
     pub first_token: Duration,
+}
+
+/// How many thousandths of `all` are `part`; none of nothing.
+#[must_use]
+pub fn share(part: u64, all: u64) -> Option<u16> {
+    let permille = u128::from(part) * 1_000 / u128::from(all.max(1));
+    (all > 0).then(|| u16::try_from(permille.min(1_000)).unwrap_or(1_000))
 }

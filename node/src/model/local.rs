@@ -22,7 +22,8 @@ use super::embedded::{
     EmbedError, Embedder, EncodeError, Engine as Batch, Generation, Limits, Logprob,
     Message as Said, Model, Reason, Refused, Request as Wanted, Sampling, Step, TemplateError,
 };
-use super::engine::{Ask, Engine, Load, Piece, Pieces, State, WAITING};
+use super::engine::{Ask, Engine, Load, Nature, Piece, Pieces, State, WAITING, share};
+use super::hold;
 use crate::openai::answer::{self, ChatChoice, Chosen, Chunk, Finish, Head, Likely, TextChoice};
 use crate::openai::message::{Part, Role};
 use crate::openai::request::{Input, Prompt};
@@ -54,6 +55,8 @@ pub(crate) struct Local {
     /// Held while it is loaded.
     turn: Mutex<()>,
     ready: OnceLock<Ready>,
+    /// Why it could not be loaded when that was tried last.
+    trouble: std::sync::Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -82,6 +85,10 @@ impl Engine for Gone {
     fn load(&self) -> Load {
         Load::default()
     }
+
+    fn nature(&self) -> Nature {
+        Nature { trouble: Some(self.0.clone()), ..Nature::default() }
+    }
 }
 
 impl Local {
@@ -95,6 +102,7 @@ impl Local {
             loading: AtomicBool::new(false),
             turn: Mutex::default(),
             ready: OnceLock::new(),
+            trouble: std::sync::Mutex::default(),
         }
     }
 
@@ -146,10 +154,12 @@ impl Local {
             Ok(ready) => {
                 let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 tracing::info!(model = self.name, took_ms, "a model is loaded");
+                *hold(&self.trouble) = None;
                 Ok(self.ready.get_or_init(|| ready).clone())
             }
             Err(why) => {
                 tracing::warn!(model = self.name, why, "a model cannot be loaded");
+                *hold(&self.trouble) = Some(why.clone());
                 Err(Fault::unavailable(format!("The model cannot be loaded: {why}.")))
             }
         }
@@ -212,6 +222,10 @@ impl Engine for Local {
         self.ready().map(|_| ()).boxed()
     }
 
+    fn nature(&self) -> Nature {
+        Nature { trouble: hold(&self.trouble).clone(), ..Nature::default() }
+    }
+
     fn load(&self) -> Load {
         let state = match self.ready.get() {
             Some(_) => State::Warm,
@@ -233,6 +247,7 @@ impl Engine for Local {
             queued: count(load.queued),
             tokens_per_second: rate(load.decode / load.active.max(1) as f64),
             prefill_per_second: rate(load.prefill),
+            cached_permille: share(load.cached, load.asked),
             first_token: Duration::try_from_secs_f64(load.first_token).unwrap_or_default(),
         }
     }

@@ -126,7 +126,7 @@ impl Models {
                 }
             }
         };
-        let worst = worst_case(&bounds, admitted.loaded.entry.context, &admitted.lease.terms.rates);
+        let worst = worst_case(&bounds, admitted.loaded.context(), &admitted.lease.terms.rates);
         let Some(aside) = admitted.lease.set_aside(worst) else {
             return infer::write(send, &Frame::Fault(Fault::no_room())).await;
         };
@@ -134,12 +134,15 @@ impl Models {
         let ended = pipe(admitted, ask, read, send, stop).await;
         let relaxed = std::sync::atomic::Ordering::Relaxed;
         let (counted, finish) = match &ended {
-            Ended::Done(counted) => (*counted, Finish::Answered),
+            Ended::Done(counted) => {
+                admitted.loaded.density.seen(asked.prompt_bytes(), counted.prompt);
+                (*counted, Finish::Answered)
+            }
             Ended::HungUp | Ended::Unread => {
                 counts.hung_up.fetch_add(1, relaxed);
-                let counted = seen.settle().counted;
-                let prompt = counted.prompt.max(prompt.min(bounds.prompt));
-                (Counted { prompt, ..counted }, Finish::HungUp)
+                let counted = seen
+                    .broken_off(prompt, || admitted.loaded.density.tokens(asked.prompt_bytes()));
+                (counted, Finish::HungUp)
             }
             Ended::Fault(fault) => {
                 let refused = fault.is_no_slack();

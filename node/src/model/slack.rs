@@ -70,10 +70,6 @@ pub(crate) struct Answering {
 }
 
 impl Line {
-    pub(super) fn new() -> Arc<Self> {
-        Arc::default()
-    }
-
     /// A request that cannot wait.
     pub(super) fn firm(self: &Arc<Self>) -> Place {
         self.under_way.fetch_add(1, Ordering::AcqRel);
@@ -133,7 +129,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_can_wait_is_begun_when_there_is_little_else_and_in_its_order() {
-        let (line, engine) = (Line::new(), Busy::default());
+        let (line, engine) = (Arc::<Line>::default(), Busy::default());
         // There is room for one beside a firm one, and firm ones never wait.
         let firm = line.firm();
         let one = line.slack(2, &engine).await.expect("there is room");

@@ -27,7 +27,7 @@ use std::fmt;
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -38,7 +38,7 @@ use hyper::http::uri::PathAndQuery;
 use hyper::{Method, Request, Uri};
 use thiserror::Error;
 
-use super::engine::{Ask, Engine, Load, Pieces, State};
+use super::engine::{Ask, Engine, Load, Nature, Pieces, State, share};
 use crate::openai::{Endpoint, Fault};
 use link::{LinkError, Links};
 use measure::Measured;
@@ -205,10 +205,9 @@ struct Inner {
     active: AtomicU32,
     state: AtomicU8,
     measured: Measured,
-    gauges: Mutex<Option<Gauges>>,
+    /// What the last probe found, or why it found nothing; none before the first.
+    found: Mutex<Option<Result<Found, Fault>>>,
     counters: Counters,
-    /// Whether it has `/v1/responses`, once that is known.
-    responses: Mutex<Option<bool>>,
     /// Whether it was said already that it reports no usage or too much.
     warned: AtomicBool,
 }
@@ -239,9 +238,8 @@ impl Upstream {
             active: AtomicU32::new(0),
             state: AtomicU8::new(0),
             measured: Measured::default(),
-            gauges: Mutex::default(),
+            found: Mutex::default(),
             counters: Counters::default(),
-            responses: Mutex::default(),
             warned: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -269,18 +267,6 @@ impl Upstream {
         }
     }
 
-    /// What it said last of how busy it is, where it does.
-    #[must_use]
-    pub fn gauges(&self) -> Option<Gauges> {
-        *self.inner.gauges.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether it has `/v1/responses`; None before a probe found out.
-    #[must_use]
-    pub fn has_responses(&self) -> Option<bool> {
-        *self.inner.responses.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Asks it how it is: its models, its health, its load. To be done every few seconds; also
     /// what [`Engine::load`] says comes from it.
     ///
@@ -304,9 +290,28 @@ impl Engine for Upstream {
         })
     }
 
+    fn nature(&self) -> Nature {
+        match &*self.inner.found() {
+            None => Nature::default(),
+            Some(Err(fault)) => {
+                Nature { trouble: Some(fault.message.clone()), ..Nature::default() }
+            }
+            Some(Ok(found)) => {
+                let model = self.inner.model.as_deref();
+                let listed = model.and_then(|model| found.listed(model));
+                let trouble = model.filter(|_| listed.is_none()).and_then(|m| found.lacks(m));
+                let context = listed.or_else(|| found.only()).and_then(|model| model.context);
+                Nature { context, responses: found.responses, trouble }
+            }
+        }
+    }
+
     fn load(&self) -> Load {
         let averages = self.inner.measured.now();
-        let gauges = self.gauges().unwrap_or_default();
+        let gauges = match &*self.inner.found() {
+            Some(Ok(Found { gauges: Some(gauges), .. })) => *gauges,
+            _ => Gauges::default(),
+        };
         let small = |figure: u64| u32::try_from(figure).unwrap_or(u32::MAX);
         let own = self.inner.active.load(Ordering::Acquire);
         let said = gauges.tokens_per_second.map(small);
@@ -317,12 +322,20 @@ impl Engine for Upstream {
             queued: gauges.waiting.map_or(0, small),
             tokens_per_second: averages.tokens_per_second().or(said).unwrap_or(0),
             prefill_per_second: averages.prefill_per_second().unwrap_or(0),
+            cached_permille: gauges
+                .cache_hits
+                .zip(gauges.cache_queries)
+                .and_then(|(hits, queries)| share(hits, queries)),
             first_token: averages.first_token(),
         }
     }
 }
 
 impl Inner {
+    fn found(&self) -> MutexGuard<'_, Option<Result<Found, Fault>>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> State {
         match self.state.load(Ordering::Acquire) {
             1 => State::Cold,

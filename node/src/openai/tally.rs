@@ -12,6 +12,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -254,6 +255,48 @@ impl Tally {
             None => Counted { prompt: 0, cached: 0, completion: self.bearing.min(self.bound()) },
         };
         Settled { counted, reported: self.usage }
+    }
+
+    /// What is to be paid for an answer that was broken off. What was asked had to be read for the first
+    /// word: where neither the server nor its engine (`known`, else zero) said how many tokens that
+    /// was, it is what such prompts usually are.
+    #[must_use]
+    pub fn broken_off(&self, known: u64, usual: impl FnOnce() -> u64) -> Counted {
+        let counted = self.settle().counted;
+        let prompt = match counted.prompt.max(known) {
+            0 if self.bearing > 0 => usual(),
+            said => said,
+        };
+        Counted { prompt: prompt.min(self.bounds.prompt), ..counted }
+    }
+}
+
+/// How many tokens the bytes of prompts come to, as it was seen: for prompts of which nobody says it.
+#[derive(Debug, Default)]
+pub struct Density {
+    bytes: AtomicU64,
+    tokens: AtomicU64,
+}
+
+impl Density {
+    /// A prompt of so many bytes had so many tokens.
+    pub fn seen(&self, bytes: usize, tokens: u64) {
+        if tokens > 0 {
+            self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.tokens.fetch_add(tokens, Ordering::Relaxed);
+        }
+    }
+
+    /// How many tokens a prompt of so many bytes has, about: four bytes each where none was seen yet.
+    #[must_use]
+    pub fn tokens(&self, bytes: usize) -> u64 {
+        let (all, tokens) =
+            (self.bytes.load(Ordering::Relaxed), self.tokens.load(Ordering::Relaxed));
+        if all == 0 {
+            return bytes as u64 / 4;
+        }
+        let about = u128::from(tokens) * bytes as u128 / u128::from(all);
+        u64::try_from(about).unwrap_or(u64::MAX)
     }
 }
 

@@ -194,6 +194,10 @@ pub struct Load {
     pub first_token: f64,
     /// Bytes that sequences remember, running and kept ones.
     pub memory: usize,
+    /// Tokens that were asked since the start.
+    pub asked: u64,
+    /// Of them, those that were known from an earlier request.
+    pub cached: u64,
 }
 
 /// Steps that wait to be read, of one sequence.
@@ -469,6 +473,8 @@ impl Runner {
             let Some(pending) = state.waiting.pop_front() else { break };
             let prompt = pending.request.prompt;
             let cache = self.remembered(&prompt);
+            state.load.asked += prompt.len() as u64;
+            state.load.cached += cache.len() as u64;
             self.active.push(Sequence {
                 steps: pending.steps,
                 since: pending.since,

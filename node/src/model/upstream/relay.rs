@@ -376,7 +376,9 @@ async fn refused(inner: &Inner, response: Response<Incoming>, link: Link) -> Fau
 fn translated(fault: Fault) -> Fault {
     let wait = fault.retry_after;
     let mut fault = match fault.status {
-        400 | 404 | 408 | 413 => fault,
+        400 | 408 | 413 => fault,
+        // What this node offers its engine should have: others may have it.
+        404 => Fault::unavailable("The serving node's engine does not have that."),
         422 => Fault { status: 400, ..fault },
         429 => fault.after(wait.unwrap_or(Duration::from_secs(1))),
         401..=403 => Fault::unavailable("The serving node's engine refused its key."),

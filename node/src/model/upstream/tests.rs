@@ -2,7 +2,7 @@
 
 mod mock;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
@@ -336,7 +336,7 @@ async fn errors_are_translated() {
     let openai = r#"{"error":{"message":"the client's","type":"invalid_request_error","param":"p","code":"c"}}"#;
     for (status, ours, passed) in [
         (400, 400, true),
-        (404, 404, true),
+        (404, 503, false),
         (408, 408, true),
         (413, 413, true),
         (422, 400, true),
@@ -468,36 +468,71 @@ async fn no_more_than_so_many_at_once() {
 
 #[tokio::test]
 async fn probes_find_out_what_is_there() {
-    let metrics = "vllm:num_requests_running{engine=\"0\"} 3\nvllm:num_requests_waiting 2\n";
+    let metrics = "vllm:num_requests_running{engine=\"0\"} 3\nvllm:num_requests_waiting 2\n\
+                   vllm:prefix_cache_queries_total 800\nvllm:prefix_cache_hits_total 200\n";
     let vllm = Mock::start(move |asked| match asked.path.as_str() {
         "/health" => whole(200, ""),
-        "/v1/models" => whole(200, r#"{"object":"list","data":[{"id":"m","max_model_len":4096}]}"#),
+        "/v1/models" => whole(
+            200,
+            r#"{"object":"list","data":[{"id":"m","owned_by":"vllm","max_model_len":4096}]}"#,
+        ),
         "/metrics" => whole(200, metrics),
         "/v1/responses" => whole(400, "{}"),
         _ => whole(404, "{}"),
     })
     .await;
-    let engine = upstream(&vllm.url, |_| {});
-    assert_eq!(engine.has_responses(), None);
+    let engine = upstream(&vllm.url, |config| config.model = Some("m".into()));
+    assert_eq!(engine.nature(), Nature::default());
     let found = engine.probe().await.unwrap();
     assert_eq!(found.models, [Listed { id: "m".into(), context: Some(4_096) }]);
-    assert_eq!(engine.has_responses(), Some(true));
+    let (context, responses) = (Some(4_096), Some(true));
+    assert_eq!(engine.nature(), Nature { context, responses, trouble: None });
     let load = engine.load();
     assert_eq!((load.state, load.active, load.queued), (State::Warm, 3, 2));
-    assert_eq!(engine.gauges(), found.gauges);
+    assert_eq!(load.cached_permille, Some(250));
     engine.probe().await.unwrap();
     assert_eq!(vllm.asked.load(Ordering::SeqCst), 7, "the second time without responses");
     assert_eq!(vllm.connections(), 1);
+    // What it does not have is not offered, and its operator is told.
+    let engine = upstream(&vllm.url, |config| config.model = Some("n".into()));
+    assert_eq!(engine.probe().await.unwrap().state, State::Down);
+    let trouble = engine.nature().trouble.expect("it is wrong");
+    assert_eq!(trouble, "the server has no model 'n': it has m");
 
-    let ollama = Mock::start(|asked| match asked.path.as_str() {
+    let llama = Mock::start(|asked| match asked.path.as_str() {
+        "/health" => whole(200, r#"{"status":"ok"}"#),
+        "/v1/models" => whole(200, r#"{"data":[{"id":"/w/a.gguf","owned_by":"llamacpp"}]}"#),
+        "/props" => whole(200, r#"{"default_generation_settings":{"n_ctx":2048},"total_slots":4}"#),
+        _ => whole(404, "{}"),
+    })
+    .await;
+    let engine = upstream(&llama.url, |config| config.model = Some("any".into()));
+    for _ in 0..2 {
+        assert_eq!(engine.probe().await.unwrap().state, State::Warm, "it takes any name");
+        let (context, responses) = (Some(2_048), Some(false));
+        assert_eq!(engine.nature(), Nature { context, responses, trouble: None });
+    }
+    assert_eq!(llama.asked.load(Ordering::SeqCst), 8, "what does not change is asked once");
+
+    let loaded = Arc::new(AtomicBool::new(false));
+    let says_loaded = loaded.clone();
+    let ollama = Mock::start(move |asked| match asked.path.as_str() {
         "/v1/models" => whole(200, r#"{"data":[{"id":"a:latest"},{"id":""},{"id":"b\n"}]}"#),
+        "/api/ps" if says_loaded.load(Ordering::SeqCst) => {
+            whole(200, r#"{"models":[{"name":"a:latest","model":"a:latest"}]}"#)
+        }
+        "/api/ps" => whole(200, r#"{"models":[]}"#),
         _ => whole(404, "404 page not found"),
     })
     .await;
-    let engine = upstream(&ollama.url, |_| {});
+    let engine = upstream(&ollama.url, |config| config.model = Some("a".into()));
     let found = engine.probe().await.unwrap();
-    assert_eq!((found.state, found.models.len(), found.gauges), (State::Warm, 1, None));
-    assert_eq!(engine.has_responses(), Some(false));
+    assert_eq!((found.state, found.models.len(), found.gauges), (State::Cold, 1, None));
+    assert_eq!(engine.nature(), Nature { responses: Some(false), ..Nature::default() });
+    loaded.store(true, Ordering::SeqCst);
+    assert_eq!(engine.probe().await.unwrap().state, State::Warm);
+    let engine = upstream(&ollama.url, |config| config.model = Some("c".into()));
+    assert_eq!(engine.probe().await.unwrap().state, State::Down);
 
     for (path, status, state) in [
         ("/health", 503, Ok(State::Loading)),
