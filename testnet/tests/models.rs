@@ -11,6 +11,8 @@ mod clients;
 mod fabric;
 #[path = "models/keys.rs"]
 mod keys;
+#[path = "models/replay.rs"]
+mod replay;
 #[path = "models/sdks.rs"]
 mod sdks;
 #[path = "models/selling.rs"]

@@ -4,6 +4,10 @@
 //! nothing, or with a seed, on the same weights and the same engine. So a match says that the answer is
 //! that of the model that was named, and a mismatch that it is not, or came from another engine: another
 //! version, or a processor with other kernels.
+//!
+//! Tokens are counted once more as well: both ways where the answer is the same, and those of the prompt
+//! also where the answer was left to chance. Here is the tokenizer that an entry node need not have, so
+//! what was inflated within the bounds that it agrees to is found.
 
 use std::path::PathBuf;
 
@@ -13,7 +17,7 @@ use leasehold_keys::exit::Exit;
 use leasehold_keys::judge;
 use leasehold_proto::LeaseId;
 use leasehold_proto::proof::Proof;
-use leasehold_proto::words::model::{Finish, Served};
+use leasehold_proto::words::model::{Finish, Served, Service};
 use leasehold_proto::words::object::body_in;
 use serde_json::{Value, json};
 
@@ -44,9 +48,15 @@ pub(super) struct Replay {
 /// What a replay says of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
+    /// The answer is the same, and so are the tokens both ways.
     Match,
+    /// The answer is another one.
     Mismatch,
-    /// It was left to chance, or broke off.
+    /// The tokens are not as many as the record says.
+    Counts,
+    /// The answer was left to chance; the tokens of the prompt are as many.
+    Counted,
+    /// It broke off, or takes no text.
     Chance,
     /// What was kept is not there, or not what the record is about.
     NoTranscript,
@@ -57,6 +67,8 @@ impl Found {
         match self {
             Self::Match => "match",
             Self::Mismatch => "mismatch",
+            Self::Counts => "other counts",
+            Self::Counted => "left to chance, prompt counted alike",
             Self::Chance => "left to chance",
             Self::NoTranscript => "no transcript",
         }
@@ -93,18 +105,25 @@ impl Replay {
             lines.push((served.number, found));
         }
         let count = |of: Found| lines.iter().filter(|(_, found)| *found == of).count();
-        let (same, other) = (count(Found::Match), count(Found::Mismatch));
+        let counted = count(Found::Counted);
+        let (same, other, counts) =
+            (count(Found::Match), count(Found::Mismatch), count(Found::Counts));
         let objects: Vec<Value> = lines
             .iter()
             .map(|(number, found)| json!({ "number": number, "found": found.word() }))
             .collect();
         let object = json!({
             "lease": verdict.lease.to_string(), "model": model.name, "digest": digest,
-            "matches": same, "mismatches": other, "requests": objects,
+            "matches": same, "mismatches": other, "other_counts": counts, "counted": counted,
+            "requests": objects,
         });
-        session.out.answer(&object, || format!("{same} match, {other} do not\n"))?;
+        session.out.answer(&object, || {
+            let more =
+                if counted > 0 { format!(", {counted} counted alike") } else { String::new() };
+            format!("{same} match{more}, {other} do not, {counts} have other counts\n")
+        })?;
         // Nothing that could be compared is no yes.
-        Ok(if other == 0 && same > 0 { Exit::Ok } else { Exit::No })
+        Ok(if other + counts == 0 && same + counted > 0 { Exit::Ok } else { Exit::No })
     }
 
     async fn replay(
@@ -118,7 +137,7 @@ impl Replay {
         let greedy = service.sampling.temperature_permille == Some(0);
         let embeds = service.endpoint == leasehold_proto::words::model::Endpoint::Embeddings;
         let certain = greedy || service.sampling.seed.is_some() || embeds;
-        if !certain || service.finish != Finish::Answered {
+        if service.finish != Finish::Answered {
             return Ok(Found::Chance);
         }
         let Ok(kept) = Transcript::read(&self.transcripts, lease, served.number) else {
@@ -129,15 +148,35 @@ impl Replay {
         }
         let asked = serde_json::from_str::<Value>(&kept.request).ok();
         let Some(Value::Object(mut asked)) = asked else { return Ok(Found::NoTranscript) };
-        asked.remove("stream");
-        asked.remove("stream_options");
+        for apart in ["stream", "stream_options"] {
+            asked.remove(apart);
+        }
+        if !certain {
+            // The prompt is counted all the same.
+            asked.remove("max_completion_tokens");
+            asked.insert("max_tokens".into(), 1.into());
+        }
         asked.insert("model".into(), model.into());
         asked.insert("provider".into(), json!({ "only": [node], "allow_fallbacks": false }));
         let again: Value = session.client.post(&kept.path, &Value::Object(asked)).await?;
         let before: Vec<Value> =
             kept.answer.iter().filter_map(|piece| serde_json::from_str(piece).ok()).collect();
-        let same = said(&before) == said(std::slice::from_ref(&again));
-        Ok(if same { Found::Match } else { Found::Mismatch })
+        Ok(compared(service, certain, &before, &again))
+    }
+}
+
+/// What an answer that was asked again says of the record of the first one.
+fn compared(service: &Service, certain: bool, before: &[Value], again: &Value) -> Found {
+    if certain && said(before) != said(std::slice::from_ref(again)) {
+        return Found::Mismatch;
+    }
+    let usage = &again["usage"];
+    let completion = usage["completion_tokens"].as_u64().unwrap_or_default();
+    let prompt = usage["prompt_tokens"].as_u64() == Some(service.prompt_tokens);
+    match (prompt, certain) {
+        (true, false) => Found::Counted,
+        (true, true) if completion == service.completion_tokens => Found::Match,
+        _ => Found::Counts,
     }
 }
 
@@ -177,6 +216,36 @@ fn said(pieces: &[Value]) -> (String, Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_are_counted_again() {
+        let record = Service {
+            endpoint: leasehold_proto::words::model::Endpoint::Chat,
+            request: leasehold_proto::Hash::default(),
+            response: leasehold_proto::Hash::default(),
+            sampling: leasehold_proto::words::model::Sampling::default(),
+            finish: Finish::Answered,
+            prompt_tokens: 10,
+            cached_tokens: 0,
+            completion_tokens: 4,
+        };
+        let answer = |text: &str, prompt: u64, completion: u64| {
+            json!({ "choices": [{ "message": { "content": text } }],
+                "usage": { "prompt_tokens": prompt, "completion_tokens": completion } })
+        };
+        let before = [answer("good day", 10, 4)];
+        for (certain, again, found) in [
+            (true, answer("good day", 10, 4), Found::Match),
+            (true, answer("bad day", 10, 4), Found::Mismatch),
+            (true, answer("good day", 10, 2), Found::Counts),
+            (true, answer("good day", 9, 4), Found::Counts),
+            (false, answer("bad", 10, 1), Found::Counted),
+            (false, answer("bad", 9, 1), Found::Counts),
+            (true, json!({ "choices": [{ "message": { "content": "good day" } }] }), Found::Counts),
+        ] {
+            assert_eq!(compared(&record, certain, &before, &again), found, "{certain} {again}");
+        }
+    }
 
     #[test]
     fn an_answer_says_the_same_in_chunks_and_whole() {
