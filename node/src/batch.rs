@@ -16,14 +16,15 @@ use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Wri
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use leasehold_keys::disk::{self, Existing};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::openai::{Endpoint, Fault};
@@ -46,6 +47,10 @@ const MAX_ERRORS: usize = 100;
 const TRIES: u32 = 20;
 /// The longest pause between two tries.
 const PAUSE: Duration = Duration::from_secs(60);
+/// How often it is looked meanwhile whether the batch is over.
+const LOOK: Duration = Duration::from_secs(1);
+/// How many batches are answered side by side.
+const SIDE_BY_SIDE: usize = 64;
 
 /// Whose a file or batch is: an API key's hash, or `operator`.
 pub type Owner = String;
@@ -140,10 +145,22 @@ pub struct Batch {
     pub metadata: Option<BTreeMap<String, String>>,
 }
 
-/// What asks one request: for whom, what, and its body; gives the answer's JSON.
-pub(crate) type Ask = Arc<
-    dyn Fn(Owner, Endpoint, Vec<u8>) -> BoxFuture<'static, Result<Vec<u8>, Fault>> + Send + Sync,
->;
+/// One request of a batch.
+#[derive(Clone, Debug)]
+pub(crate) struct Asking {
+    /// For whom it is asked.
+    pub(crate) owner: Owner,
+    /// What.
+    pub(crate) endpoint: Endpoint,
+    /// Its JSON.
+    pub(crate) body: Vec<u8>,
+    /// Half of the batch's time is over: it waits no more for a lower price.
+    pub(crate) hurry: bool,
+}
+
+/// What asks one request, and gives the answer's JSON.
+pub(crate) type Ask =
+    Arc<dyn Fn(Asking) -> BoxFuture<'static, Result<Vec<u8>, Fault>> + Send + Sync>;
 
 /// The batches and files of a node. Clones share them.
 #[derive(Clone, Debug)]
@@ -410,59 +427,67 @@ impl Batches {
         Some(batch)
     }
 
-    /// Answers batches, one after the other, until `shutdown`.
+    /// Answers batches until `shutdown`: the oldest ones that are open, so many of them side by side, so
+    /// that one that has to wait holds up nobody else's.
     pub(crate) async fn run(self, ask: Ask, shutdown: CancellationToken) {
+        let places = Semaphore::new(AT_ONCE);
+        let (mut under_way, mut answering) = (BTreeSet::new(), FuturesUnordered::new());
         loop {
-            let open = {
-                let state = hold(&self.inner.state);
-                let first = state.batches.values().filter(|batch| batch.status.is_open());
-                first.min_by_key(|batch| (batch.created_at, batch.id.clone())).cloned()
-            };
-            let Some(batch) = open else {
-                tokio::select! {
-                    () = shutdown.cancelled() => return,
-                    () = self.inner.changed.notified() => continue,
-                }
-            };
-            let answering = self.answer(&batch, &ask);
+            let room = SIDE_BY_SIDE.saturating_sub(under_way.len());
+            for batch in self.next(room, &under_way) {
+                under_way.insert(batch.id.clone());
+                answering.push(self.answer_or_pause(batch, &ask, &places));
+            }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                answered = answering => if let Err(error) = answered {
-                    tracing::warn!(batch = batch.id, %error, "a batch cannot be answered now");
-                    tokio::select! {
-                        () = shutdown.cancelled() => return,
-                        () = tokio::time::sleep(PAUSE) => {}
-                    }
-                },
+                () = self.inner.changed.notified() => {}
+                Some(id) = answering.next(), if !answering.is_empty() => {
+                    under_way.remove(&id);
+                }
             }
         }
     }
 
+    /// The oldest open batches that are not under way.
+    fn next(&self, most: usize, under_way: &BTreeSet<String>) -> Vec<Batch> {
+        let state = hold(&self.inner.state);
+        let open = state.batches.values().filter(|batch| batch.status.is_open());
+        let mut open: Vec<_> = open.filter(|batch| !under_way.contains(&batch.id)).collect();
+        open.sort_by_key(|batch| (batch.created_at, &batch.id));
+        open.into_iter().take(most).cloned().collect()
+    }
+
+    async fn answer_or_pause(&self, batch: Batch, ask: &Ask, places: &Semaphore) -> String {
+        if let Err(error) = self.answer(&batch, ask, places).await {
+            tracing::warn!(batch = batch.id, %error, "a batch cannot be answered now");
+            tokio::time::sleep(PAUSE).await;
+        }
+        batch.id
+    }
+
     /// Answers one batch to its end.
-    async fn answer(&self, batch: &Batch, ask: &Ask) -> io::Result<()> {
+    async fn answer(&self, batch: &Batch, ask: &Ask, places: &Semaphore) -> io::Result<()> {
         let mut results =
             Results::open(&self.path(&batch.output, "jsonl"), &self.path(&batch.error, "jsonl"))?;
         let (mut completed, mut failed) = (results.completed, results.failed);
         let input = BufReader::new(File::open(self.path(&batch.input, "jsonl"))?);
         let known = std::mem::take(&mut results.known);
         let id = batch.id.clone();
-        let over = |batches: &Self| {
-            let cancelled = batches.get(None, &id).is_none_or(|b| b.status != Status::InProgress);
+        let over = || {
+            let cancelled = self.get(None, &id).is_none_or(|b| b.status != Status::InProgress);
             cancelled || now() >= batch.expires_at
         };
         let lines = input.lines().map_while(Result::ok).filter(|line| !line.trim().is_empty());
         let lines = lines.filter_map(|line| serde_json::from_str::<Line>(&line).ok());
         let left = lines.filter(|line| !known.contains(&line.custom_id));
-        let left = left.take_while(|_| !over(self));
-        let asking = futures::stream::iter(left).map(|line| {
-            let (ask, owner, endpoint) = (Arc::clone(ask), batch.owner.clone(), batch.endpoint);
-            async move {
-                let answer = one(&ask, owner, endpoint, line.body, batch.expires_at).await;
-                (line.custom_id, answer)
-            }
+        let left = left.take_while(|_| !over());
+        let asking = futures::stream::iter(left).map(|line| async {
+            (line.custom_id, one(batch, (ask, places), line.body, &over).await)
         });
         let mut asking = std::pin::pin!(asking.buffer_unordered(AT_ONCE));
         while let Some((custom_id, answer)) = asking.next().await {
+            // What was not answered before the batch was over has no result.
+            let Some(answer) = answer else { continue };
             results.put(&custom_id, &answer)?;
             *(if answer.is_ok() { &mut completed } else { &mut failed }) += 1;
             let mut state = hold(&self.inner.state);
@@ -573,31 +598,40 @@ fn look(path: &Path, endpoint: Endpoint) -> io::Result<(u64, Vec<Mistake>)> {
     Ok((total, mistakes))
 }
 
-/// Asks one request, again while nobody can answer it now.
+/// Asks one request, again while nobody can answer it now; none where the batch is over before that.
 async fn one(
-    ask: &Ask,
-    owner: Owner,
-    endpoint: Endpoint,
+    batch: &Batch,
+    (ask, places): (&Ask, &Semaphore),
     body: serde_json::Map<String, Value>,
-    until: u64,
-) -> Result<Vec<u8>, Fault> {
+    over: &impl Fn() -> bool,
+) -> Option<Result<Vec<u8>, Fault>> {
     let body = serde_json::to_vec(&Value::Object(body)).unwrap_or_default();
     let mut pause = Duration::from_secs(1);
     let mut tries = 0;
     loop {
-        let answered = ask(owner.clone(), endpoint, body.clone()).await;
+        // Held while it is asked, not while it waits to be asked again.
+        let place = places.acquire().await.ok()?;
+        if over() {
+            return None;
+        }
+        let hurry = now() >= batch.created_at + (batch.expires_at - batch.created_at) / 2;
+        let (owner, endpoint) = (batch.owner.clone(), batch.endpoint);
+        let answered = ask(Asking { owner, endpoint, body: body.clone(), hurry }).await;
+        drop(place);
         // A limit is waited for as long as the batch has time: what fills it ends or passes.
         tries += u32::from(answered.as_ref().is_err_and(|fault| fault.status != 429));
         match answered {
             Err(fault) if matches!(fault.status, 408 | 429 | 502 | 503) && tries < TRIES => {
-                let wait = fault.retry_after.unwrap_or(pause).min(PAUSE);
-                if now() + wait.as_secs() >= until {
-                    return Err(fault);
+                let again = Instant::now() + fault.retry_after.unwrap_or(pause).min(PAUSE);
+                while Instant::now() < again {
+                    if over() {
+                        return None;
+                    }
+                    tokio::time::sleep(LOOK.min(again - Instant::now())).await;
                 }
-                tokio::time::sleep(wait).await;
                 pause = (pause * 2).min(PAUSE);
             }
-            answered => return answered,
+            answered => return Some(answered),
         }
     }
 }
@@ -704,7 +738,7 @@ mod tests {
 
     /// Every third request comes to nothing; counts those that were asked.
     fn asks(asked: Arc<AtomicUsize>) -> Ask {
-        Arc::new(move |_, _, body| {
+        Arc::new(move |Asking { body, .. }| {
             asked.fetch_add(1, Ordering::Relaxed);
             Box::pin(async move {
                 let body: Value = serde_json::from_slice(&body).expect("JSON");
@@ -718,7 +752,7 @@ mod tests {
 
     async fn until_over(batches: &Batches, id: &str) -> Batch {
         loop {
-            let batch = batches.get(Some("ada"), id).expect("it is there");
+            let batch = batches.get(None, id).expect("it is there");
             if batch.ended_at.is_some() {
                 return batch;
             }
@@ -770,6 +804,38 @@ mod tests {
         assert!(batches.cancel(Some("ada"), &batch.id).is_err() && batches.files(None).len() == 1);
         assert!(batches.remove(Some("ada"), &file.id).expect("removed"));
         shutdown.cancel();
+    }
+
+    #[tokio::test]
+    async fn one_that_waits_holds_up_nobody_and_can_be_cancelled() {
+        let room = tempfile::tempdir().expect("room");
+        let batches = Batches::open(room.path().join("b")).expect("opens");
+        let (slow, quick) = (put(&batches, &lines(8)), put(&batches, &lines(3)));
+        let slow = make(&batches, &slow);
+        let quick = batches.make("bob".into(), Endpoint::Chat, &quick.id, None);
+        assert!(quick.is_err(), "it is not his");
+        let mut kept = put(&batches, &lines(3));
+        kept.owner = "bob".into();
+        hold(&batches.inner.state).files.insert(kept.id.clone(), kept.clone());
+        let quick = batches.make("bob".into(), Endpoint::Chat, &kept.id, None).expect("made");
+        // Nobody has time for ada's.
+        let ask: Ask = Arc::new(|Asking { owner, hurry, .. }| {
+            assert!(!hurry, "there is nearly a day left");
+            Box::pin(async move {
+                match owner.as_str() {
+                    "ada" => Err(Fault::no_slack(Duration::from_secs(3_600))),
+                    _ => Ok(b"{}".to_vec()),
+                }
+            })
+        });
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(batches.clone().run(ask, shutdown.clone()));
+        assert_eq!(until_over(&batches, &quick.id).await.status, Status::Completed);
+        batches.cancel(Some("ada"), &slow.id).expect("it is open");
+        let slow = until_over(&batches, &slow.id).await;
+        assert_eq!((slow.status, slow.completed, slow.failed), (Status::Cancelled, 0, 0));
+        shutdown.cancel();
+        running.await.expect("it ends");
     }
 
     #[test]

@@ -97,6 +97,8 @@ const IDLE: Duration = Duration::from_secs(600);
 const SWEEP: Duration = Duration::from_secs(30);
 /// How often receipts are wanted.
 const RECEIPT_EVERY: Span = Span::secs(10);
+/// Of how many models it is remembered what their prompts come to.
+const MAX_DENSITIES: usize = 1_024;
 /// Within what time a lease is claimed: at once.
 const CLAIM_WITHIN: Span = Span::secs(10);
 
@@ -150,8 +152,8 @@ struct Inner {
     sellers: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Seller>>)>>,
     purses: Mutex<BTreeMap<(KeyId, Class, ModelTerms), Arc<Purse>>>,
     counts: Arc<Counts>,
-    /// What prompts come to, by the answers so far.
-    density: Density,
+    /// What prompts come to, by model and the answers so far.
+    densities: Mutex<BTreeMap<String, Arc<Density>>>,
     /// How many clients are too far behind.
     behind: Arc<AtomicUsize>,
 }
@@ -246,6 +248,8 @@ pub(crate) struct Answer {
     pub(crate) class: Class,
     /// The model, and what this node pays for it.
     pub(crate) terms: ModelTerms,
+    /// The most tokens of prompt and answer together.
+    pub(crate) context: u32,
     /// How many tokens were asked, where that is known before the first piece.
     pub(crate) prompt: u64,
     /// The first piece.
@@ -286,7 +290,7 @@ impl Gateway {
             router: Mutex::new((Router::default(), Dice::new(seed))),
             sellers: tokio::sync::Mutex::default(),
             purses: Mutex::default(),
-            density: Density::default(),
+            densities: Mutex::default(),
             behind: Arc::default(),
         };
         let gateway = Self { inner: Arc::new(inner) };
@@ -333,9 +337,13 @@ impl Gateway {
         Ok(sellers)
     }
 
-    /// How many tokens a prompt of so many bytes is, about.
-    pub(crate) fn usual_tokens(&self, bytes: usize) -> u64 {
-        self.inner.density.tokens(bytes)
+    /// What prompts to a model come to.
+    pub(crate) fn density(&self, model: &str) -> Arc<Density> {
+        let mut densities = hold(&self.inner.densities);
+        if densities.len() >= MAX_DENSITIES && !densities.contains_key(model) {
+            densities.clear();
+        }
+        Arc::clone(densities.entry(model.to_owned()).or_default())
     }
 
     /// The most that a client may have to pay for a request, whichever node answers it.
@@ -350,7 +358,7 @@ impl Gateway {
         let worst = offers.filter_map(|offer| {
             let class = match request.class {
                 WantedClass::Slack => Class::Slack,
-                WantedClass::Firm | WantedClass::SlackIfSold => Class::Firm,
+                _ => Class::Firm,
             };
             let rates = self.price(&offer.terms_in(class)?);
             Some(worst_case(bounds, offer.context, &rates))
@@ -367,7 +375,7 @@ impl Gateway {
         count(&counts.requests);
         let sellers = self.sellers().await?;
         let prefixes = request.prefix_keys();
-        let mut fault = None;
+        let (mut fault, mut no_time) = (None, None);
         for model in std::iter::once(&request.model).chain(&request.models) {
             let choices = match self.choose(model, request, &prefixes, &sellers) {
                 Ok(choices) => choices,
@@ -376,8 +384,15 @@ impl Gateway {
                     continue;
                 }
             };
-            for (nth, choice) in choices.into_iter().take(MAX_TRIES).enumerate() {
-                if nth > 0 {
+            let mut tries = 0;
+            for choice in within(MAX_TRIES, choices) {
+                // Who only has no time now has it later: to pay more for it nobody asked.
+                let waits = request.class == WantedClass::SlackIfSold && no_time.is_some();
+                if waits && choice.class == Class::Firm {
+                    break;
+                }
+                tries += 1;
+                if tries > 1 {
                     count(&counts.fallbacks);
                 }
                 let node = choice.name.clone();
@@ -385,7 +400,11 @@ impl Gateway {
                     Ok(answer) => return Ok(answer),
                     Err(Failed::Elsewhere(why)) => {
                         tracing::info!(node, model, %why, "a node did not answer");
-                        fault = Some(why);
+                        if why.is_no_slack() {
+                            no_time = Some(why);
+                        } else {
+                            fault = Some(why);
+                        }
                     }
                     Err(Failed::Final(why)) => {
                         count(&counts.faults);
@@ -395,7 +414,7 @@ impl Gateway {
             }
         }
         count(&counts.faults);
-        Err(fault.unwrap_or_else(|| Fault::model_not_found(&request.model)))
+        Err(no_time.or(fault).unwrap_or_else(|| Fault::model_not_found(&request.model)))
     }
 
     fn choose(
@@ -472,13 +491,16 @@ impl Gateway {
         sellers: &[Seller],
     ) -> Result<Answer, Failed> {
         let name = &choice.terms.name;
-        hold(&self.inner.router).0.begun(clock::boot(), choice.key, name);
+        let asked_of = (choice.key, choice.class);
+        hold(&self.inner.router).0.begun(clock::boot(), asked_of, name);
         let body = request.forward(name, true);
+        let bounds = Bounds::of(request.endpoint, &body);
         let mut asking = Asking {
             gateway: self.clone(),
             key: choice.key,
+            class: choice.class,
             model: name.clone(),
-            prompt_bytes: request.prompt_bytes(),
+            prompt: (request.prompt_bytes(), bounds),
             prefixes: prefixes.to_vec(),
             asked: Instant::now(),
             first: None,
@@ -489,12 +511,12 @@ impl Gateway {
         if choice.key == self.inner.handle.facts().me {
             let stream = request.stream;
             let ask = Ask { endpoint: request.endpoint, body, stream };
-            let asked = self.inner.models.ask(name, ask, choice.class).await;
+            let asked = self.inner.models.ask(name, ask, (choice.class, bounds.answers)).await;
             let answering = asked.map_err(|fault| asking.fail(fault))?;
             tokio::spawn(own(asking, answering, sender));
         } else {
             let opened = tokio::select! {
-                opened = self.remote(request, &choice, body, sellers) => opened,
+                opened = self.remote(request, &choice, (body, bounds), sellers) => opened,
                 () = self.gone(choice.key) => Err(Fault::unavailable("The serving node went down.")),
             };
             match opened {
@@ -523,8 +545,8 @@ impl Gateway {
                 }
             }
         };
-        let Choice { name: node, class, terms, .. } = choice;
-        Ok(Answer { node, class, terms, prompt, first, rest })
+        let Choice { name: node, class, terms, context, .. } = choice;
+        Ok(Answer { node, class, terms, context, prompt, first, rest })
     }
 
     /// Resolves when a node is not held to be alive any more.
@@ -547,7 +569,7 @@ impl Gateway {
         &self,
         request: &Request,
         choice: &Choice,
-        body: Bytes,
+        (body, bounds): (Bytes, Bounds),
         sellers: &[Seller],
     ) -> Result<Opened, Fault> {
         let seller = sellers.iter().find(|seller| seller.key == choice.key);
@@ -556,7 +578,6 @@ impl Gateway {
             |offer: &&ModelOffer| offer.terms_in(choice.class).as_ref() == Some(&choice.terms);
         let offer = seller.models.iter().find(sold);
         let offer = offer.ok_or_else(|| Fault::unavailable("The node sells that no more."))?;
-        let bounds = Bounds::of(request.endpoint, &body);
         let most = worst_case(&bounds, offer.context, &choice.terms.rates);
         let mut last = None;
         // A lease may have ended there that is thought to be good here: once more with another.
@@ -783,8 +804,10 @@ impl Purse {
 struct Asking {
     gateway: Gateway,
     key: KeyId,
+    class: Class,
     model: String,
-    prompt_bytes: usize,
+    /// How many bytes are asked, and what they can come to.
+    prompt: (usize, Bounds),
     prefixes: Vec<u64>,
     asked: Instant,
     first: Option<Instant>,
@@ -808,7 +831,8 @@ impl Asking {
         // Of an answer that came whole nobody can say how fast its tokens came.
         let tokens = if self.pieces > 1 { counted.completion } else { 0 };
         self.went = Some(Went::Well { first_token, tokens, took });
-        self.gateway.inner.density.seen(self.prompt_bytes, counted.prompt);
+        let (bytes, bounds) = &self.prompt;
+        self.gateway.density(&self.model).seen(*bytes, bounds, counted.prompt);
         let counts = &self.gateway.inner.counts;
         counts.prompt_tokens.fetch_add(counted.prompt, Ordering::Relaxed);
         counts.completion_tokens.fetch_add(counted.completion, Ordering::Relaxed);
@@ -818,11 +842,18 @@ impl Asking {
         self.went = Some(Went::Failed);
     }
 
-    /// The node did not begin: whether another one may.
-    fn fail(&mut self, fault: Fault) -> Failed {
-        if fault.is_a_failure() {
+    /// It came to this.
+    fn came_to(&mut self, fault: &Fault) {
+        if fault.is_no_slack() {
+            self.went = Some(Went::NoTime);
+        } else if fault.may_pass_elsewhere() {
             self.failed();
         }
+    }
+
+    /// The node did not begin: whether another one may.
+    fn fail(&mut self, fault: Fault) -> Failed {
+        self.came_to(&fault);
         if fault.may_pass_elsewhere() { Failed::Elsewhere(fault) } else { Failed::Final(fault) }
     }
 }
@@ -831,7 +862,8 @@ impl Drop for Asking {
     fn drop(&mut self) {
         let went = self.went.take().unwrap_or(Went::Neither);
         let mut router = hold(&self.gateway.inner.router);
-        router.0.ended(clock::boot(), self.key, &self.model, &self.prefixes, went);
+        let asked_of = (self.key, self.class);
+        router.0.ended(clock::boot(), asked_of, &self.model, &self.prefixes, went);
     }
 }
 
@@ -857,9 +889,7 @@ async fn own(mut asking: Asking, answering: Answering, sender: Sender) {
                 false
             }
             Some(Err(fault)) => {
-                if fault.is_a_failure() {
-                    asking.failed();
-                }
+                asking.came_to(fault);
                 true
             }
             None => true,
@@ -916,9 +946,11 @@ impl Expected {
     fn is_met_by(&self, said: &Service) -> bool {
         let within =
             said.prompt_tokens <= self.bounds.prompt && said.completion_tokens <= self.completion;
-        // Whether the answer or the hang-up came first only the serving node knows.
         let same = if self.whole {
-            Service { finish: self.service.finish, ..*said } == self.service
+            // Where this node hung up, only the serving node knows what came first.
+            let crossed = self.service.finish == Finish::HungUp;
+            let finish = if crossed { said.finish } else { self.service.finish };
+            Service { finish, ..self.service } == *said
         } else {
             let Service { endpoint, request, sampling, .. } = self.service;
             Service { endpoint, request, sampling, ..*said } == *said
@@ -1296,8 +1328,8 @@ impl Opened {
                     if fault.is_no_room() {
                         // The two nodes do not count alike: the node is well, the lease is not.
                         owed.held.over.store(true, Ordering::Relaxed);
-                    } else if fault.is_a_failure() {
-                        asking.failed();
+                    } else {
+                        asking.came_to(&fault);
                     }
                     // What this node says of its clients only it can say.
                     let fault = if fault.is_unread() { broken(&fault.message) } else { fault };
@@ -1397,6 +1429,17 @@ impl Gateway {
     }
 }
 
+/// The first so many of each class.
+fn within(most: usize, choices: Vec<Choice>) -> impl Iterator<Item = Choice> {
+    let mut left = [most; 2];
+    choices.into_iter().filter(move |choice| {
+        let left = &mut left[usize::from(choice.class == Class::Slack)];
+        let within = *left > 0;
+        *left = left.saturating_sub(1);
+        within
+    })
+}
+
 fn sort_of(provider: &Provider) -> Sort {
     match provider.sort {
         None => Sort::Balanced,
@@ -1437,7 +1480,10 @@ mod tests {
         };
         assert!(begun.is_met_by(&said), "of a beginning no more is known");
         let whole = Expected { whole: true, service: said, ..begun };
-        assert!(whole.is_met_by(&Service { finish: Finish::HungUp, ..said }));
+        let hung_up = Service { finish: Finish::HungUp, ..said };
+        assert!(!whole.is_met_by(&hung_up), "what came whole was not broken off");
+        let crossed = Expected { service: hung_up, ..whole };
+        assert!(crossed.is_met_by(&said) && crossed.is_met_by(&hung_up));
         let others = [
             Service { request: Hash([8; 32]), ..said },
             Service { endpoint: Endpoint::Completions, ..said },

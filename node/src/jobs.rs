@@ -147,6 +147,8 @@ struct Inner {
     work: Work,
     holders: Holders,
     payloads: PayloadStore,
+    /// Whose jobs may have what is kept from peers.
+    me: KeyId,
     events: mpsc::Sender<Event>,
     /// To ask the core where a delegate is.
     commands: mpsc::Sender<Asked>,
@@ -172,7 +174,7 @@ impl Jobs {
     pub(crate) fn new(
         work: Work,
         holders: Holders,
-        payloads: PayloadStore,
+        (payloads, me): (PayloadStore, KeyId),
         (events, commands): (mpsc::Sender<Event>, mpsc::Sender<Asked>),
         isolation: Vec<String>,
     ) -> Self {
@@ -182,6 +184,7 @@ impl Jobs {
             work,
             holders,
             payloads,
+            me,
             events,
             commands,
             jobs,
@@ -479,6 +482,7 @@ impl Jobs {
         index: Option<u64>,
     ) -> Result<Option<Index>, Outcome> {
         let (root, size) = (Root::from(payload.root), payload.size);
+        self.may_have(start, root)?;
         loop {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
@@ -493,6 +497,10 @@ impl Jobs {
             let error = match fetched {
                 Ok((index, stats)) => {
                     tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
+                    let named = index.iter().flat_map(Index::payloads);
+                    for payload in named {
+                        self.may_have(start, payload.root.into())?;
+                    }
                     return Ok(index);
                 }
                 Err(error) => error,
@@ -525,6 +533,15 @@ impl Jobs {
         }
     }
 
+    /// Whether a job may have a payload: what is kept from peers is as good as not here, whatever of it
+    /// is named.
+    fn may_have(&self, start: &StartJob, root: Root) -> Result<(), Outcome> {
+        if start.delegate == self.inner.me || !self.inner.payloads.is_private(root) {
+            return Ok(());
+        }
+        Err(Outcome::NoPayload(clip(&PayloadError::NotHeld(root).to_string())))
+    }
+
     /// Where a node serves its data plane, once that is known; none where it is where it was
     /// looked for already, or nobody will tell.
     async fn elsewhere(&self, node: KeyId, tried: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
@@ -544,6 +561,7 @@ impl Jobs {
     fn spec(&self, start: &StartJob, indexes: &Indexes, deadline: Boot) -> Result<Spec, Outcome> {
         let job = &start.job;
         let path = |payload: &Payload| -> Result<PathBuf, Outcome> {
+            self.may_have(start, payload.root.into())?;
             let path = self.inner.payloads.path(payload.root.into());
             path.ok_or_else(|| Outcome::NoPayload("it was removed before the job started".into()))
         };

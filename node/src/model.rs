@@ -52,7 +52,7 @@ use crate::handle::Asked;
 use crate::infer::Head;
 use crate::openai::tally::{Bounds, Density};
 use crate::openai::{Fault, Needs};
-use crate::payload::PayloadStore;
+use crate::payload::{PayloadStore, Root};
 use crate::store::Store;
 
 /// Requests of other nodes that are worked on at once; more are refused as busy.
@@ -109,11 +109,16 @@ struct Inner {
     leases: Mutex<BTreeMap<LeaseId, Arc<Lease>>>,
     places: Arc<Semaphore>,
     large: Arc<Semaphore>,
+    /// Of both what those may take that can wait: they hold them while they do.
+    slack_places: Arc<Semaphore>,
+    slack_large: Arc<Semaphore>,
     counts: Arc<Counts>,
     /// How many threads an embedded engine may use.
     threads: usize,
     /// A model was added or changed.
     added: Notify,
+    /// Held while one is.
+    putting: tokio::sync::Mutex<()>,
 }
 
 /// A model with what answers for it.
@@ -135,6 +140,8 @@ struct Lease {
     state: Mutex<LeaseState>,
     stop: CancellationToken,
     requests: TaskTracker,
+    /// Of its requests, those that may wait at once.
+    waiting: Semaphore,
 }
 
 #[derive(Debug)]
@@ -210,9 +217,12 @@ impl Models {
             leases: Mutex::default(),
             places: Arc::new(Semaphore::new(MAX_REQUESTS)),
             large: Arc::new(Semaphore::new(MAX_LARGE)),
+            slack_places: Arc::new(Semaphore::new(MAX_REQUESTS / 2)),
+            slack_large: Arc::new(Semaphore::new(MAX_LARGE / 2)),
             counts: Arc::default(),
             threads,
             added: Notify::new(),
+            putting: tokio::sync::Mutex::default(),
         };
         let models = Self { inner: Arc::new(inner) };
         for entry in models.inner.catalog.list() {
@@ -248,16 +258,24 @@ impl Models {
     /// # Errors
     /// When what it names is not here or not a model, or the catalog cannot be written.
     pub(crate) async fn put(&self, name: String, spec: Spec) -> Result<Entry, CatalogError> {
+        // One after another: what one keeps from peers another might let them have.
+        let _turn = self.inner.putting.lock().await;
         let (catalog, payloads) = (self.inner.catalog.clone(), self.inner.payloads.clone());
         let put = move || {
             let entry = catalog.put(&name, &spec, &payloads)?;
-            let mut theirs = entry.payloads(&payloads).into_iter();
+            let theirs = entry.payloads(&payloads).into_iter();
+            let of = |private: bool| -> HashSet<Root> {
+                let others = catalog.list().into_iter().filter(|other| other.private == private);
+                others.flat_map(|other| other.payloads(&payloads)).collect()
+            };
             if entry.private {
-                theirs.try_for_each(|root| payloads.keep_private(root))?;
+                // What a model that is not has as well is no secret.
+                let known = of(false);
+                let mut secret = theirs.filter(|root| !known.contains(root));
+                secret.try_for_each(|root| payloads.keep_private(root))?;
             } else if spec.private == Some(false) {
                 // What another private model is made of stays so.
-                let others = catalog.list().into_iter().filter(|other| other.private);
-                let kept: HashSet<_> = others.flat_map(|other| other.payloads(&payloads)).collect();
+                let kept = of(true);
                 let mut free = theirs.filter(|root| !kept.contains(root));
                 free.try_for_each(|root| payloads.publish(root))?;
             }
@@ -297,14 +315,19 @@ impl Models {
         self.inner.added.notify_one();
     }
 
-    /// Asks a model of this node's own.
+    /// Asks a model of this node's own, in this class and for so many answers.
     ///
     /// # Errors
     /// When it is not here, or says no.
-    pub(crate) async fn ask(&self, name: &str, ask: Ask, class: Class) -> Result<Answering, Fault> {
+    pub(crate) async fn ask(
+        &self,
+        name: &str,
+        ask: Ask,
+        class: (Class, u64),
+    ) -> Result<Answering, Fault> {
         let loaded = hold(&self.inner.engines).get(name).cloned();
         let loaded = loaded.ok_or_else(|| Fault::model_not_found(name))?;
-        loaded.ask(ask, class).await
+        loaded.ask(ask, class, None).await
     }
 
     /// What this node's own clients can be answered, sold to others or not.
@@ -383,6 +406,7 @@ impl Models {
             }),
             stop: CancellationToken::new(),
             requests: TaskTracker::new(),
+            waiting: Semaphore::new(slack::WAITING_PER_LEASE),
         };
         hold(&self.inner.leases).insert(start.lease, Arc::new(lease));
     }
@@ -453,15 +477,20 @@ impl Models {
         let loaded = hold(&self.inner.engines).get(&lease.terms.name).cloned();
         let same = |loaded: &Arc<Loaded>| loaded.entry.digest == lease.terms.digest;
         let loaded = loaded.filter(same).ok_or(serving::No::Gone)?;
-        let place = Arc::clone(&self.inner.places).try_acquire_owned();
-        let place = place.map_err(|_| serving::No::Busy)?;
-        let large =
-            (head.length > LARGE).then(|| Arc::clone(&self.inner.large).try_acquire_owned());
-        let large = large.transpose().map_err(|_| serving::No::Busy)?;
-        self.inner.counts.requests.fetch_add(1, Ordering::Relaxed);
-        let slack = lease.class == Class::Slack;
+        let (slack, large) = (lease.class == Class::Slack, head.length > LARGE);
+        let inner = &self.inner;
+        let taken = [
+            (true, &inner.places),
+            (large, &inner.large),
+            (slack, &inner.slack_places),
+            (slack && large, &inner.slack_large),
+        ];
+        let taken = taken.into_iter().filter(|(takes, _)| *takes);
+        let taken = taken.map(|(_, of)| Arc::clone(of).try_acquire_owned());
+        let permits = taken.collect::<Result<_, _>>().map_err(|_| serving::No::Busy)?;
+        inner.counts.requests.fetch_add(1, Ordering::Relaxed);
         self.inner.counts.slack.fetch_add(slack.into(), Ordering::Relaxed);
-        Ok(Admitted { lease, loaded, _place: place, _large: large })
+        Ok(Admitted { lease, loaded, _permits: permits })
     }
 }
 
@@ -469,8 +498,7 @@ impl Models {
 struct Admitted {
     lease: Arc<Lease>,
     loaded: Arc<Loaded>,
-    _place: OwnedSemaphorePermit,
-    _large: Option<OwnedSemaphorePermit>,
+    _permits: Vec<OwnedSemaphorePermit>,
 }
 
 /// A model here, as its operator is told of it.
@@ -501,6 +529,11 @@ impl Loaded {
             State::Down => return None,
         };
         let (context, endpoints) = (self.context(), self.endpoints());
+        // How much it takes it has not said yet.
+        let unknown = self.entry.context == 0 && self.engine.nature().context.is_none();
+        if state == ModelState::Loading && unknown {
+            return None;
+        }
         (!endpoints.is_empty()).then(|| ModelOffer {
             context,
             endpoints,
@@ -517,19 +550,28 @@ impl Loaded {
         }
     }
 
-    /// What can be asked of it: nothing that the engine is known not to have.
+    /// What can be asked of it: `/v1/responses` only of what is known to have it.
     fn endpoints(&self) -> Vec<Endpoint> {
-        let none = self.engine.nature().responses == Some(false);
+        let has = self.engine.nature().responses == Some(true);
         let mut endpoints = self.entry.endpoints.clone();
-        endpoints.retain(|endpoint| !(none && *endpoint == Endpoint::Responses));
+        endpoints.retain(|endpoint| has || *endpoint != Endpoint::Responses);
         endpoints
     }
 
     /// Begins to answer, in slack once there is time.
-    async fn ask(&self, ask: Ask, class: Class) -> Result<Answering, Fault> {
+    async fn ask(
+        &self,
+        ask: Ask,
+        (class, answers): (Class, u64),
+        waiting: Option<&Semaphore>,
+    ) -> Result<Answering, Fault> {
+        let answers = u32::try_from(answers).unwrap_or(u32::MAX);
         let place = match class {
-            Class::Firm => self.line.firm(),
-            Class::Slack => self.line.slack(self.entry.slack_requests, &*self.engine).await?,
+            Class::Firm => self.line.firm(answers),
+            Class::Slack => {
+                let room = (answers, self.entry.slack_requests);
+                self.line.slack(room, waiting, &*self.engine).await?
+            }
         };
         let pieces = self.engine.ask(ask).await?;
         Ok(Answering { pieces, place })

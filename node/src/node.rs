@@ -375,7 +375,8 @@ impl Node {
         tokio::spawn(models.clone().tend(shutdown.clone()));
         tokio::spawn(keys.clone().keep(shutdown.clone()));
         let hosted = Hosted { models: models.clone(), keys, batches, terms, asked: Arc::default() };
-        let jobs = Jobs::new(work, holders.clone(), payloads.clone(), inputs, isolation);
+        let store_of = (payloads.clone(), facts.me);
+        let jobs = Jobs::new(work, holders.clone(), store_of, inputs, isolation);
         jobs.adopt(running);
         let counts = Arc::new(Counts::default());
         let handle = Handle::new(

@@ -306,6 +306,8 @@ struct Inner {
     set_aside: AtomicU64,
     /// What peers do not get.
     private: Mutex<HashSet<Root>>,
+    /// Held while a mark of that is made or taken away.
+    marks: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -386,17 +388,20 @@ impl PayloadStore {
             next_partial: AtomicU64::new(0),
             set_aside: AtomicU64::new(0),
             private: Mutex::default(),
+            marks: Mutex::default(),
         };
         let store = Self { inner: Arc::new(inner) };
         store.scan()?;
-        store.take_up_private()?;
         store.take_up_resting()?;
+        store.take_up_private()?;
         Ok(store)
     }
 
-    /// Keeps a payload from peers, whoever asks for it, from now on and as long as it is here: whether its
-    /// bytes are or are yet to come. Where that cannot be kept on disk it holds until the process ends.
+    /// Keeps a payload from peers, whoever asks for it, from now on: whether its bytes are here, arrive, are
+    /// yet to come or come again. A start forgets that of which nothing is here. Where it cannot be kept on
+    /// disk it holds until the process ends.
     pub fn keep_private(&self, root: Root) -> Result<(), PayloadError> {
+        let _marking = lock(&self.inner.marks);
         if lock(&self.inner.private).insert(root) {
             self.inner.changed.send_replace(());
         }
@@ -410,7 +415,7 @@ impl PayloadStore {
 
     /// Lets peers have a payload again.
     pub fn publish(&self, root: Root) -> Result<(), PayloadError> {
-        let mut private = lock(&self.inner.private);
+        let _marking = lock(&self.inner.marks);
         let path = self.inner.private_path(root);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -418,8 +423,7 @@ impl PayloadStore {
             }
             _ => {}
         }
-        private.remove(&root);
-        drop(private);
+        lock(&self.inner.private).remove(&root);
         self.inner.changed.send_replace(());
         Ok(())
     }
@@ -693,8 +697,6 @@ impl PayloadStore {
         }
         self.inner.forget(root);
         sync_dir(&self.inner.dir)?;
-        // Last: what peers do not get is not there at any time without that mark.
-        self.publish(root)?;
         Ok(true)
     }
 
@@ -906,14 +908,20 @@ impl PayloadStore {
         Ok(())
     }
 
-    /// Reads which payloads peers do not get. A mark whose payload never came says nothing any more.
+    /// Whether something of a payload had come when its transfer ended.
+    fn rests(&self, root: Root) -> bool {
+        lock(&self.inner.held).resting.keys().any(|(of, _)| *of == root)
+    }
+
+    /// Reads which payloads peers do not get. Where nothing is held of one and nothing rests, its mark says
+    /// nothing any more.
     fn take_up_private(&self) -> Result<(), PayloadError> {
         let dir = self.inner.dir.join("private");
         for entry in fs::read_dir(&dir).map_err(io_error("listing", &dir))? {
             let entry = entry.map_err(io_error("listing", &dir))?;
             let root = entry.file_name().to_str().and_then(|name| name.parse::<Root>().ok());
             match root {
-                Some(root) if self.has(root).is_some() => {
+                Some(root) if self.has(root).is_some() || self.rests(root) => {
                     lock(&self.inner.private).insert(root);
                 }
                 Some(root) => self.publish(root)?,
@@ -1415,8 +1423,10 @@ mod tests {
         let store = again(store);
         assert!(!store.is_private(root) && files(&store, "private") == 0);
         store.keep_private(root).expect("marked");
-        assert!(store.remove(root).expect("removed") && !store.is_private(root));
-        assert_eq!(files(&store, "private"), 0);
+        assert!(store.remove(root).expect("removed"));
+        assert!(store.is_private(root), "it may come again");
+        let store = again(store);
+        assert!(!store.is_private(root) && files(&store, "private") == 0);
     }
 
     #[test]

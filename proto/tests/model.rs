@@ -387,10 +387,16 @@ fn whoever_can_wait_pays_the_price_of_slack_and_nobody_else_does() {
     assert_eq!(lent(&net, kept).stage, LentStage::Active);
     let proof = proof_of(&net, LESSOR, lease);
     let verdict = proof::check(&proof).expect("it holds");
-    assert_eq!((verdict.model, verdict.price_checked), (Some(slack), true));
+    assert_eq!((verdict.model.as_ref(), verdict.price_checked), (Some(&slack), true));
     // What is not sold so any more is not granted, whatever the map says.
-    net.tell(LESSOR, Event::Models(vec![ModelOffer { slack: None, ..offered("lantern") }]));
+    let resumed = net.ask(LESSOR, Command::Resume);
+    assert!(resumed.is_ok(), "{resumed:?}");
     net.pass(Span::secs(5));
+    net.lost = |_, said| matches!(said, Message::Announce(_) | Message::Records(_));
+    net.tell(LESSOR, Event::Models(vec![ModelOffer { slack: None, ..offered("lantern") }]));
+    let refused = order(&mut net, &verdict.model.expect("it was checked"), Class::Slack);
+    let Err(Failure::Refused(heard)) = refused else { panic!("{refused:?}") };
+    assert!(heard.iter().any(|heard| heard.reason == Some(Reason::NotOffered)), "{heard:?}");
 }
 
 #[test]

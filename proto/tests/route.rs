@@ -175,13 +175,33 @@ fn what_can_wait_goes_where_that_costs_less() {
         said.iter().map(|(name, class, price)| ((*name).to_owned(), *class, *price)).collect()
     };
     use Class::{Firm, Slack};
+    let both = ["h1", "h2"].map(str::to_owned);
     let firm = said(&[("h3", Firm, 50), ("h1", Firm, 100), ("h2", Firm, 200)]);
     let slack = said(&[("h2", Slack, 20), ("h1", Slack, 50)]);
     assert_eq!(asked(&map, Wanted::Firm, None).as_ref(), Ok(&firm));
     assert_eq!(asked(&map, Wanted::Slack, None).as_ref(), Ok(&slack));
-    assert_eq!(asked(&map, Wanted::SlackIfSold, None).as_ref(), Ok(&slack));
+    // Those who sell it firmly come after, for where the others fail.
+    let all: Vec<_> = slack.iter().chain(&firm).cloned().collect();
+    assert_eq!(asked(&map, Wanted::SlackIfSold, None).as_ref(), Ok(&all));
     let cheap = said(&[("h2", Slack, 20)]);
     assert_eq!(asked(&map, Wanted::SlackIfSold, Some(30)).as_ref(), Ok(&cheap), "its own price");
+    // One that had no time is asked last for a while, for what can wait alone.
+    let mut router = Router::default();
+    let two = KeyId([2; 32]);
+    for n in 0..3 {
+        router.begun(Boot(n), (two, Slack), "m");
+        router.ended(Boot(n), (two, Slack), "m", &[], Went::NoTime);
+    }
+    let mut first = |at: u64, class| {
+        let question = Question { class, sort: Sort::Price, only: &both, ..question() };
+        let chosen = router.choose(Boot(at), &question, &map.hosts(), &mut Dice::new(at));
+        chosen.expect("somebody")[0].name.clone()
+    };
+    assert_eq!(
+        (first(4_000, Wanted::Slack), first(4_010, Wanted::Slack)),
+        ("h1".into(), "h2".into())
+    );
+    assert_eq!(first(1_000, Wanted::Firm), "h1", "the cheaper one of both, in any case");
     // Nobody that is there sells it so.
     for host in &mut map.0[..2] {
         host.2 = false;
@@ -206,14 +226,20 @@ fn one_that_failed_comes_last_for_a_while_and_what_was_seen_counts_more_than_wha
     };
     assert_eq!(at(&mut router, 0, Sort::Price), "h1");
     for n in 0..3 {
-        router.begun(Boot(n), cheap, "m");
-        router.ended(Boot(n), cheap, "m", &[], Went::Failed);
+        router.begun(Boot(n), (cheap, Class::Firm), "m");
+        router.ended(Boot(n), (cheap, Class::Firm), "m", &[], Went::Failed);
     }
     assert_eq!(at(&mut router, 4_000, Sort::Price), "h2", "three times: four seconds");
     assert_eq!(at(&mut router, 4_010, Sort::Price), "h1");
-    router.begun(Boot(5_000), cheap, "m");
+    router.begun(Boot(5_000), (cheap, Class::Firm), "m");
     let (first_token, took) = (Span::millis(10), Span::secs(1));
-    router.ended(Boot(6_000), cheap, "m", &[], Went::Well { first_token, tokens: 301, took });
+    router.ended(
+        Boot(6_000),
+        (cheap, Class::Firm),
+        "m",
+        &[],
+        Went::Well { first_token, tokens: 301, took },
+    );
     assert_eq!(at(&mut router, 6_000, Sort::Throughput), "h1");
     assert_eq!(at(&mut router, 6_001, Sort::Latency), "h1");
 }
@@ -225,15 +251,15 @@ fn prompts_that_begin_alike_stay_on_one_node_while_it_is_not_overloaded() {
     let prefixes = [11, 22, 33];
     let well = Went::Well { first_token: Span::millis(9), tokens: 2, took: Span::millis(9) };
     let home = KeyId([5; 32]);
-    router.begun(Boot(0), home, "m");
-    router.ended(Boot(0), home, "m", &prefixes, well);
+    router.begun(Boot(0), (home, Class::Firm), "m");
+    router.ended(Boot(0), (home, Class::Firm), "m", &prefixes, well);
     let first = |router: &mut Router, prefixes: &[u64], seed| {
         let question = Question { prefixes, ..question() };
         names(router, &question, &map, seed)[0].clone()
     };
     assert!((0..50).all(|seed| first(&mut router, &[11, 22, 99], seed) == "h5"));
     assert!((0..50).any(|seed| first(&mut router, &[99], seed) != "h5"));
-    (0..6).for_each(|n| router.begun(Boot(n), home, "m"));
+    (0..6).for_each(|n| router.begun(Boot(n), (home, Class::Firm), "m"));
     assert!((0..50).any(|seed| first(&mut router, &[11, 22], seed) != "h5"), "it is overloaded");
 }
 

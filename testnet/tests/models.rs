@@ -11,6 +11,8 @@ mod clients;
 mod fabric;
 #[path = "models/keys.rs"]
 mod keys;
+#[path = "models/llama_server.rs"]
+mod llama_server;
 #[path = "models/replay.rs"]
 mod replay;
 #[path = "models/sdks.rs"]

@@ -112,16 +112,12 @@ impl Service {
     }
 
     /// Asks one request of a batch for its owner.
-    async fn ask_for(
-        self,
-        owner: Owner,
-        endpoint: Endpoint,
-        body: Vec<u8>,
-    ) -> Result<Vec<u8>, Fault> {
+    async fn ask_for(self, asking: batch_ask::Asking) -> Result<Vec<u8>, Fault> {
+        let batch_ask::Asking { owner, endpoint, body, hurry } = asking;
         let mut request = Request::parse(endpoint, &body.into())?;
         // There is a day for it.
         if request.class == Wanted::Firm {
-            request.class = Wanted::SlackIfSold;
+            request.class = if hurry { Wanted::SlackFirst } else { Wanted::SlackIfSold };
         }
         let key = match owner.as_str() {
             OPERATOR => None,
@@ -187,9 +183,7 @@ impl Service {
         };
         let service = Self { inner: Arc::new(inner) };
         let asking = service.clone();
-        let ask: batch_ask::Ask = Arc::new(move |owner, endpoint, body| {
-            Box::pin(asking.clone().ask_for(owner, endpoint, body))
-        });
+        let ask: batch_ask::Ask = Arc::new(move |one| Box::pin(asking.clone().ask_for(one)));
         let (batches, closing) = (service.inner.batches.clone(), service.inner.shutdown.clone());
         tokio::spawn(batches.run(ask, closing));
         service
@@ -404,7 +398,7 @@ impl Billed {
                 .of(answer.class),
             seen: Tally::new(asked.endpoint, asked.bounds),
             prompt: answer.prompt,
-            usual: gateway.usual_tokens(asked.prompt_bytes),
+            usual: gateway.density(model).tokens(asked.prompt_bytes, &asked.bounds, answer.context),
             counted: None,
             _room: asked.room,
             entered: asked.entered,

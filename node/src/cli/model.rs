@@ -118,7 +118,7 @@ pub(super) struct Add {
     /// How many tokens it looks back on there
     #[arg(long, requires = "upstream", value_name = "TOKENS")]
     context: Option<u32>,
-    /// What can be asked of it there [default: chat and completions]
+    /// What can be asked of it there [default: chat, completions, and responses where it has them]
     #[arg(long = "endpoint", requires = "upstream", value_name = "WORD",
         value_parser = endpoint)]
     endpoints: Vec<Endpoint>,
@@ -412,6 +412,12 @@ async fn requantised(session: &Session, from: &Path, to: &Path) -> Result<(), Fa
     Ok(())
 }
 
+/// Whether the node has a private model of that name: what takes its place is private as well.
+async fn is_private(session: &Session, name: &str) -> Result<bool, Failure> {
+    let lines: ModelLines = session.client.get("/v1/catalog").await?;
+    Ok(lines.models.iter().any(|known| known.name == name && known.private))
+}
+
 /// Has payloads kept from peers, before a byte of them is there.
 async fn keep_private<'a>(
     session: &Session,
@@ -460,7 +466,8 @@ impl Add {
             spec.endpoints = (!self.endpoints.is_empty()).then_some(self.endpoints);
             spec.abilities = (!self.abilities.is_empty()).then_some(self.abilities);
         } else if let Some(path) = &self.path {
-            let private = spec.private == Some(true);
+            let private = spec.private != Some(false)
+                && (spec.private == Some(true) || is_private(session, &name).await?);
             if path.is_dir() {
                 spec.encoder = Some(encoder(session, path, private).await?);
             } else if self.as_is {

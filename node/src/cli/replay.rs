@@ -17,7 +17,7 @@ use leasehold_keys::exit::Exit;
 use leasehold_keys::judge;
 use leasehold_proto::LeaseId;
 use leasehold_proto::proof::Proof;
-use leasehold_proto::words::model::{Finish, Served, Service};
+use leasehold_proto::words::model::{Endpoint, Finish, Served, Service};
 use leasehold_proto::words::object::body_in;
 use serde_json::{Value, json};
 
@@ -56,8 +56,10 @@ enum Found {
     Counts,
     /// The answer was left to chance; the tokens of the prompt are as many.
     Counted,
-    /// It broke off, or takes no text.
-    Chance,
+    /// Whoever asked hung up: nobody knows where it would have ended.
+    HungUp,
+    /// What it was asked for, `/v1/responses`, no embedded engine answers.
+    Apart,
     /// What was kept is not there, or not what the record is about.
     NoTranscript,
 }
@@ -69,7 +71,8 @@ impl Found {
             Self::Mismatch => "mismatch",
             Self::Counts => "other counts",
             Self::Counted => "left to chance, prompt counted alike",
-            Self::Chance => "left to chance",
+            Self::HungUp => "broken off by whoever asked",
+            Self::Apart => "not replayed",
             Self::NoTranscript => "no transcript",
         }
     }
@@ -135,10 +138,13 @@ impl Replay {
     ) -> Result<Found, Failure> {
         let service = &served.service;
         let greedy = service.sampling.temperature_permille == Some(0);
-        let embeds = service.endpoint == leasehold_proto::words::model::Endpoint::Embeddings;
+        let embeds = service.endpoint == Endpoint::Embeddings;
         let certain = greedy || service.sampling.seed.is_some() || embeds;
         if service.finish != Finish::Answered {
-            return Ok(Found::Chance);
+            return Ok(Found::HungUp);
+        }
+        if service.endpoint == Endpoint::Responses {
+            return Ok(Found::Apart);
         }
         let Ok(kept) = Transcript::read(&self.transcripts, lease, served.number) else {
             return Ok(Found::NoTranscript);
@@ -220,7 +226,7 @@ mod tests {
     #[test]
     fn tokens_are_counted_again() {
         let record = Service {
-            endpoint: leasehold_proto::words::model::Endpoint::Chat,
+            endpoint: Endpoint::Chat,
             request: leasehold_proto::Hash::default(),
             response: leasehold_proto::Hash::default(),
             sampling: leasehold_proto::words::model::Sampling::default(),

@@ -403,6 +403,20 @@ async fn a_payload_cut_short_on_the_holders_disk_is_given_up_and_found() {
 }
 
 #[tokio::test]
+async fn what_is_private_is_refused_to_whoever_names_it() {
+    let (from, to) = (Node::new(1), Node::new(2));
+    let (root, size) = from.import(b"own");
+    from.store.keep_private(root).expect("marked");
+    let refused = to.fetch_from(&from, (root, size)).await;
+    assert!(matches!(refused, Err(FetchError::NotHeld { .. })), "{refused:?}");
+    // Not even whether it is guessed right.
+    let refused = to.fetch_from(&from, (root, size + 1)).await;
+    assert!(matches!(refused, Err(FetchError::NotHeld { .. })), "{refused:?}");
+    from.store.publish(root).expect("published");
+    to.fetch_from(&from, (root, size)).await.expect("it is anybody's");
+}
+
+#[tokio::test]
 async fn a_size_that_is_not_the_payloads_is_refused() {
     let (holder, asker) = (Node::new(1), Node::new(2));
     let bytes = content(3 * G);

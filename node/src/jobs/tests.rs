@@ -232,7 +232,7 @@ impl Room {
         let inputs = (events_in, commands_in);
         // Nobody else has the payloads.
         let holders = Holders::new(data, payloads.clone(), mpsc::channel(1).0);
-        let jobs = Jobs::new(work.clone(), holders, payloads, inputs, vec![]);
+        let jobs = Jobs::new(work.clone(), holders, (payloads, KeyId([9; 32])), inputs, vec![]);
         let tell = jobs.clone();
         tokio::spawn(async move {
             while let Some(event) = heard.recv().await {
@@ -419,6 +419,30 @@ async fn a_delegate_that_has_moved_is_found_again() {
     room.jobs.start(start);
     room.tells_where(node, vec![delegate.address()]).await;
     assert_eq!(room.given().await, DEADLINE);
+}
+
+#[tokio::test]
+async fn what_is_kept_from_peers_no_job_of_theirs_gets() {
+    let (delegate, mut room) = (Delegate::new(), Room::empty());
+    let payloads = &room.jobs.inner.payloads;
+    let own = payloads.import(b"own weights".as_slice(), Declared::Exactly(11)).expect("imports");
+    payloads.keep_private(own.root).expect("marked");
+    let mut start = delegate.claims(vec![delegate.address()]);
+    // Its root is known from an offer, its size is guessed.
+    let payload = Payload { root: own.root.into(), size: 7 };
+    start.job.inputs = vec![Input { name: "weights".into(), payload, index: None }];
+    let mut right = start.clone();
+    right.job.inputs[0].payload.size = 11;
+    for start in [start, right] {
+        room.jobs.start(start);
+        let ended = room.event().await;
+        let Event::JobEnded(LEASE, Outcome::NoPayload(why), _) = &ended else {
+            panic!("{ended:?}")
+        };
+        // Not even how long it is.
+        assert_eq!(*why, PayloadError::NotHeld(own.root).to_string());
+        room.jobs.remember(LEASE).await;
+    }
 }
 
 #[tokio::test]

@@ -252,7 +252,11 @@ impl Catalog {
         }
         let known = hold(&self.entries).get(name).cloned();
         let mut entry = match (&spec.source, known) {
-            (Some(source), _) => self.describe(name, source, payloads)?,
+            (Some(source), known) => {
+                let entry = self.describe(name, source, payloads)?;
+                let private = entry.private || known.is_some_and(|known| known.private);
+                Entry { private, ..entry }
+            }
             (None, Some(known)) => known,
             (None, None) => return Err(CatalogError::NoSource(name.to_owned())),
         };
@@ -376,12 +380,13 @@ impl Catalog {
             }
             Source::Upstream { url, model, key_file } => {
                 open_upstream(url, model.as_deref().unwrap_or(name), key_file.as_deref())?;
-                entry.endpoints = vec![Endpoint::Chat, Endpoint::Completions];
+                // The last one where it turns out to have it.
+                entry.endpoints = vec![Endpoint::Chat, Endpoint::Completions, Endpoint::Responses];
                 entry.abilities = Needs::UPSTREAM.bits();
             }
         }
-        // Weights that were kept from peers before stay so until it is said otherwise.
-        entry.private = entry.payloads(payloads).iter().any(|root| payloads.is_private(*root));
+        // What was kept from peers before stays so until it is said otherwise.
+        entry.private = entry.pins().is_some_and(|root| payloads.is_private(root.into()));
         Ok(entry)
     }
 }

@@ -113,6 +113,18 @@ impl Models {
             let fault = Fault::not_json("the request does not read");
             return infer::write(send, &Frame::Fault(fault)).await;
         };
+        // Whoever asks knows what is offered; what is asked for beyond that nobody has agreed to.
+        let (loaded, context) = (&admitted.loaded, admitted.loaded.context());
+        let name = &loaded.entry.name;
+        let checked = if loaded.endpoints().contains(&head.endpoint) {
+            asked.check(loaded.entry.needs(), name)
+        } else {
+            let why = format!("The model '{name}' does not answer this.");
+            Err(Fault::invalid(Some("unsupported_endpoint"), why).at("model"))
+        };
+        if let Err(fault) = checked {
+            return infer::write(send, &Frame::Fault(fault)).await;
+        }
         let ask = Ask { endpoint: head.endpoint, body: request.clone(), stream: head.stream };
         let mut hash = AnswerHash::default();
         let bounds = Bounds::of(head.endpoint, &request);
@@ -126,22 +138,23 @@ impl Models {
                 }
             }
         };
-        let worst = worst_case(&bounds, admitted.loaded.context(), &admitted.lease.terms.rates);
+        let worst = worst_case(&bounds, context, &admitted.lease.terms.rates);
         let Some(aside) = admitted.lease.set_aside(worst) else {
             return infer::write(send, &Frame::Fault(Fault::no_room())).await;
         };
         let read = (&mut hash, &mut seen, &mut prompt);
-        let ended = pipe(admitted, ask, read, send, stop).await;
+        let ended = pipe(admitted, (ask, bounds.answers), read, send, stop).await;
         let relaxed = std::sync::atomic::Ordering::Relaxed;
+        let density = &admitted.loaded.density;
         let (counted, finish) = match &ended {
             Ended::Done(counted) => {
-                admitted.loaded.density.seen(asked.prompt_bytes(), counted.prompt);
+                density.seen(asked.prompt_bytes(), &bounds, counted.prompt);
                 (*counted, Finish::Answered)
             }
             Ended::HungUp | Ended::Unread => {
                 counts.hung_up.fetch_add(1, relaxed);
                 let counted = seen
-                    .broken_off(prompt, || admitted.loaded.density.tokens(asked.prompt_bytes()));
+                    .broken_off(prompt, || density.tokens(asked.prompt_bytes(), &bounds, context));
                 (counted, Finish::HungUp)
             }
             Ended::Fault(fault) => {
@@ -249,14 +262,15 @@ async fn whole(head: &Head, first: Bytes, recv: &mut RecvHalf) -> std::io::Resul
 /// is begun to be written is written whole: the record comes after it.
 async fn pipe(
     admitted: &Admitted,
-    ask: Ask,
+    (ask, answers): (Ask, u64),
     (hash, seen, prompt): (&mut AnswerHash, &mut Tally, &mut u64),
     send: &mut SendHalf,
     stop: impl Future<Output = Ended>,
 ) -> Ended {
     tokio::pin!(stop);
+    let class = (admitted.lease.class, answers);
     let asked = tokio::select! {
-        asked = admitted.loaded.ask(ask, admitted.lease.class) => asked,
+        asked = admitted.loaded.ask(ask, class, Some(&admitted.lease.waiting)) => asked,
         ended = &mut stop => return ended,
     };
     let Answering { mut pieces, place: _place } = match asked {

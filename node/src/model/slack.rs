@@ -21,12 +21,14 @@ use crate::openai::Fault;
 
 /// How many requests wait for a model.
 const WAITING: usize = 64;
+/// Of them, those under one lease.
+pub(super) const WAITING_PER_LEASE: usize = WAITING / 2;
 /// How long one of them waits before it is refused. Whoever asked may go elsewhere, or come again.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked whether an engine that others ask as well has less to do.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The requests that one engine works on, and the line of those that wait.
+/// The answers that one engine works on, and the line of those that wait.
 #[derive(Debug)]
 pub(super) struct Line {
     under_way: AtomicU32,
@@ -51,11 +53,11 @@ impl Default for Line {
 
 /// A request that an engine works on, for as long as this is held.
 #[derive(Debug)]
-pub(crate) struct Place(Arc<Line>);
+pub(crate) struct Place(Arc<Line>, u32);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
+        self.0.under_way.fetch_sub(self.1, Ordering::AcqRel);
         self.0.freed.notify_one();
     }
 }
@@ -70,30 +72,34 @@ pub(crate) struct Answering {
 }
 
 impl Line {
-    /// A request that cannot wait.
-    pub(super) fn firm(self: &Arc<Self>) -> Place {
-        self.under_way.fetch_add(1, Ordering::AcqRel);
-        Place(Arc::clone(self))
+    /// A request for so many answers that cannot wait.
+    pub(super) fn firm(self: &Arc<Self>, answers: u32) -> Place {
+        self.under_way.fetch_add(answers, Ordering::AcqRel);
+        Place(Arc::clone(self), answers)
     }
 
-    /// A request that can: returns once fewer than `most` are under way, with those that others ask
-    /// of the engine.
+    /// A request that can: returns once no more than `most` answers are under way with its own, with those
+    /// that others ask of the engine, or none is. `waiting` bounds those that wait for whoever asks.
     ///
     /// # Errors
     /// 429 when too many wait, or it has waited too long.
     pub(super) async fn slack(
         self: &Arc<Self>,
-        most: u32,
+        (answers, most): (u32, u32),
+        waiting: Option<&Semaphore>,
         engine: &dyn Engine,
     ) -> Result<Place, Fault> {
-        let _waits = self.waiting.try_acquire().map_err(|_| Fault::no_slack(PATIENCE))?;
+        let full = |_| Fault::no_slack(PATIENCE);
+        let _waits = self.waiting.try_acquire().map_err(full)?;
+        let _theirs = waiting.map(Semaphore::try_acquire).transpose().map_err(full)?;
         let turn = async {
             let _first = self.first.lock().await;
             loop {
                 let load = engine.load();
                 let known = self.under_way.load(Ordering::Acquire);
-                if known.max(load.active.saturating_add(load.queued)) < most {
-                    return self.firm();
+                let busy = known.max(load.active.saturating_add(load.queued));
+                if busy == 0 || busy.saturating_add(answers) <= most {
+                    return self.firm(answers);
                 }
                 tokio::select! {
                     () = self.freed.notified() => {}
@@ -131,12 +137,14 @@ mod tests {
     async fn what_can_wait_is_begun_when_there_is_little_else_and_in_its_order() {
         let (line, engine) = (Arc::<Line>::default(), Busy::default());
         // There is room for one beside a firm one, and firm ones never wait.
-        let firm = line.firm();
-        let one = line.slack(2, &engine).await.expect("there is room");
-        let (mut two, mut three) =
-            (Box::pin(line.slack(2, &engine)), Box::pin(line.slack(2, &engine)));
+        let firm = line.firm(1);
+        let one = line.slack((1, 2), None, &engine).await.expect("there is room");
+        let (mut two, mut three) = (
+            Box::pin(line.slack((1, 2), None, &engine)),
+            Box::pin(line.slack((1, 2), None, &engine)),
+        );
         assert!(poll!(&mut two).is_pending() && poll!(&mut three).is_pending());
-        let more = line.firm();
+        let more = line.firm(1);
         drop((firm, one));
         let two = two.await.expect("there is room");
         assert!(poll!(&mut three).is_pending());
@@ -145,30 +153,54 @@ mod tests {
         drop((two, three));
         // What others ask of the engine counts as well.
         engine.0.store(2, Ordering::Relaxed);
-        let mut four = Box::pin(line.slack(2, &engine));
+        let mut four = Box::pin(line.slack((1, 2), None, &engine));
         assert!(poll!(&mut four).is_pending());
         engine.0.store(1, Ordering::Relaxed);
         assert!(four.await.is_ok());
+        // One that wants several answers counts as so many, and is begun at the latest when all is calm.
+        let mut many = Box::pin(line.slack((3, 2), None, &engine));
+        assert!(poll!(&mut many).is_pending());
+        engine.0.store(0, Ordering::Relaxed);
+        let many = many.await.expect("there is room");
+        let mut five = Box::pin(line.slack((1, 4), None, &engine));
+        assert!(poll!(&mut five).is_ready());
+        drop(many);
+    }
+
+    #[tokio::test]
+    async fn nobody_takes_the_whole_line() {
+        let (line, engine, theirs) = (Arc::<Line>::default(), Busy::default(), Semaphore::new(1));
+        let all = line.firm(2);
+        let mut one = Box::pin(line.slack((1, 2), Some(&theirs), &engine));
+        assert!(poll!(&mut one).is_pending());
+        let more = line.slack((1, 2), Some(&theirs), &engine).now_or_never().expect("at once");
+        assert!(more.is_err_and(|fault| fault.is_no_slack()));
+        let others = Semaphore::new(1);
+        let mut another = Box::pin(line.slack((1, 2), Some(&others), &engine));
+        assert!(poll!(&mut another).is_pending(), "who has places of its own waits");
+        drop(all);
+        assert!(one.await.is_ok());
     }
 
     #[tokio::test]
     async fn who_waits_too_long_or_comes_too_late_is_refused() {
         let patience = Duration::from_millis(100);
         let (line, engine) = (Arc::new(Line { patience, ..Line::default() }), Busy::default());
-        let all = [line.firm(), line.firm()];
-        let mut waiting: Vec<_> = (0..WAITING).map(|_| Box::pin(line.slack(2, &engine))).collect();
+        let all = [line.firm(1), line.firm(1)];
+        let mut waiting: Vec<_> =
+            (0..WAITING).map(|_| Box::pin(line.slack((1, 2), None, &engine))).collect();
         for one in &mut waiting {
             assert!(poll!(one).is_pending());
         }
-        let late = line.slack(2, &engine).now_or_never().expect("at once");
+        let late = line.slack((1, 2), None, &engine).now_or_never().expect("at once");
         assert!(late.is_err_and(|fault| fault.is_no_slack()));
         // One that gives up makes room for another.
         drop(waiting.pop());
-        waiting.push(Box::pin(line.slack(2, &engine)));
+        waiting.push(Box::pin(line.slack((1, 2), None, &engine)));
         for refused in futures::future::join_all(waiting).await {
             assert!(refused.is_err_and(|fault| fault.is_no_slack()));
         }
         drop(all);
-        assert!(line.slack(2, &engine).await.is_ok());
+        assert!(line.slack((1, 2), None, &engine).await.is_ok());
     }
 }

@@ -46,7 +46,7 @@ use measure::Measured;
 pub use address::{Address, AddressError};
 pub use gauges::Gauges;
 pub use link::TlsError;
-pub use probe::{Found, Listed};
+pub use probe::{Found, Listed, Server};
 pub use rustls::pki_types::CertificateDer;
 
 /// How long to wait for an upstream.
@@ -205,11 +205,19 @@ struct Inner {
     active: AtomicU32,
     state: AtomicU8,
     measured: Measured,
-    /// What the last probe found, or why it found nothing; none before the first.
-    found: Mutex<Option<Result<Found, Fault>>>,
+    probed: Mutex<Probed>,
     counters: Counters,
     /// Whether it was said already that it reports no usage or too much.
     warned: AtomicBool,
+}
+
+/// What probes found.
+#[derive(Debug, Default)]
+struct Probed {
+    /// When one last found something.
+    found: Option<Found>,
+    /// Why the last one found nothing, if it did not.
+    fault: Option<Fault>,
 }
 
 /// One of the requests being answered, for as long as it is held.
@@ -238,7 +246,7 @@ impl Upstream {
             active: AtomicU32::new(0),
             state: AtomicU8::new(0),
             measured: Measured::default(),
-            found: Mutex::default(),
+            probed: Mutex::default(),
             counters: Counters::default(),
             warned: AtomicBool::new(false),
         };
@@ -291,26 +299,25 @@ impl Engine for Upstream {
     }
 
     fn nature(&self) -> Nature {
-        match &*self.inner.found() {
-            None => Nature::default(),
-            Some(Err(fault)) => {
-                Nature { trouble: Some(fault.message.clone()), ..Nature::default() }
-            }
-            Some(Ok(found)) => {
-                let model = self.inner.model.as_deref();
-                let listed = model.and_then(|model| found.listed(model));
-                let trouble = model.filter(|_| listed.is_none()).and_then(|m| found.lacks(m));
-                let context = listed.or_else(|| found.only()).and_then(|model| model.context);
-                Nature { context, responses: found.responses, trouble }
-            }
+        let probed = self.inner.probed();
+        let trouble = probed.fault.as_ref().map(|fault| fault.message.clone());
+        let Some(found) = &probed.found else { return Nature { trouble, ..Nature::default() } };
+        let model = self.inner.model.as_deref();
+        let listed = model.and_then(|model| found.listed(model)).or_else(|| found.only());
+        Nature {
+            context: listed.and_then(|listed| listed.context),
+            responses: found.responses,
+            trouble: trouble.or_else(|| found.lacks(model?)),
         }
     }
 
     fn load(&self) -> Load {
         let averages = self.inner.measured.now();
-        let gauges = match &*self.inner.found() {
-            Some(Ok(Found { gauges: Some(gauges), .. })) => *gauges,
-            _ => Gauges::default(),
+        let (gauges, others) = match &*self.inner.probed() {
+            Probed { found: Some(found), fault: None } => {
+                (found.gauges.unwrap_or_default(), found.others)
+            }
+            _ => (Gauges::default(), (0, 0)),
         };
         let small = |figure: u64| u32::try_from(figure).unwrap_or(u32::MAX);
         let own = self.inner.active.load(Ordering::Acquire);
@@ -318,8 +325,8 @@ impl Engine for Upstream {
         Load {
             state: self.inner.state(),
             // Others may ask it as well.
-            active: own.max(gauges.running.map_or(0, small)),
-            queued: gauges.waiting.map_or(0, small),
+            active: own.saturating_add(small(others.0)),
+            queued: small(others.1),
             tokens_per_second: averages.tokens_per_second().or(said).unwrap_or(0),
             prefill_per_second: averages.prefill_per_second().unwrap_or(0),
             cached_permille: gauges
@@ -332,8 +339,8 @@ impl Engine for Upstream {
 }
 
 impl Inner {
-    fn found(&self) -> MutexGuard<'_, Option<Result<Found, Fault>>> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    fn probed(&self) -> MutexGuard<'_, Probed> {
+        self.probed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> State {

@@ -308,12 +308,6 @@ impl Fault {
         self.status == 429 && self.code.as_deref() == Some("resource_unavailable")
     }
 
-    /// Whether it speaks against the serving node: it is to be asked last for a while.
-    #[must_use]
-    pub fn is_a_failure(&self) -> bool {
-        self.may_pass_elsewhere() && !self.is_no_slack()
-    }
-
     /// Reads an error body of any dialect: OpenAI's, vLLM's, llama-server's, Ollama's,
     /// FastAPI's, or plain text. What it says is bounded and cleaned; what it does not say
     /// follows from the status, of which anything but 400 to 599 is taken for 502.

@@ -94,8 +94,6 @@ needs! {
     Verbosity = 26, "verbosity", "verbosity";
     /// Arguments of the chat template, as vLLM and llama-server take them.
     TemplateArgs = 27, "chat_template_kwargs", "chat_template_kwargs";
-    /// The endpoint `/v1/responses`.
-    Responses = 28, "responses", "input";
 }
 
 /// A set of needs: what a request needs, or what a model has.

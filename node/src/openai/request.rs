@@ -344,10 +344,6 @@ fn message_bytes(message: &Message) -> usize {
 
 impl Draft {
     fn new(endpoint: Endpoint) -> Self {
-        let needs = match endpoint {
-            Endpoint::Responses => Needs::PLAIN.with(Need::Responses),
-            _ => Needs::PLAIN,
-        };
         Self {
             endpoint,
             model: None,
@@ -363,7 +359,7 @@ impl Draft {
             user: None,
             class: Wanted::Firm,
             provider: Provider::default(),
-            needs,
+            needs: Needs::PLAIN,
         }
     }
 

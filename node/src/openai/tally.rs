@@ -12,7 +12,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -43,6 +43,8 @@ pub struct Bounds {
     pub answers: u64,
     /// How many texts it brings that have the model's context each.
     pub texts: u64,
+    /// How many pictures, sounds, films and files.
+    pub media: u64,
 }
 
 impl Bounds {
@@ -93,6 +95,7 @@ impl Bounds {
             },
             answers,
             texts: if endpoint == Endpoint::Embeddings { messages } else { prompts as u64 }.max(1),
+            media: media as u64,
         }
     }
 }
@@ -271,32 +274,34 @@ impl Tally {
     }
 }
 
-/// How many tokens the bytes of prompts come to, as it was seen: for prompts of which nobody says it.
+/// How many tokens a byte of prompt is, as it was seen of late: for prompts of which nobody says it.
 #[derive(Debug, Default)]
-pub struct Density {
-    bytes: AtomicU64,
-    tokens: AtomicU64,
-}
+pub struct Density(Mutex<Option<f64>>);
 
 impl Density {
-    /// A prompt of so many bytes had so many tokens.
-    pub fn seen(&self, bytes: usize, tokens: u64) {
-        if tokens > 0 {
-            self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-            self.tokens.fetch_add(tokens, Ordering::Relaxed);
+    /// Of how many prompts a new one counts as one.
+    const PARTS: f64 = 16.0;
+
+    /// A prompt of so many bytes had so many tokens. What has pictures or sounds in it says nothing.
+    pub fn seen(&self, bytes: usize, bounds: &Bounds, tokens: u64) {
+        if tokens == 0 || bytes == 0 || bounds.media > 0 {
+            return;
         }
+        // No text is thinner than that, and none denser.
+        let density = (tokens as f64 / bytes as f64).clamp(1.0 / 16.0, 1.0);
+        let mut mean = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *mean = Some(mean.map_or(density, |mean| mean + (density - mean) / Self::PARTS));
     }
 
-    /// How many tokens a prompt of so many bytes has, about: four bytes each where none was seen yet.
+    /// How many tokens a prompt of so many bytes has, about, and no more than the model's context for
+    /// each of its answers: four bytes each where none was seen yet.
     #[must_use]
-    pub fn tokens(&self, bytes: usize) -> u64 {
-        let (all, tokens) =
-            (self.bytes.load(Ordering::Relaxed), self.tokens.load(Ordering::Relaxed));
-        if all == 0 {
-            return bytes as u64 / 4;
-        }
-        let about = u128::from(tokens) * bytes as u128 / u128::from(all);
-        u64::try_from(about).unwrap_or(u64::MAX)
+    pub fn tokens(&self, bytes: usize, bounds: &Bounds, context: u32) -> u64 {
+        let density = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Neither is negative nor beyond what a u64 holds.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let about = (bytes as f64 * density.unwrap_or(0.25)) as u64;
+        about.min(u64::from(context).saturating_mul(bounds.answers))
     }
 }
 

@@ -33,7 +33,7 @@ const MAX_SEEN: usize = 4_096;
 const MAX_PREFIXES: usize = 32_768;
 /// How many requests more than the least loaded node may have that is kept to for a prompt's
 /// beginning.
-const SLACK: u64 = 4;
+const SPARE: u64 = 4;
 /// How many tokens an answer is reckoned with where nothing is said.
 const USUAL_ANSWER: u64 = 256;
 
@@ -59,8 +59,11 @@ pub enum Wanted {
     Firm,
     /// When there is time, at the price of slack, or not at all.
     Slack,
-    /// Likewise where a node that may answer sells it so; else at the firm price.
+    /// Likewise where nodes that may answer sell it so. At the firm price where none does, or all that
+    /// do fail; not where they only have no time.
     SlackIfSold,
+    /// When there is time, else now at the firm price.
+    SlackFirst,
 }
 
 /// What is asked of a model, as far as it decides who may answer.
@@ -130,6 +133,8 @@ pub struct Choice {
     pub class: Class,
     /// What it is asked for, and at what price.
     pub terms: ModelTerms,
+    /// The most tokens of prompt and answer together.
+    pub context: u32,
 }
 
 /// What a model cannot do.
@@ -177,6 +182,8 @@ pub enum Went {
     },
     /// The node failed.
     Failed,
+    /// It had no time for what can wait.
+    NoTime,
     /// It says nothing about the node: who asked hung up, or asked for what cannot be.
     Neither,
 }
@@ -187,6 +194,9 @@ struct Seen {
     per_second: u64,
     failures: u32,
     last_until: Boot,
+    /// The same for what can wait, by how often there was no time for it.
+    refusals: u32,
+    no_time_until: Boot,
     running: u32,
     at: Boot,
 }
@@ -223,7 +233,29 @@ impl Router {
         hosts: &[Host<'_>],
         dice: &mut Dice,
     ) -> Result<Vec<Choice>, Nobody> {
-        let class = class_of(question, hosts);
+        let mut in_class = |class| self.in_class(now, (question, class), hosts, dice);
+        let slack = match question.class {
+            Wanted::Firm => return in_class(Class::Firm),
+            Wanted::Slack => return in_class(Class::Slack),
+            Wanted::SlackIfSold | Wanted::SlackFirst => in_class(Class::Slack).unwrap_or_default(),
+        };
+        if !slack.is_empty() && !question.allow_fallbacks && question.order.is_empty() {
+            return Ok(slack);
+        }
+        match in_class(Class::Firm) {
+            Ok(firm) => Ok(slack.into_iter().chain(firm).collect()),
+            Err(_) if !slack.is_empty() => Ok(slack),
+            Err(nobody) => Err(nobody),
+        }
+    }
+
+    fn in_class(
+        &self,
+        now: Boot,
+        (question, class): (&Question<'_>, Class),
+        hosts: &[Host<'_>],
+        dice: &mut Dice,
+    ) -> Result<Vec<Choice>, Nobody> {
         let mut fits = self.fitting(now, (question, class), hosts)?;
         dice.shuffle(&mut fits);
         let mut ordered = Vec::new();
@@ -257,6 +289,7 @@ impl Router {
             name: fit.host.name.to_owned(),
             class,
             terms: ModelTerms { rates: fit.rates, ..fit.offer.terms.clone() },
+            context: fit.offer.context,
         });
         Ok(choices.collect())
     }
@@ -279,7 +312,9 @@ impl Router {
             }
             match allowed((question, class), host, offer) {
                 Err(why) => against.push((host.name.to_owned(), why)),
-                Ok(rates) => fits.push(self.fit(now, question, host, (offer, rates))),
+                Ok(rates) => {
+                    fits.push(self.fit(now, (question, class), host, (offer, rates)));
+                }
             }
         }
         match (served, unable) {
@@ -293,7 +328,7 @@ impl Router {
     fn fit<'a>(
         &self,
         now: Boot,
-        question: &Question<'_>,
+        (question, class): (&Question<'_>, Class),
         host: &'a Host<'a>,
         (offer, rates): (&'a ModelOffer, TokenRates),
     ) -> Fit<'a> {
@@ -305,7 +340,8 @@ impl Router {
         let slow = question.min_throughput.is_some_and(|least| per_second < u64::from(least));
         let late =
             question.max_latency.is_some_and(|most| first_token_us > most.as_millis() * 1_000);
-        let cold = if offer.state == ModelState::Warm { 0 } else { SLACK };
+        let no_time = class == Class::Slack && seen.no_time_until > now;
+        let cold = if offer.state == ModelState::Warm { 0 } else { SPARE };
         Fit {
             host,
             offer,
@@ -314,7 +350,7 @@ impl Router {
             first_token_us,
             per_second,
             load: u64::from(offer.load).max(u64::from(seen.running)) + cold,
-            last: seen.last_until > now || slow || late,
+            last: seen.last_until > now || no_time || slow || late,
         }
     }
 
@@ -328,28 +364,40 @@ impl Router {
             let at = fits.iter().position(|fit| fit.host.key == *key)?;
             let fit = fits.get(at)?;
             let good = question.sort == Sort::Balanced || about(worth(question.sort, fit), best);
-            (good && fit.load <= least + SLACK).then_some(at)
+            (good && fit.load <= least + SPARE).then_some(at)
         })
     }
 
-    /// A request goes to this node.
-    pub fn begun(&mut self, now: Boot, key: KeyId, model: &str) {
+    /// A request goes to this node. What can wait is no load until it is begun, which shows in offers.
+    pub fn begun(&mut self, now: Boot, (key, class): (KeyId, Class), model: &str) {
         self.forget();
         let seen = self.seen.entry((key, model.to_owned())).or_default();
-        seen.running += 1;
+        seen.running += u32::from(class == Class::Firm);
         seen.at = now;
     }
 
     /// It has ended; `prefixes` are the beginnings of its prompt, which the node knows now if it went
     /// well.
-    pub fn ended(&mut self, now: Boot, key: KeyId, model: &str, prefixes: &[u64], went: Went) {
+    pub fn ended(
+        &mut self,
+        now: Boot,
+        (key, class): (KeyId, Class),
+        model: &str,
+        prefixes: &[u64],
+        went: Went,
+    ) {
         let seen = self.seen.entry((key, model.to_owned())).or_default();
-        seen.running = seen.running.saturating_sub(1);
+        seen.running = seen.running.saturating_sub(u32::from(class == Class::Firm));
         seen.at = now;
         match went {
             Went::Well { first_token, tokens, took } => {
-                let first = first_token.as_millis().max(1) * 1_000;
-                seen.first_token_us = smoothed(seen.first_token_us, first);
+                // What waited says nothing of how soon the others begin.
+                if class == Class::Firm {
+                    let first = first_token.as_millis().max(1) * 1_000;
+                    seen.first_token_us = smoothed(seen.first_token_us, first);
+                } else {
+                    (seen.refusals, seen.no_time_until) = (0, Boot(0));
+                }
                 if tokens > 1 && took > Span::ZERO {
                     let speed = (tokens - 1).saturating_mul(1_000) / took.as_millis();
                     seen.per_second = smoothed(seen.per_second, speed.max(1));
@@ -358,9 +406,12 @@ impl Router {
                 self.remember(prefixes, key);
             }
             Went::Failed => {
-                let pause = MAX_PAUSE.min(PAUSE.scale(1 << seen.failures.min(6), 1));
+                seen.last_until = now + pause(seen.failures);
                 seen.failures = seen.failures.saturating_add(1);
-                seen.last_until = now + pause;
+            }
+            Went::NoTime => {
+                seen.no_time_until = now + pause(seen.refusals);
+                seen.refusals = seen.refusals.saturating_add(1);
             }
             Went::Neither => {}
         }
@@ -390,6 +441,11 @@ impl Router {
     }
 }
 
+/// For how long one that failed so often before is asked last.
+fn pause(failures: u32) -> Span {
+    MAX_PAUSE.min(PAUSE.scale(1 << failures.min(6), 1))
+}
+
 /// A mean in which the newest counts a quarter.
 const fn smoothed(known: u64, new: u64) -> u64 {
     if known == 0 { new } else { (known * 3 + new) / 4 }
@@ -413,20 +469,6 @@ fn lacks((question, class): (&Question<'_>, Class), offer: &ModelOffer) -> Optio
         return Some(Lack::Context(offer.context));
     }
     offer.rates_in(class).is_none().then_some(Lack::Slack)
-}
-
-/// In which class whom is asked.
-fn class_of(question: &Question<'_>, hosts: &[Host<'_>]) -> Class {
-    let sold = |host: &Host<'_>| {
-        let offer = host.offer(question.model);
-        offer.is_some_and(|offer| allowed((question, Class::Slack), host, offer).is_ok())
-    };
-    match question.class {
-        Wanted::Firm => Class::Firm,
-        Wanted::Slack => Class::Slack,
-        Wanted::SlackIfSold if hosts.iter().any(sold) => Class::Slack,
-        Wanted::SlackIfSold => Class::Firm,
-    }
 }
 
 /// What a node that may be asked takes for it, else what speaks against it.

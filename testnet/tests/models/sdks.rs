@@ -10,8 +10,6 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 
 use leasehold_node::api::body::Side;
-use leasehold_node::api::model::ModelSpec;
-use leasehold_proto::words::model::Endpoint;
 
 use super::PATIENCE;
 use super::fabric::{ENTRY, Fabric, price};
@@ -140,10 +138,6 @@ async fn responses_come_through_as_the_sdk_reads_them() {
     let server = Upstream::start().await;
     for model in ["responds", "responds-and-breaks"] {
         fabric.upstream(CHAT, (model, model), &server, price("1", "4")).await;
-        let endpoints = Some(vec![Endpoint::Chat, Endpoint::Responses]);
-        let abilities = Some(vec!["responses".into()]);
-        let spec = ModelSpec { endpoints, abilities, ..ModelSpec::default() };
-        fabric.put(CHAT, model, &spec).await;
         fabric.offered(model, 1).await;
     }
     let web = fabric.web();

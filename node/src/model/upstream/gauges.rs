@@ -48,6 +48,12 @@ impl Gauges {
                 | "vllm:prefix_cache_hits"
                 | "vllm:gpu_prefix_cache_hits_total"
                 | "vllm:gpu_prefix_cache_hits" => add(&mut this.cache_hits, value),
+                // llama-server counts what it had to read apart from what it knew.
+                "llamacpp:prompt_tokens_total" => add(&mut this.cache_queries, value),
+                "llamacpp:prompt_tokens_cached_total" => {
+                    add(&mut this.cache_queries, value);
+                    add(&mut this.cache_hits, value);
+                }
                 "llamacpp:predicted_tokens_seconds" => add(&mut this.tokens_per_second, value),
                 _ => {}
             }
@@ -107,8 +113,10 @@ vllm:prefix_cache_hits_created{engine="0"} 1.76e+09
         };
         assert_eq!(read, expected);
         let llama = "llamacpp:predicted_tokens_seconds 81.3\r\nllamacpp:requests_processing 1\n\
-                     llamacpp:requests_deferred 0\n";
+                     llamacpp:requests_deferred 0\nllamacpp:prompt_tokens_total 33\n\
+                     llamacpp:prompt_tokens_cached_total 31\n";
         let read = Gauges::read(llama).unwrap();
+        assert_eq!((read.cache_queries, read.cache_hits), (Some(64), Some(31)));
         assert_eq!((read.tokens_per_second, read.running), (Some(81), Some(1)));
         assert_eq!(read.waiting, Some(0));
     }

@@ -1,11 +1,13 @@
 //! How an upstream is: its models, its health, its load, and whether it has `/v1/responses`.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use hyper::http::uri::PathAndQuery;
 use hyper::{Method, StatusCode};
 use serde::Deserialize;
+use serde_json::Value;
 use tokio::time::timeout;
 
 use super::gauges::Gauges;
@@ -23,12 +25,14 @@ const MODELS: usize = 1_024;
 pub struct Found {
     /// Whether the model that it is asked for can answer there.
     pub state: State,
+    /// What it is, as far as its list of models shows it.
+    pub server: Server,
     /// Its models; at most 1,024.
     pub models: Vec<Listed>,
-    /// Whether it has no others, whatever it is asked for. llama-server takes any name for its one.
-    pub strict: bool,
     /// How busy it says it is, where it does.
     pub gauges: Option<Gauges>,
+    /// Of that, what others have asked of it: so many that run, and wait.
+    pub others: (u64, u64),
     /// Whether it has `/v1/responses`, where that is known.
     pub responses: Option<bool>,
 }
@@ -42,7 +46,38 @@ pub struct Listed {
     pub context: Option<u32>,
 }
 
+/// What serves, by the owner that every model in its list names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Server {
+    /// It refuses every name that it does not list.
+    Vllm,
+    /// It takes any name for its one model, and lists that while it is still loading it.
+    Llama,
+    /// It loads models when they are asked for, and says at `/api/ps` which are.
+    Ollama,
+    /// Anything else. It is asked nothing that it need not know: some answer whatever they are asked, and
+    /// some take a look at their health for an order to try all their models.
+    #[default]
+    Other,
+}
+
+impl Server {
+    fn of(owner: &str) -> Self {
+        match owner {
+            "vllm" => Self::Vllm,
+            "llamacpp" => Self::Llama,
+            "library" => Self::Ollama,
+            _ => Self::Other,
+        }
+    }
+}
+
 impl Found {
+    const fn loading(server: Server, models: Vec<Listed>) -> Self {
+        let (state, others) = (State::Loading, (0, 0));
+        Self { state, server, models, gauges: None, others, responses: None }
+    }
+
     /// The model that it has under this name.
     #[must_use]
     pub fn listed(&self, model: &str) -> Option<&Listed> {
@@ -53,24 +88,20 @@ impl Found {
     #[must_use]
     pub fn only(&self) -> Option<&Listed> {
         match self.models.as_slice() {
-            [only] if !self.strict => Some(only),
+            [only] if self.server == Server::Llama => Some(only),
             _ => None,
         }
     }
 
-    /// What to tell an operator who wants this model of it; nothing of a server that takes any name.
+    /// What to tell an operator who wants this model of it; nothing of a server that may have more than it
+    /// lists.
     pub(super) fn lacks(&self, model: &str) -> Option<String> {
-        if !self.strict {
+        if !matches!(self.server, Server::Vllm | Server::Ollama) || self.listed(model).is_some() {
             return None;
         }
         let known: Vec<_> = self.models.iter().take(5).map(|known| known.id.as_str()).collect();
         let more = if self.models.len() > known.len() { ", …" } else { "" };
-        Some(match known.is_empty() {
-            true => format!("the server has no model '{model}', nor any other"),
-            false => {
-                format!("the server has no model '{model}': it has {}{more}", known.join(", "))
-            }
-        })
+        Some(format!("the server does not list '{model}': it has {}{more}", known.join(", ")))
     }
 }
 
@@ -82,20 +113,35 @@ fn is_called(id: &str, model: &str) -> bool {
 pub(super) async fn probe(inner: &Arc<Inner>) -> Result<Found, Fault> {
     let found = look(inner).await;
     inner.set_state(found.as_ref().map_or(State::Down, |found| found.state));
-    *inner.found() = Some(found.clone());
+    let mut probed = inner.probed();
+    match &found {
+        Ok(found) => {
+            // While it loads it says less than it has.
+            let known = probed.found.take().filter(|_| found.state == State::Loading);
+            let (models, server, responses) = match known {
+                Some(known) => (known.models, known.server, known.responses),
+                None => (found.models.clone(), found.server, found.responses),
+            };
+            probed.found = Some(Found { models, server, responses, ..found.clone() });
+            probed.fault = None;
+        }
+        Err(fault) => probed.fault = Some(fault.clone()),
+    }
+    drop(probed);
     found
 }
 
+/// Only its list of models decides whether it is there: all else it may answer late or not at all, as
+/// llama-server does while it works.
 async fn look(inner: &Arc<Inner>) -> Result<Found, Fault> {
     let address = inner.links.address();
     let get = |path| send(inner, Method::GET, path, Bytes::new());
-    // Where there is none, nothing is wrong: Ollama has none.
-    let (health, _) = get(address.beside("/health")).await?;
+    let well = |answer: Result<(StatusCode, Bytes), Fault>| {
+        answer.ok().filter(|(status, _)| status.is_success()).map(|(_, body)| body)
+    };
     let (status, body) = get(address.api("/v1/models")).await?;
-    let loading = StatusCode::SERVICE_UNAVAILABLE;
-    if health == loading || status == loading {
-        let (state, models) = (State::Loading, Vec::new());
-        return Ok(Found { state, models, strict: false, gauges: None, responses: None });
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        return Ok(Found::loading(Server::default(), Vec::new()));
     }
     if !status.is_success() {
         return Err(match status {
@@ -107,58 +153,60 @@ async fn look(inner: &Arc<Inner>) -> Result<Found, Fault> {
             }
         });
     }
-    let (mut models, is_vllm) = models(&body)?;
+    let (mut models, server) = models(&body)?;
     // What does not change while it runs is asked once.
-    let known = match &*inner.found() {
-        Some(Ok(found)) if found.state != State::Loading => Some(found.clone()),
-        _ => None,
-    };
-    if let ([only], true) = (models.as_mut_slice(), health.is_success())
+    let known = inner.probed().found.clone().filter(|known| known.server == server);
+    if matches!(server, Server::Vllm | Server::Llama) {
+        let health = get(address.beside("/health")).await;
+        if health.is_ok_and(|(status, _)| status == StatusCode::SERVICE_UNAVAILABLE) {
+            return Ok(Found::loading(server, models));
+        }
+    }
+    if let (Server::Llama, [only]) = (server, models.as_mut_slice())
         && only.context.is_none()
     {
-        only.context = match &known {
-            Some(known) => known.only().and_then(|known| known.context),
-            // llama-server says there how long its sequences may be; its list says what the model
-            // was trained for.
-            None => match get(address.beside("/props")).await? {
-                (status, body) if status.is_success() => slot(&body),
-                _ => None,
-            },
+        only.context = match known.as_ref().and_then(Found::only).and_then(|known| known.context) {
+            Some(known) => Some(known),
+            // It says there how long its sequences may be; its list says what the model was trained for.
+            None => well(get(address.beside("/props")).await).as_deref().and_then(slot),
         };
     }
-    // Ollama alone says which of its models are in memory.
-    let loaded = match health.is_success() {
-        true => None,
-        false => match get(address.beside("/api/ps")).await? {
-            (status, body) if status.is_success() => loaded(&body),
-            _ => None,
-        },
-    };
-    let gauges = match get(address.beside("/metrics")).await? {
-        (status, body) if status.is_success() => {
-            std::str::from_utf8(&body).ok().and_then(Gauges::read)
-        }
+    let loaded = match server {
+        Server::Ollama => well(get(address.beside("/api/ps")).await).as_deref().and_then(loaded),
         _ => None,
     };
+    let gauges = match server {
+        Server::Ollama => None,
+        _ => well(get(address.beside("/metrics")).await),
+    };
+    let gauges = gauges.and_then(|body| Gauges::read(std::str::from_utf8(&body).ok()?));
+    let others = gauges.map_or((0, 0), |gauges| {
+        // This node's own requests run first, and what of them does not run waits.
+        let own = u64::from(inner.active.load(Ordering::Acquire));
+        let (running, waiting) = (gauges.running.unwrap_or(0), gauges.waiting.unwrap_or(0));
+        let own_waiting = own.saturating_sub(running);
+        (running.saturating_sub(own), waiting.saturating_sub(own_waiting))
+    });
     let responses = match known.and_then(|known| known.responses) {
         Some(known) => Some(known),
         None => {
             // A request without anything in it costs nothing: whoever knows the path refuses it.
             let path = path_of(inner, Endpoint::Responses);
-            let (status, _) = send(inner, Method::POST, path, Bytes::from_static(b"{}")).await?;
-            match status.as_u16() {
-                404 | 405 | 501 => Some(false),
-                200 | 400 | 422 => Some(true),
+            let asked = send(inner, Method::POST, path, Bytes::from_static(b"{}")).await;
+            match asked.map(|(status, _)| status.as_u16()) {
+                Ok(404 | 405 | 501) => Some(false),
+                Ok(400 | 422) => Some(true),
+                // Some answer anything with 200.
                 _ => None,
             }
         }
     };
-    let strict = is_vllm || loaded.is_some();
-    let mut found = Found { state: State::Warm, models, strict, gauges, responses };
+    let mut found = Found { state: State::Warm, server, models, gauges, others, responses };
     if let Some(model) = &inner.model {
-        if strict && found.listed(model).is_none() {
+        let loaded = loaded.is_none_or(|loaded| loaded.iter().any(|id| is_called(id, model)));
+        if server == Server::Vllm && found.listed(model).is_none() {
             found.state = State::Down;
-        } else if loaded.is_some_and(|loaded| !loaded.iter().any(|id| is_called(id, model))) {
+        } else if !loaded {
             found.state = State::Cold;
         }
     }
@@ -217,19 +265,23 @@ async fn send(
     timeout(wait, answer).await.map_err(late)?
 }
 
-/// What it lists, and whether it is vLLM, which refuses every other name.
-fn models(body: &[u8]) -> Result<(Vec<Listed>, bool), Fault> {
+/// What it lists, and what it is.
+fn models(body: &[u8]) -> Result<(Vec<Listed>, Server), Fault> {
     #[derive(Deserialize)]
     struct List {
         data: Vec<Item>,
     }
+    // Only the names have to be what they should be: everything else is as each server likes.
     #[derive(Deserialize)]
     struct Item {
         id: String,
-        owned_by: Option<String>,
+        #[serde(default)]
+        owned_by: Value,
         /// vLLM's name for it.
-        max_model_len: Option<u32>,
-        context_length: Option<u32>,
+        #[serde(default)]
+        max_model_len: Value,
+        #[serde(default)]
+        context_length: Value,
     }
     let list: List = serde_json::from_slice(body)
         .map_err(|_| Fault::bad_upstream("The engine answered no list of models."))?;
@@ -237,11 +289,17 @@ fn models(body: &[u8]) -> Result<(Vec<Listed>, bool), Fault> {
         let printable = !id.chars().any(char::is_control);
         !id.is_empty() && id.len() <= crate::openai::request::MODEL && printable
     };
-    let is_vllm = list.data.iter().any(|item| item.owned_by.as_deref() == Some("vllm"));
+    let mut owners = list.data.iter().map(|item| item.owned_by.as_str().unwrap_or_default());
+    let server = owners.next().map(Server::of).unwrap_or_default();
+    let server =
+        if owners.all(|other| Server::of(other) == server) { server } else { Server::Other };
+    let tokens = |value: &Value| {
+        value.as_u64().and_then(|tokens| u32::try_from(tokens).ok()).filter(|tokens| *tokens > 0)
+    };
     let items = list.data.into_iter().filter(|item| fits(&item.id)).take(MODELS);
     let listed = items.map(|Item { id, max_model_len, context_length, .. }| Listed {
         id,
-        context: max_model_len.or(context_length),
+        context: tokens(&max_model_len).or_else(|| tokens(&context_length)),
     });
-    Ok((listed.collect(), is_vllm))
+    Ok((listed.collect(), server))
 }

@@ -467,6 +467,31 @@ async fn no_more_than_so_many_at_once() {
 }
 
 #[tokio::test]
+async fn what_this_node_asks_is_counted_once() {
+    let mock = Mock::start(|asked| match asked.path.as_str() {
+        "/v1/models" => whole(200, r#"{"data":[{"id":"a","owned_by":"llamacpp"}]}"#),
+        "/metrics" => whole(200, "llamacpp:requests_processing 2\nllamacpp:requests_deferred 4\n"),
+        "/v1/chat/completions" => Reply::Stream(vec![says("a"), Step::Hang]),
+        _ => whole(404, "{}"),
+    })
+    .await;
+    let engine = upstream(&mock.url, |_| {});
+    let mut own = Vec::new();
+    for _ in 0..3 {
+        own.push(engine.ask(chat(true, json!({}))).await.unwrap());
+    }
+    engine.probe().await.unwrap();
+    // Of six two run and one waits for this node: three wait for others.
+    let load = engine.load();
+    assert_eq!((load.active, load.queued), (3, 3));
+    drop(own);
+    while engine.load().active > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(engine.load().queued, 3);
+}
+
+#[tokio::test]
 async fn probes_find_out_what_is_there() {
     let metrics = "vllm:num_requests_running{engine=\"0\"} 3\nvllm:num_requests_waiting 2\n\
                    vllm:prefix_cache_queries_total 800\nvllm:prefix_cache_hits_total 200\n";
@@ -497,7 +522,7 @@ async fn probes_find_out_what_is_there() {
     let engine = upstream(&vllm.url, |config| config.model = Some("n".into()));
     assert_eq!(engine.probe().await.unwrap().state, State::Down);
     let trouble = engine.nature().trouble.expect("it is wrong");
-    assert_eq!(trouble, "the server has no model 'n': it has m");
+    assert_eq!(trouble, "the server does not list 'n': it has m");
 
     let llama = Mock::start(|asked| match asked.path.as_str() {
         "/health" => whole(200, r#"{"status":"ok"}"#),
@@ -517,7 +542,10 @@ async fn probes_find_out_what_is_there() {
     let loaded = Arc::new(AtomicBool::new(false));
     let says_loaded = loaded.clone();
     let ollama = Mock::start(move |asked| match asked.path.as_str() {
-        "/v1/models" => whole(200, r#"{"data":[{"id":"a:latest"},{"id":""},{"id":"b\n"}]}"#),
+        "/v1/models" => whole(
+            200,
+            r#"{"data":[{"id":"a:latest","owned_by":"library"},{"id":"","owned_by":"library"}]}"#,
+        ),
         "/api/ps" if says_loaded.load(Ordering::SeqCst) => {
             whole(200, r#"{"models":[{"name":"a:latest","model":"a:latest"}]}"#)
         }
@@ -531,8 +559,46 @@ async fn probes_find_out_what_is_there() {
     assert_eq!(engine.nature(), Nature { responses: Some(false), ..Nature::default() });
     loaded.store(true, Ordering::SeqCst);
     assert_eq!(engine.probe().await.unwrap().state, State::Warm);
+    // It may have it by another name: its operator is told, and it is tried.
     let engine = upstream(&ollama.url, |config| config.model = Some("c".into()));
-    assert_eq!(engine.probe().await.unwrap().state, State::Down);
+    assert_eq!(engine.probe().await.unwrap().state, State::Cold);
+    assert!(engine.nature().trouble.is_some_and(|why| why.contains("it has a:latest")));
+
+    // What is not known to be one of these is asked nothing that it need not know, and believed little.
+    let other = Mock::start(|asked| match asked.path.as_str() {
+        "/v1/models" => whole(
+            200,
+            r#"{"data":[{"id":"m","owned_by":"vllm","context_length":0},
+                {"id":"n","owned_by":5,"max_model_len":99999999999}]}"#,
+        ),
+        "/health" => whole(503, "{}"),
+        _ => whole(200, "{}"),
+    })
+    .await;
+    let engine = upstream(&other.url, |config| config.model = Some("x".into()));
+    assert_eq!(engine.probe().await.unwrap().state, State::Warm);
+    assert_eq!(engine.nature(), Nature::default());
+    assert_eq!(other.asked.load(Ordering::SeqCst), 3);
+
+    // One that works answers late, and is there all the same; while it loads it is what it was.
+    let state = Arc::new(AtomicUsize::new(0));
+    let now = state.clone();
+    let busy = Mock::start(move |asked| match (now.load(Ordering::SeqCst), asked.path.as_str()) {
+        (_, "/v1/models") => whole(200, r#"{"data":[{"id":"a","owned_by":"llamacpp"}]}"#),
+        (2, _) => whole(503, "{}"),
+        (1, _) => Reply::Never,
+        (_, "/props") => whole(200, r#"{"default_generation_settings":{"n_ctx":2048}}"#),
+        (_, "/v1/responses") => whole(400, "{}"),
+        _ => whole(200, "llamacpp:requests_processing 3\n"),
+    })
+    .await;
+    let engine = upstream(&busy.url, |config| config.waits.probe = SHORT);
+    let nature = Nature { context: Some(2_048), responses: Some(true), trouble: None };
+    for expected in [State::Warm, State::Warm, State::Loading] {
+        assert_eq!(engine.probe().await.unwrap().state, expected);
+        assert_eq!(engine.nature(), nature, "{expected:?}");
+        state.fetch_add(1, Ordering::SeqCst);
+    }
 
     for (path, status, state) in [
         ("/health", 503, Ok(State::Loading)),
@@ -541,7 +607,8 @@ async fn probes_find_out_what_is_there() {
         ("/v1/models", 500, Err(502)),
     ] {
         let mock = Mock::start(move |asked| {
-            if asked.path == path { whole(status, "{}") } else { whole(200, "{\"data\":[]}") }
+            let list = r#"{"data":[{"id":"a","owned_by":"llamacpp"}]}"#;
+            if asked.path == path { whole(status, "{}") } else { whole(200, list) }
         })
         .await;
         let engine = upstream(&mock.url, |_| {});

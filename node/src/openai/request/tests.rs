@@ -144,7 +144,7 @@ fn the_other_endpoints_are_read() {
         "name": "n", "schema": {}}}, "previous_response_id": "r", "max_output_tokens": 5});
     let request = parse(Endpoint::Responses, &body).unwrap();
     assert_eq!((&request.input, request.sampling.max_tokens), (&Input::Opaque, Some(5)));
-    let needs = [Need::Responses, Need::Images, Need::Structured, Need::Store];
+    let needs = [Need::Images, Need::Structured, Need::Store];
     assert_eq!(request.needs(), needs.into_iter().collect());
 }
 
