@@ -114,7 +114,7 @@ fn payloads_go_in_and_out_as_they_are() {
     assert_eq!((head.status, head.body.len()), (200, 0));
     let listed = node.get("/v1/payloads").json();
     let line = json!({
-        "root": root, "size": 700_000, "pinned": false, "leased": false, "index": false,
+        "root": root, "size": 700_000, "pinned": false, "leased": false, "private": false, "index": false,
     });
     assert_eq!(listed, json!({ "payloads": [line] }));
     assert_eq!(node.call("POST /v1/payloads?size=3", &[], b"four").code(), "bad_request");
