@@ -355,7 +355,14 @@ impl Keys {
         used.running += 1;
         used.aside = used.aside.plus(worst);
         let limits = Limits::of(used, rpm, tpm);
-        Ok(Entered { keys: self.clone(), key: *key, taken: wanted, aside: worst, limits })
+        Ok(Entered {
+            keys: self.clone(),
+            key: *key,
+            taken: wanted,
+            aside: worst,
+            charged: false,
+            limits,
+        })
     }
 }
 
@@ -409,6 +416,7 @@ pub struct Entered {
     key: Hash,
     taken: i64,
     aside: Amount,
+    charged: bool,
     /// How the limits stood then.
     pub limits: Limits,
 }
@@ -416,6 +424,7 @@ pub struct Entered {
 impl Entered {
     /// What the request came to.
     pub fn charge(&mut self, tokens: u64, cost: Amount) {
+        self.charged = true;
         let mut state = hold(&self.keys.inner.state);
         if let Some(used) = state.used.get_mut(&self.key) {
             let really = i64::try_from(tokens).unwrap_or(i64::MAX / 2_000).saturating_mul(1_000);
@@ -436,6 +445,10 @@ impl Drop for Entered {
         let mut state = hold(&self.keys.inner.state);
         if let Some(used) = state.used.get_mut(&self.key) {
             used.running = used.running.saturating_sub(1);
+            // What came to nothing took no tokens.
+            if !self.charged {
+                used.tokens = used.tokens.saturating_add(self.taken);
+            }
             used.aside = Amount(used.aside.0.saturating_sub(self.aside.0));
         }
     }
@@ -533,12 +546,13 @@ mod tests {
         let hash = keys.find(&key).expect("known");
         let mut large = keys.enter(&hash, &["m"], (5_000, Amount::ZERO)).expect("the whole bucket");
         large.charge(400, Amount::ZERO);
-        assert_eq!(
-            keys.enter(&hash, &["m"], (500, Amount::ZERO)).expect("some is left").limits.requests,
-            None
-        );
+        let under_way = keys.enter(&hash, &["m"], (500, Amount::ZERO)).expect("some is left");
+        assert_eq!(under_way.limits.requests, None);
         let refused = keys.enter(&hash, &["m"], (500, Amount::ZERO)).expect_err("too many");
         assert_eq!((refused.status, refused.kind), (429, Kind::Tokens));
+        // What came to nothing took no tokens.
+        drop(under_way);
+        assert!(keys.enter(&hash, &["m"], (500, Amount::ZERO)).is_ok());
         assert!(keys.add(Grant { rpm: Some(0), ..grant("c") }).is_err());
     }
 }

@@ -8,7 +8,8 @@
 //! Everything is kept in `batches/` in the node's directory: a batch as JSON, written whole with every
 //! change of its state; files as they are; results appended line by line. A node that was killed goes on
 //! where the results end: what has a result is not asked again, a torn line is taken away. At most
-//! [`AT_ONCE`] requests of all batches are under way, so that those who wait for an answer come first.
+//! [`AT_ONCE`] requests of each batch are under way, and of those that are asked firmly a few of all, so
+//! that those who wait for an answer come first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -24,12 +25,12 @@ use futures::stream::FuturesUnordered;
 use leasehold_keys::disk::{self, Existing};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::openai::{Endpoint, Fault};
 
-/// Requests of all batches that are under way at once.
+/// Requests of one batch that are under way at once.
 pub const AT_ONCE: usize = 4;
 /// The longest file, in bytes, and the most requests in one.
 pub const MAX_FILE: u64 = 200 << 20;
@@ -49,6 +50,8 @@ const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_secs(60);
 /// How often it is looked meanwhile whether the batch is over.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long after its start a node may not know yet who sells what, in seconds.
+const SETTLES: u64 = 120;
 /// How many batches are answered side by side.
 const SIDE_BY_SIDE: usize = 64;
 
@@ -158,6 +161,13 @@ pub(crate) struct Asking {
     pub(crate) hurry: bool,
 }
 
+impl Batch {
+    /// Whether nothing of it is to be asked any more.
+    fn is_over(&self) -> bool {
+        self.status != Status::InProgress || now() >= self.expires_at
+    }
+}
+
 /// What asks one request, and gives the answer's JSON.
 pub(crate) type Ask =
     Arc<dyn Fn(Asking) -> BoxFuture<'static, Result<Vec<u8>, Fault>> + Send + Sync>;
@@ -173,6 +183,8 @@ struct Inner {
     dir: PathBuf,
     state: Mutex<State>,
     changed: Notify,
+    /// When they were opened, in seconds since 1970.
+    started: u64,
 }
 
 #[derive(Debug, Default)]
@@ -238,7 +250,7 @@ impl Batches {
                 state.files.insert(file.id.clone(), file);
             }
         }
-        let inner = Inner { dir, state: Mutex::new(state), changed: Notify::new() };
+        let inner = Inner { dir, state: Mutex::new(state), changed: Notify::new(), started: now() };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -430,13 +442,11 @@ impl Batches {
     /// Answers batches until `shutdown`: the oldest ones that are open, so many of them side by side, so
     /// that one that has to wait holds up nobody else's.
     pub(crate) async fn run(self, ask: Ask, shutdown: CancellationToken) {
-        let places = Semaphore::new(AT_ONCE);
-        let (mut under_way, mut answering) = (BTreeSet::new(), FuturesUnordered::new());
+        let (mut under_way, mut answering) = (BTreeMap::new(), FuturesUnordered::new());
         loop {
-            let room = SIDE_BY_SIDE.saturating_sub(under_way.len());
-            for batch in self.next(room, &under_way) {
-                under_way.insert(batch.id.clone());
-                answering.push(self.answer_or_pause(batch, &ask, &places));
+            while let Some(batch) = self.next(&under_way) {
+                under_way.insert(batch.id.clone(), batch.owner.clone());
+                answering.push(self.answer_or_pause(batch, &ask));
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -448,17 +458,23 @@ impl Batches {
         }
     }
 
-    /// The oldest open batches that are not under way.
-    fn next(&self, most: usize, under_way: &BTreeSet<String>) -> Vec<Batch> {
+    /// The next one to be answered beside those under way: what is over already and only has to be ended,
+    /// then the oldest of the owner of whom the fewest are.
+    fn next(&self, under_way: &BTreeMap<String, Owner>) -> Option<Batch> {
         let state = hold(&self.inner.state);
         let open = state.batches.values().filter(|batch| batch.status.is_open());
-        let mut open: Vec<_> = open.filter(|batch| !under_way.contains(&batch.id)).collect();
-        open.sort_by_key(|batch| (batch.created_at, &batch.id));
-        open.into_iter().take(most).cloned().collect()
+        let open = open.filter(|batch| !under_way.contains_key(&batch.id));
+        let room = under_way.len() < SIDE_BY_SIDE;
+        let open = open.filter(|batch| room || batch.is_over());
+        let theirs = |owner: &Owner| under_way.values().filter(|other| *other == owner).count();
+        let next = open.min_by_key(|batch| {
+            (!batch.is_over(), theirs(&batch.owner), batch.created_at, &batch.id)
+        });
+        next.cloned()
     }
 
-    async fn answer_or_pause(&self, batch: Batch, ask: &Ask, places: &Semaphore) -> String {
-        if let Err(error) = self.answer(&batch, ask, places).await {
+    async fn answer_or_pause(&self, batch: Batch, ask: &Ask) -> String {
+        if let Err(error) = self.answer(&batch, ask).await {
             tracing::warn!(batch = batch.id, %error, "a batch cannot be answered now");
             tokio::time::sleep(PAUSE).await;
         }
@@ -466,23 +482,25 @@ impl Batches {
     }
 
     /// Answers one batch to its end.
-    async fn answer(&self, batch: &Batch, ask: &Ask, places: &Semaphore) -> io::Result<()> {
+    async fn answer(&self, batch: &Batch, ask: &Ask) -> io::Result<()> {
         let mut results =
             Results::open(&self.path(&batch.output, "jsonl"), &self.path(&batch.error, "jsonl"))?;
         let (mut completed, mut failed) = (results.completed, results.failed);
         let input = BufReader::new(File::open(self.path(&batch.input, "jsonl"))?);
         let known = std::mem::take(&mut results.known);
         let id = batch.id.clone();
-        let over = || {
-            let cancelled = self.get(None, &id).is_none_or(|b| b.status != Status::InProgress);
-            cancelled || now() >= batch.expires_at
+        let over = || self.get(None, &id).is_none_or(|batch| batch.is_over());
+        // One that was here before the node was: who sells what is not heard of yet.
+        let settled = match batch.created_at < self.inner.started {
+            true => self.inner.started + SETTLES,
+            false => 0,
         };
         let lines = input.lines().map_while(Result::ok).filter(|line| !line.trim().is_empty());
         let lines = lines.filter_map(|line| serde_json::from_str::<Line>(&line).ok());
         let left = lines.filter(|line| !known.contains(&line.custom_id));
         let left = left.take_while(|_| !over());
         let asking = futures::stream::iter(left).map(|line| async {
-            (line.custom_id, one(batch, (ask, places), line.body, &over).await)
+            (line.custom_id, one((batch, settled), ask, line.body, &over).await)
         });
         let mut asking = std::pin::pin!(asking.buffer_unordered(AT_ONCE));
         while let Some((custom_id, answer)) = asking.next().await {
@@ -600,8 +618,8 @@ fn look(path: &Path, endpoint: Endpoint) -> io::Result<(u64, Vec<Mistake>)> {
 
 /// Asks one request, again while nobody can answer it now; none where the batch is over before that.
 async fn one(
-    batch: &Batch,
-    (ask, places): (&Ask, &Semaphore),
+    (batch, settled): (&Batch, u64),
+    ask: &Ask,
     body: serde_json::Map<String, Value>,
     over: &impl Fn() -> bool,
 ) -> Option<Result<Vec<u8>, Fault>> {
@@ -609,20 +627,24 @@ async fn one(
     let mut pause = Duration::from_secs(1);
     let mut tries = 0;
     loop {
-        // Held while it is asked, not while it waits to be asked again.
-        let place = places.acquire().await.ok()?;
         if over() {
             return None;
         }
         let hurry = now() >= batch.created_at + (batch.expires_at - batch.created_at) / 2;
         let (owner, endpoint) = (batch.owner.clone(), batch.endpoint);
         let answered = ask(Asking { owner, endpoint, body: body.clone(), hurry }).await;
-        drop(place);
+        let early = now() < settled;
+        let may_change = |fault: &Fault| match fault.status {
+            404 => early,
+            status => matches!(status, 408 | 429 | 502 | 503),
+        };
         // A limit is waited for as long as the batch has time: what fills it ends or passes.
-        tries += u32::from(answered.as_ref().is_err_and(|fault| fault.status != 429));
+        let waits = |fault: &Fault| fault.status == 429 || early;
+        tries += u32::from(answered.as_ref().is_err_and(|fault| !waits(fault)));
         match answered {
-            Err(fault) if matches!(fault.status, 408 | 429 | 502 | 503) && tries < TRIES => {
-                let again = Instant::now() + fault.retry_after.unwrap_or(pause).min(PAUSE);
+            Err(fault) if may_change(&fault) && tries < TRIES => {
+                let wait = fault.retry_after.unwrap_or(pause).clamp(LOOK, PAUSE);
+                let again = Instant::now() + wait;
                 while Instant::now() < again {
                     if over() {
                         return None;

@@ -37,7 +37,7 @@ use leasehold_proto::words::object::body_in;
 use leasehold_proto::words::sign::Signed;
 use leasehold_proto::words::want::Want;
 use leasehold_proto::{Amount, FabricId, Hash, KeyId, LeaseId, Payload, Resources, Span};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -97,6 +97,12 @@ const IDLE: Duration = Duration::from_secs(600);
 const SWEEP: Duration = Duration::from_secs(30);
 /// How often receipts are wanted.
 const RECEIPT_EVERY: Span = Span::secs(10);
+/// Requests of batches that are asked firmly at once: those who wait for an answer come first.
+const LATER: usize = 4;
+/// How long one waits for a place of these.
+const LATER_WAIT: Duration = Duration::from_secs(30);
+/// Of how many models it is remembered that there are any.
+const MAX_KNOWN: usize = 4_096;
 /// Of how many models it is remembered what their prompts come to.
 const MAX_DENSITIES: usize = 1_024;
 /// Within what time a lease is claimed: at once.
@@ -154,6 +160,10 @@ struct Inner {
     counts: Arc<Counts>,
     /// What prompts come to, by model and the answers so far.
     densities: Mutex<BTreeMap<String, Arc<Density>>>,
+    /// For requests that can wait and are asked firmly.
+    later: Arc<Semaphore>,
+    /// The names of models that were sold at some time.
+    known: Mutex<BTreeSet<String>>,
     /// How many clients are too far behind.
     behind: Arc<AtomicUsize>,
 }
@@ -256,6 +266,8 @@ pub(crate) struct Answer {
     pub(crate) first: Piece,
     /// What follows. To drop it is to hang up.
     pub(crate) rest: Pieces,
+    /// What it takes of the places for what can wait and was asked firmly.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 /// Why a node did not begin to answer.
@@ -291,6 +303,8 @@ impl Gateway {
             sellers: tokio::sync::Mutex::default(),
             purses: Mutex::default(),
             densities: Mutex::default(),
+            later: Arc::new(Semaphore::new(LATER)),
+            known: Mutex::default(),
             behind: Arc::default(),
         };
         let gateway = Self { inner: Arc::new(inner) };
@@ -332,9 +346,30 @@ impl Gateway {
                 addresses: Vec::new(),
             });
         }
+        self.remember(&sellers);
         let sellers = Arc::new(sellers);
         *known = Some((Instant::now(), Arc::clone(&sellers)));
         Ok(sellers)
+    }
+
+    fn remember(&self, sellers: &[Seller]) {
+        let mut known = hold(&self.inner.known);
+        for offer in sellers.iter().flat_map(|seller| &seller.models) {
+            if known.len() < MAX_KNOWN && !known.contains(&offer.terms.name) {
+                known.insert(offer.terms.name.clone());
+            }
+        }
+    }
+
+    /// Whether there is such a model, though nobody may sell it now.
+    fn is_known(&self, model: &str) -> bool {
+        hold(&self.inner.known).contains(model) || self.inner.models.listed(model).is_some()
+    }
+
+    /// A place among the requests that can wait and are asked firmly.
+    async fn later_place(&self) -> Result<OwnedSemaphorePermit, Fault> {
+        let place = timeout(LATER_WAIT, Arc::clone(&self.inner.later).acquire_owned()).await;
+        place.ok().and_then(Result::ok).ok_or_else(|| Fault::no_slack(LATER_WAIT))
     }
 
     /// What prompts to a model come to.
@@ -395,12 +430,24 @@ impl Gateway {
                 if tries > 1 {
                     count(&counts.fallbacks);
                 }
-                let node = choice.name.clone();
+                let (node, class) = (choice.name.clone(), choice.class);
+                // What can wait, and is asked firmly, takes few places of those who cannot.
+                let can_wait = request.class != WantedClass::Firm && class == Class::Firm;
+                let place = match can_wait {
+                    false => None,
+                    true => match self.later_place().await {
+                        Ok(place) => Some(place),
+                        Err(why) => {
+                            no_time = Some(why);
+                            break;
+                        }
+                    },
+                };
                 match Box::pin(self.try_one(request, choice, &prefixes, &sellers)).await {
-                    Ok(answer) => return Ok(answer),
+                    Ok(answer) => return Ok(Answer { _place: place, ..answer }),
                     Err(Failed::Elsewhere(why)) => {
                         tracing::info!(node, model, %why, "a node did not answer");
-                        if why.is_no_slack() {
+                        if why.is_no_slack() && class == Class::Slack {
                             no_time = Some(why);
                         } else {
                             fault = Some(why);
@@ -456,6 +503,10 @@ impl Gateway {
         let (router, dice) = &mut *router;
         let chosen = router.choose(clock::boot(), &question, &hosts, dice);
         chosen.map_err(|nobody| match nobody {
+            Nobody::Unknown if self.is_known(model) => {
+                let why = format!("No node that serves the model '{model}' is there now.");
+                Fault::unavailable(why)
+            }
             Nobody::Unknown => Fault::model_not_found(model),
             Nobody::Unable(Lack::Abilities(bits)) => {
                 let lacking = crate::openai::Needs::of_bits(bits).iter().next();
@@ -546,7 +597,7 @@ impl Gateway {
             }
         };
         let Choice { name: node, class, terms, context, .. } = choice;
-        Ok(Answer { node, class, terms, context, prompt, first, rest })
+        Ok(Answer { node, class, terms, context, prompt, first, rest, _place: None })
     }
 
     /// Resolves when a node is not held to be alive any more.
@@ -844,7 +895,7 @@ impl Asking {
 
     /// It came to this.
     fn came_to(&mut self, fault: &Fault) {
-        if fault.is_no_slack() {
+        if fault.is_no_slack() && self.class == Class::Slack {
             self.went = Some(Went::NoTime);
         } else if fault.may_pass_elsewhere() {
             self.failed();

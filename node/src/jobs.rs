@@ -487,7 +487,20 @@ impl Jobs {
             let (key, addresses) = (start.delegate.0, delegate.sources.clone());
             let holders = vec![Holder { key, addresses, whole: true }];
             let all = &self.inner.holders;
-            let fetched = if let Some(most) = index {
+            // What an index names is looked at before anything of it is asked for.
+            let named = match index {
+                Some(_) => {
+                    let fetched = all.fetch(holders.clone(), root, size, |_| {}).await;
+                    if fetched.is_ok() {
+                        self.may_have_named(start, root).await?;
+                    }
+                    fetched.map(|_| ())
+                }
+                None => Ok(()),
+            };
+            let fetched = if let Err(error) = named {
+                Err(error)
+            } else if let Some(most) = index {
                 let fetched = all.fetch_index(holders, (root, size), most, |_| {}).await;
                 fetched.map(|(index, stats)| (Some(index), stats))
             } else {
@@ -497,10 +510,6 @@ impl Jobs {
             let error = match fetched {
                 Ok((index, stats)) => {
                     tracing::debug!(lease = %start.lease, %root, ?stats, "payload is here");
-                    let named = index.iter().flat_map(Index::payloads);
-                    for payload in named {
-                        self.may_have(start, payload.root.into())?;
-                    }
                     return Ok(index);
                 }
                 Err(error) => error,
@@ -531,6 +540,17 @@ impl Jobs {
             }
             return Err(Outcome::NoPayload(clip(&error.to_string())));
         }
+    }
+
+    /// Whether a job may have all that an index names.
+    async fn may_have_named(&self, start: &StartJob, root: Root) -> Result<(), Outcome> {
+        let payloads = self.inner.payloads.clone();
+        let most = leasehold_proto::words::index::MAX_BYTES as u64;
+        let read = move || Index::from_bytes(&payloads.read(root, most).ok()?).ok();
+        let read = tokio::task::spawn_blocking(read);
+        // What does not read as one is met where it is fetched.
+        let Ok(Some(read)) = read.await else { return Ok(()) };
+        read.payloads().iter().try_for_each(|named| self.may_have(start, named.root.into()))
     }
 
     /// Whether a job may have a payload: what is kept from peers is as good as not here, whatever of it

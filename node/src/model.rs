@@ -52,7 +52,7 @@ use crate::handle::Asked;
 use crate::infer::Head;
 use crate::openai::tally::{Bounds, Density};
 use crate::openai::{Fault, Needs};
-use crate::payload::{PayloadStore, Root};
+use crate::payload::{PayloadError, PayloadStore, Root};
 use crate::store::Store;
 
 /// Requests of other nodes that are worked on at once; more are refused as busy.
@@ -185,6 +185,20 @@ impl Lease {
     }
 }
 
+/// Keeps what private models are made of from peers, but for what a model that is not has as well: that
+/// is no secret. What no model names stays as it is.
+fn settle_privacy(catalog: &Catalog, payloads: &PayloadStore) -> Result<(), PayloadError> {
+    let of = |private: bool| -> HashSet<Root> {
+        let entries = catalog.list().into_iter().filter(|entry| entry.private == private);
+        entries.flat_map(|entry| entry.payloads(payloads)).collect()
+    };
+    let open = of(false);
+    open.iter()
+        .filter(|root| payloads.is_private(**root))
+        .try_for_each(|root| payloads.publish(*root))?;
+    of(true).difference(&open).try_for_each(|root| payloads.keep_private(*root))
+}
+
 /// What a request may cost at most: every byte of it a token, and as many tokens of answer as it may
 /// have. Each of its answers, or of the texts that it has embedded, is within the model's context.
 pub(crate) fn worst_case(bounds: &Bounds, context: u32, rates: &TokenRates) -> Amount {
@@ -225,13 +239,11 @@ impl Models {
             putting: tokio::sync::Mutex::default(),
         };
         let models = Self { inner: Arc::new(inner) };
+        // It is so already, unless the store was put together anew.
+        if let Err(error) = settle_privacy(&models.inner.catalog, &models.inner.payloads) {
+            tracing::error!(%error, "which weights peers do not get is not on disk");
+        }
         for entry in models.inner.catalog.list() {
-            // They are already, unless the store was put together anew.
-            for root in entry.payloads(&models.inner.payloads).iter().filter(|_| entry.private) {
-                if let Err(error) = models.inner.payloads.keep_private(*root) {
-                    tracing::error!(%root, %error, "that peers do not get this is not on disk");
-                }
-            }
             models.take_up(entry);
         }
         models
@@ -263,22 +275,7 @@ impl Models {
         let (catalog, payloads) = (self.inner.catalog.clone(), self.inner.payloads.clone());
         let put = move || {
             let entry = catalog.put(&name, &spec, &payloads)?;
-            let theirs = entry.payloads(&payloads).into_iter();
-            let of = |private: bool| -> HashSet<Root> {
-                let others = catalog.list().into_iter().filter(|other| other.private == private);
-                others.flat_map(|other| other.payloads(&payloads)).collect()
-            };
-            if entry.private {
-                // What a model that is not has as well is no secret.
-                let known = of(false);
-                let mut secret = theirs.filter(|root| !known.contains(root));
-                secret.try_for_each(|root| payloads.keep_private(root))?;
-            } else if spec.private == Some(false) {
-                // What another private model is made of stays so.
-                let kept = of(true);
-                let mut free = theirs.filter(|root| !kept.contains(root));
-                free.try_for_each(|root| payloads.publish(root))?;
-            }
+            settle_privacy(&catalog, &payloads)?;
             Ok::<_, CatalogError>(entry)
         };
         let entry = tokio::task::spawn_blocking(put).await.map_err(CatalogError::panicked)??;
@@ -550,11 +547,18 @@ impl Loaded {
         }
     }
 
-    /// What can be asked of it: `/v1/responses` only of what is known to have it.
+    /// What can be asked of it: what was said, but for `/v1/responses` of what is known not to have it;
+    /// where nothing was said, that as well of what has it.
     fn endpoints(&self) -> Vec<Endpoint> {
-        let has = self.engine.nature().responses == Some(true);
-        let mut endpoints = self.entry.endpoints.clone();
-        endpoints.retain(|endpoint| has || *endpoint != Endpoint::Responses);
+        let (entry, has) = (&self.entry, self.engine.nature().responses);
+        let mut endpoints = entry.endpoints.clone();
+        match has {
+            Some(true) if !entry.endpoints_said && !endpoints.contains(&Endpoint::Responses) => {
+                endpoints.push(Endpoint::Responses);
+            }
+            Some(false) => endpoints.retain(|endpoint| *endpoint != Endpoint::Responses),
+            _ => {}
+        }
         endpoints
     }
 

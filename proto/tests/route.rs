@@ -185,23 +185,33 @@ fn what_can_wait_goes_where_that_costs_less() {
     assert_eq!(asked(&map, Wanted::SlackIfSold, None).as_ref(), Ok(&all));
     let cheap = said(&[("h2", Slack, 20)]);
     assert_eq!(asked(&map, Wanted::SlackIfSold, Some(30)).as_ref(), Ok(&cheap), "its own price");
-    // One that had no time is asked last for a while, for what can wait alone.
+    // One that had no time is asked last for a while, for what can wait alone; what hurries does not ask
+    // it at all, and the firm ones after the others.
     let mut router = Router::default();
-    let two = KeyId([2; 32]);
+    let one = KeyId([1; 32]);
     for n in 0..3 {
-        router.begun(Boot(n), (two, Slack), "m");
-        router.ended(Boot(n), (two, Slack), "m", &[], Went::NoTime);
+        router.begun(Boot(n), (one, Slack), "m");
+        router.ended(Boot(n), (one, Slack), "m", &[], Went::NoTime);
     }
-    let mut first = |at: u64, class| {
-        let question = Question { class, sort: Sort::Price, only: &both, ..question() };
+    let mut asked_at = |at: u64, class, alone: bool| {
+        let allow_fallbacks = !alone;
+        let question =
+            Question { class, sort: Sort::Price, only: &both, allow_fallbacks, ..question() };
         let chosen = router.choose(Boot(at), &question, &map.hosts(), &mut Dice::new(at));
-        chosen.expect("somebody")[0].name.clone()
+        let chosen = chosen.expect("somebody").into_iter();
+        chosen.map(|one| format!("{} {:?}", one.name, one.class)).collect::<Vec<_>>()
     };
+    assert_eq!(asked_at(4_000, Wanted::Firm, false), ["h1 Firm", "h2 Firm"]);
+    assert_eq!(asked_at(4_000, Wanted::Slack, false), ["h2 Slack", "h1 Slack"]);
+    let hurried = asked_at(4_000, Wanted::SlackFirst, false);
+    assert_eq!(hurried, ["h2 Slack", "h1 Firm", "h2 Firm"]);
     assert_eq!(
-        (first(4_000, Wanted::Slack), first(4_010, Wanted::Slack)),
-        ("h1".into(), "h2".into())
+        asked_at(4_000, Wanted::SlackFirst, true),
+        ["h2 Slack", "h2 Firm"],
+        "one node alone"
     );
-    assert_eq!(first(1_000, Wanted::Firm), "h1", "the cheaper one of both, in any case");
+    assert_eq!(asked_at(4_000, Wanted::SlackIfSold, true), ["h2 Slack"]);
+    assert_eq!(asked_at(4_010, Wanted::SlackFirst, false)[1], "h1 Slack", "a while is over");
     // Nobody that is there sells it so.
     for host in &mut map.0[..2] {
         host.2 = false;

@@ -502,6 +502,7 @@ async fn list(session: &Session) -> Result<Exit, Failure> {
                 engine.clone(),
                 format!("{}+{}", model.active, model.queued),
                 model.tokens_per_second.to_string(),
+                model.cached_percent.map_or_else(|| "-".to_owned(), |of| format!("{of:.0}%")),
             ]
         });
         let price = format!("{}/1M IN / OUT", lines.currency);

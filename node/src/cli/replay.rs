@@ -56,7 +56,8 @@ enum Found {
     Counts,
     /// The answer was left to chance; the tokens of the prompt are as many.
     Counted,
-    /// Whoever asked hung up: nobody knows where it would have ended.
+    /// Whoever asked hung up, and nobody knows where it would have ended; the tokens of the prompt are no
+    /// more than they should be.
     HungUp,
     /// What it was asked for, `/v1/responses`, no embedded engine answers.
     Apart,
@@ -140,9 +141,8 @@ impl Replay {
         let greedy = service.sampling.temperature_permille == Some(0);
         let embeds = service.endpoint == Endpoint::Embeddings;
         let certain = greedy || service.sampling.seed.is_some() || embeds;
-        if service.finish != Finish::Answered {
-            return Ok(Found::HungUp);
-        }
+        let hung_up = service.finish != Finish::Answered;
+        let certain = certain && !hung_up;
         if service.endpoint == Endpoint::Responses {
             return Ok(Found::Apart);
         }
@@ -167,7 +167,10 @@ impl Replay {
         let again: Value = session.client.post(&kept.path, &Value::Object(asked)).await?;
         let before: Vec<Value> =
             kept.answer.iter().filter_map(|piece| serde_json::from_str(piece).ok()).collect();
-        Ok(compared(service, certain, &before, &again))
+        Ok(match compared(service, certain, &before, &again) {
+            Found::Counted if hung_up => Found::HungUp,
+            other => other,
+        })
     }
 }
 
@@ -178,7 +181,12 @@ fn compared(service: &Service, certain: bool, before: &[Value], again: &Value) -
     }
     let usage = &again["usage"];
     let completion = usage["completion_tokens"].as_u64().unwrap_or_default();
-    let prompt = usage["prompt_tokens"].as_u64() == Some(service.prompt_tokens);
+    let counted = usage["prompt_tokens"].as_u64();
+    // Of what was broken off early nobody may have counted them.
+    let prompt = match service.finish {
+        Finish::Answered => counted == Some(service.prompt_tokens),
+        Finish::HungUp => counted.is_some_and(|counted| service.prompt_tokens <= counted),
+    };
     match (prompt, certain) {
         (true, false) => Found::Counted,
         (true, true) if completion == service.completion_tokens => Found::Match,

@@ -84,6 +84,9 @@ pub struct Entry {
     pub context: u32,
     /// What can be asked of it.
     pub endpoints: Vec<Endpoint>,
+    /// Whether its operator said that of an upstream; else it is what it is found to have.
+    #[serde(default)]
+    pub endpoints_said: bool,
     /// What it can do beyond plain text, as in an offer.
     pub abilities: u64,
     /// How many weights it has; zero where that is not known.
@@ -263,6 +266,7 @@ impl Catalog {
         if let Source::Upstream { model, .. } = &entry.source {
             entry.quantisation = spec.quantisation.clone().unwrap_or(entry.quantisation);
             entry.context = spec.context.unwrap_or(entry.context);
+            entry.endpoints_said |= spec.endpoints.is_some();
             entry.endpoints = spec.endpoints.clone().unwrap_or(entry.endpoints);
             entry.endpoints.sort();
             entry.endpoints.dedup();
@@ -351,6 +355,7 @@ impl Catalog {
             quantisation: String::new(),
             context: 0,
             endpoints: Vec::new(),
+            endpoints_said: false,
             abilities: 0,
             parameters: 0,
             licence: None,
@@ -380,8 +385,7 @@ impl Catalog {
             }
             Source::Upstream { url, model, key_file } => {
                 open_upstream(url, model.as_deref().unwrap_or(name), key_file.as_deref())?;
-                // The last one where it turns out to have it.
-                entry.endpoints = vec![Endpoint::Chat, Endpoint::Completions, Endpoint::Responses];
+                entry.endpoints = vec![Endpoint::Chat, Endpoint::Completions];
                 entry.abilities = Needs::UPSTREAM.bits();
             }
         }

@@ -119,11 +119,12 @@ impl Models {
         let checked = if loaded.endpoints().contains(&head.endpoint) {
             asked.check(loaded.entry.needs(), name)
         } else {
-            let why = format!("The model '{name}' does not answer this.");
-            Err(Fault::invalid(Some("unsupported_endpoint"), why).at("model"))
+            Err(Fault::internal())
         };
-        if let Err(fault) = checked {
-            return infer::write(send, &Frame::Fault(fault)).await;
+        if checked.is_err() {
+            // Its offer may have said otherwise a moment ago: others may have it.
+            let why = format!("The serving node does not offer that of '{name}' now.");
+            return infer::write(send, &Frame::Fault(Fault::unavailable(why))).await;
         }
         let ask = Ask { endpoint: head.endpoint, body: request.clone(), stream: head.stream };
         let mut hash = AnswerHash::default();

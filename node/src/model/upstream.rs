@@ -212,7 +212,7 @@ struct Inner {
 }
 
 /// What probes found.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Probed {
     /// When one last found something.
     found: Option<Found>,

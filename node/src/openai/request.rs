@@ -167,7 +167,7 @@ impl Request {
     }
 
     /// The bytes of all text that the model is to read, and so a bound for its tokens but for
-    /// what the chat template adds and for pictures.
+    /// what the chat template adds, and for pictures and sounds.
     #[must_use]
     pub fn prompt_bytes(&self) -> usize {
         let written = |name| self.field(name).map_or(0, str::len);
@@ -335,7 +335,9 @@ impl Prompt {
 
 fn message_bytes(message: &Message) -> usize {
     let parts = message.parts.iter().map(|part| match part {
-        Part::Text(text) | Part::Other(text) => text.len(),
+        Part::Text(text) => text.len(),
+        // Pictures and sounds are no text, however long they are.
+        Part::Other(_) => 0,
     });
     let calls = message.tool_calls.as_ref().map_or(0, String::len);
     let name = message.name.as_ref().map_or(0, String::len);

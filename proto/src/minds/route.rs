@@ -62,7 +62,8 @@ pub enum Wanted {
     /// Likewise where nodes that may answer sell it so. At the firm price where none does, or all that
     /// do fail; not where they only have no time.
     SlackIfSold,
-    /// When there is time, else now at the firm price.
+    /// Where there is time, else now at the firm price: those that had no time a moment ago are not asked
+    /// for it again.
     SlackFirst,
 }
 
@@ -235,18 +236,33 @@ impl Router {
     ) -> Result<Vec<Choice>, Nobody> {
         let mut in_class = |class| self.in_class(now, (question, class), hosts, dice);
         let slack = match question.class {
-            Wanted::Firm => return in_class(Class::Firm),
-            Wanted::Slack => return in_class(Class::Slack),
+            Wanted::Firm => Vec::new(),
+            Wanted::Slack => in_class(Class::Slack)?,
             Wanted::SlackIfSold | Wanted::SlackFirst => in_class(Class::Slack).unwrap_or_default(),
         };
-        if !slack.is_empty() && !question.allow_fallbacks && question.order.is_empty() {
-            return Ok(slack);
+        let mut firm = match question.class {
+            Wanted::Slack => Vec::new(),
+            _ if slack.is_empty() => in_class(Class::Firm)?,
+            _ => in_class(Class::Firm).unwrap_or_default(),
+        };
+        let hurries = question.class == Wanted::SlackFirst;
+        let (first, mut slack) = (slack.first().or(firm.first()).map(|choice| choice.key), slack);
+        if !question.allow_fallbacks && question.order.is_empty() {
+            // One node alone, where it hurries in both classes.
+            let both = hurries || slack.is_empty();
+            slack.truncate(1);
+            firm.retain(|choice| both && Some(choice.key) == first);
         }
-        match in_class(Class::Firm) {
-            Ok(firm) => Ok(slack.into_iter().chain(firm).collect()),
-            Err(_) if !slack.is_empty() => Ok(slack),
-            Err(nobody) => Err(nobody),
+        if hurries && !firm.is_empty() {
+            slack.retain(|choice| !self.has_no_time(now, choice));
         }
+        Ok(slack.into_iter().chain(firm).collect())
+    }
+
+    /// Whether it had no time a moment ago for what can wait.
+    fn has_no_time(&self, now: Boot, choice: &Choice) -> bool {
+        let seen = self.seen.get(&(choice.key, choice.terms.name.clone()));
+        seen.is_some_and(|seen| seen.no_time_until > now)
     }
 
     fn in_class(
@@ -280,9 +296,6 @@ impl Router {
                     ordered.push(group.swap_remove(next));
                 }
             }
-        }
-        if !question.allow_fallbacks && question.order.is_empty() {
-            ordered.truncate(1);
         }
         let choices = ordered.into_iter().map(|fit| Choice {
             key: fit.host.key,

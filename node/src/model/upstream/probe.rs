@@ -35,6 +35,8 @@ pub struct Found {
     pub others: (u64, u64),
     /// Whether it has `/v1/responses`, where that is known.
     pub responses: Option<bool>,
+    /// Whether it was asked for that.
+    asked_responses: bool,
 }
 
 /// A model of an upstream.
@@ -75,7 +77,8 @@ impl Server {
 impl Found {
     const fn loading(server: Server, models: Vec<Listed>) -> Self {
         let (state, others) = (State::Loading, (0, 0));
-        Self { state, server, models, gauges: None, others, responses: None }
+        let (gauges, responses, asked_responses) = (None, None, false);
+        Self { state, server, models, gauges, others, responses, asked_responses }
     }
 
     /// The model that it has under this name.
@@ -154,22 +157,31 @@ async fn look(inner: &Arc<Inner>) -> Result<Found, Fault> {
         });
     }
     let (mut models, server) = models(&body)?;
-    // What does not change while it runs is asked once.
-    let known = inner.probed().found.clone().filter(|known| known.server == server);
+    let known = inner.probed().clone();
+    // What does not change while it runs is asked once; it may be another one since it was away.
+    let same = known.fault.is_none()
+        && known.found.as_ref().is_some_and(|known| known.state != State::Loading);
+    let known = known.found.filter(|known| known.server == server);
     if matches!(server, Server::Vllm | Server::Llama) {
         let health = get(address.beside("/health")).await;
         if health.is_ok_and(|(status, _)| status == StatusCode::SERVICE_UNAVAILABLE) {
-            return Ok(Found::loading(server, models));
+            // vLLM answers nothing until it has loaded.
+            return match server {
+                Server::Vllm => Err(Fault::unavailable("The engine says that it is not well.")),
+                _ => Ok(Found::loading(server, models)),
+            };
         }
     }
     if let (Server::Llama, [only]) = (server, models.as_mut_slice())
         && only.context.is_none()
     {
-        only.context = match known.as_ref().and_then(Found::only).and_then(|known| known.context) {
-            Some(known) => Some(known),
-            // It says there how long its sequences may be; its list says what the model was trained for.
+        let before = known.as_ref().and_then(Found::only).and_then(|known| known.context);
+        // It says there how long its sequences may be; its list says what the model was trained for.
+        let said = match before.filter(|_| same) {
+            Some(_) => None,
             None => well(get(address.beside("/props")).await).as_deref().and_then(slot),
         };
+        only.context = said.or(before);
     }
     let loaded = match server {
         Server::Ollama => well(get(address.beside("/api/ps")).await).as_deref().and_then(loaded),
@@ -187,10 +199,12 @@ async fn look(inner: &Arc<Inner>) -> Result<Found, Fault> {
         let own_waiting = own.saturating_sub(running);
         (running.saturating_sub(own), waiting.saturating_sub(own_waiting))
     });
-    let responses = match known.and_then(|known| known.responses) {
-        Some(known) => Some(known),
-        None => {
-            // A request without anything in it costs nothing: whoever knows the path refuses it.
+    let before = known.as_ref().and_then(|known| known.responses);
+    let asked = same && known.as_ref().is_some_and(|known| known.asked_responses);
+    let said = match asked {
+        true => None,
+        // A request without anything in it costs nothing: whoever knows the path refuses it.
+        false => {
             let path = path_of(inner, Endpoint::Responses);
             let asked = send(inner, Method::POST, path, Bytes::from_static(b"{}")).await;
             match asked.map(|(status, _)| status.as_u16()) {
@@ -201,7 +215,9 @@ async fn look(inner: &Arc<Inner>) -> Result<Found, Fault> {
             }
         }
     };
-    let mut found = Found { state: State::Warm, server, models, gauges, others, responses };
+    let (responses, asked_responses) = (said.or(before), true);
+    let mut found =
+        Found { state: State::Warm, server, models, gauges, others, responses, asked_responses };
     if let Some(model) = &inner.model {
         let loaded = loaded.is_none_or(|loaded| loaded.iter().any(|id| is_called(id, model)));
         if server == Server::Vllm && found.listed(model).is_none() {
@@ -289,10 +305,19 @@ fn models(body: &[u8]) -> Result<(Vec<Listed>, Server), Fault> {
         let printable = !id.chars().any(char::is_control);
         !id.is_empty() && id.len() <= crate::openai::request::MODEL && printable
     };
-    let mut owners = list.data.iter().map(|item| item.owned_by.as_str().unwrap_or_default());
-    let server = owners.next().map(Server::of).unwrap_or_default();
-    let server =
-        if owners.all(|other| Server::of(other) == server) { server } else { Server::Other };
+    let owners = || list.data.iter().map(|item| item.owned_by.as_str().unwrap_or_default());
+    let owners = || owners().map(Server::of);
+    let all = |server: Server| !list.data.is_empty() && owners().all(|other| other == server);
+    // Ollama names whoever made a model, where that is not its own library.
+    let server = match [Server::Vllm, Server::Llama].into_iter().find(|server| all(*server)) {
+        Some(server) => server,
+        None if owners().any(|other| other == Server::Ollama)
+            && !owners().any(|other| matches!(other, Server::Vllm | Server::Llama)) =>
+        {
+            Server::Ollama
+        }
+        None => Server::Other,
+    };
     let tokens = |value: &Value| {
         value.as_u64().and_then(|tokens| u32::try_from(tokens).ok()).filter(|tokens| *tokens > 0)
     };
