@@ -287,13 +287,15 @@ impl Demo {
         let client = self.fleet.member(ASKS)?.client()?;
         let begun = Instant::now();
         // The nodes that live have their receipts countersigned; the killed one cannot ask any more.
+        let mut living = Vec::new();
+        for member in self.fleet.members() {
+            living.extend(member.info().await.ok().map(|info| info.id));
+        }
         let leases = loop {
             let leases: Leases = client.get("/v1/leases").await?;
-            let dead = self.fleet.member(CHEAP)?.info().await.is_err();
             let agreed = |lease: &LeaseLine| {
-                let model = lease.model.as_ref();
-                let used = model.is_some_and(|model| model.requests > 0);
-                used || (dead && model.is_some_and(|model| model.name == CHAT))
+                let used = lease.model.as_ref().is_some_and(|model| model.requests > 0);
+                used || !living.contains(&lease.lessor)
             };
             if leases.leases.iter().all(agreed) || begun.elapsed() > PATIENCE {
                 break leases;
