@@ -545,11 +545,9 @@ impl Jobs {
     /// Whether a job may have all that an index names.
     async fn may_have_named(&self, start: &StartJob, root: Root) -> Result<(), Outcome> {
         let payloads = self.inner.payloads.clone();
-        let most = leasehold_proto::words::index::MAX_BYTES as u64;
-        let read = move || Index::from_bytes(&payloads.read(root, most).ok()?).ok();
-        let read = tokio::task::spawn_blocking(read);
+        let read = tokio::task::spawn_blocking(move || payloads.index(root));
         // What does not read as one is met where it is fetched.
-        let Ok(Some(read)) = read.await else { return Ok(()) };
+        let Ok(Ok(read)) = read.await else { return Ok(()) };
         read.payloads().iter().try_for_each(|named| self.may_have(start, named.root.into()))
     }
 

@@ -446,8 +446,7 @@ impl Entry {
             Source::Weights(weights) => vec![weights.root.into()],
             Source::Encoder(files) => {
                 let root = Root::from(files.root);
-                let read = payloads.read(root, index::MAX_BYTES as u64).ok();
-                let read = read.and_then(|bytes| Index::from_bytes(&bytes).ok());
+                let read = payloads.index(root).ok();
                 let named = read.iter().flat_map(Index::payloads).map(|p| Root::from(p.root));
                 named.chain([root]).collect()
             }

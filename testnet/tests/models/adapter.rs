@@ -15,7 +15,7 @@ use super::{PATIENCE, hello};
 const HOST: usize = 1;
 
 /// A fabric with one host, which sells every one of these models from one server.
-async fn hosting(models: &[&str]) -> (Fabric, Upstream) {
+pub(crate) async fn hosting(models: &[&str]) -> (Fabric, Upstream) {
     let fabric = Fabric::start(&["host"]).await;
     let server = Upstream::start().await;
     for model in models {

@@ -6,7 +6,8 @@ use leasehold_node::api::model::ModelSpec;
 use leasehold_proto::Amount;
 use serde_json::{Value, json};
 
-use super::fabric::{ENTRY, Fabric, price};
+use super::adapter;
+use super::fabric::{ENTRY, Fabric};
 use super::upstream::Upstream;
 use super::web::until;
 use super::{PATIENCE, hello};
@@ -16,14 +17,18 @@ const HOST: usize = 1;
 /// A host that sells these models, to whoever can wait at half the price while fewer than two requests
 /// are under way.
 async fn hosting(models: &[&str]) -> (Fabric, Upstream) {
-    let fabric = Fabric::start(&["host"]).await;
-    let server = Upstream::start().await;
+    let (fabric, server) = adapter::hosting(models).await;
     for model in models {
-        fabric.upstream(HOST, (model, model), &server, price("1", "4")).await;
         let (slack, slack_requests) = (Some("50%".into()), Some(2));
         let spec = ModelSpec { slack, slack_requests, ..ModelSpec::default() };
         fabric.put(HOST, model, &spec).await;
-        fabric.offered(model, 1).await;
+        let (web, path) = (fabric.web(), format!("/v1/models/{model}"));
+        until("that price", PATIENCE, || async {
+            let listed = web.get(&path).await.json();
+            let price = &listed["flex_pricing"]["completion"];
+            (price == "0.000002").then_some(()).ok_or_else(|| listed.to_string())
+        })
+        .await;
     }
     (fabric, server)
 }
